@@ -1,0 +1,98 @@
+"""Model settings: one small frozen record, checked when it is made.
+
+Names are those of the official code (``scripts/schema.py``), which are nanoGPT's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from looped_fast.errors import unknown_name
+
+INJECTIONS = ("add", "mul", "none", "every_block")
+PRED_TYPES = ("regression", "classification")
+N_CLASSES = 2  # official scripts/models.py: MAX_NUM_CLASS
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and recurrence of a looped, standard or weight-tied transformer.
+
+    Attributes:
+        n_dims: width d of one prompt token.
+        n_positions: most in-context points n; a prompt has up to ``2 * n_positions`` tokens.
+        n_embd: residual width D.
+        n_layer: transformer blocks inside one loop step (L).
+        n_head: attention heads; ``n_embd`` is a multiple of it.
+        n_loops: loop steps b, unless a call says otherwise.
+        window: last steps T that carry gradient and predict, unless a call says otherwise.
+        injection: how the embedded prompt e enters a step that starts from state z:
+            ``add`` z + e with z = 0 at first (paper section 4; official ``z=f(x+z)``),
+            ``mul`` z * e with z = 1 at first (official ``z=f(x*z)``),
+            ``none`` z alone, z = e at first (standard and weight-tied models),
+            ``every_block`` as ``none``, and e is added before each block
+            (official ``add_inputs_embeds``).
+        pred_type: ``regression`` (one output) or ``classification`` (two logits).
+
+    Raises:
+        ValueError: a setting out of its range; the message names value, limit and remedy.
+    """
+
+    n_dims: int = 20
+    n_positions: int = 101
+    n_embd: int = 256
+    n_layer: int = 1
+    n_head: int = 8
+    n_loops: int = 30
+    window: int = 15
+    injection: str = "add"
+    pred_type: str = "regression"
+
+    def __post_init__(self) -> None:
+        for name in ("n_dims", "n_positions", "n_embd", "n_layer", "n_head", "n_loops", "window"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} = {value!r}: a whole number of at least 1 is needed")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}; "
+                f"choose n_embd as a multiple of {self.n_head}, or another n_head"
+            )
+        check_window(self.n_loops, self.window)
+        if self.injection not in INJECTIONS:
+            raise unknown_name("injection", self.injection, INJECTIONS)
+        if self.pred_type not in PRED_TYPES:
+            raise unknown_name("pred_type", self.pred_type, PRED_TYPES)
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def n_outputs(self) -> int:
+        return N_CLASSES if self.pred_type == "classification" else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> ModelConfig:
+        """The inverse of ``to_dict``; an unknown key raises with the nearest valid one."""
+        valid = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in valid:
+                raise unknown_name("model setting", name, valid)
+        return cls(**settings)
+
+
+def check_window(n_loops: int, window: int) -> None:
+    """Raise ValueError unless ``1 <= window <= n_loops``."""
+    if n_loops < 1:
+        raise ValueError(f"n_loops = {n_loops}: at least 1 loop step is needed")
+    if not 1 <= window <= n_loops:
+        raise ValueError(
+            f"window = {window} is outside 1..{n_loops} (n_loops); lower window or raise n_loops"
+        )

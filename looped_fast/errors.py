@@ -1,0 +1,20 @@
+"""Errors that name the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
+    """A ValueError for a name that is not one of ``valid``, with the nearest one that is.
+
+    >>> raise unknown_name("task", "lrr", ["lr", "dt"])
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown task 'lrr'; did you mean 'lr'? Valid: lr, dt
+    """
+    choices = list(valid)
+    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return ValueError(f"unknown {kind} {name!r}{hint} Valid: {', '.join(choices)}")

@@ -1,0 +1,232 @@
+"""The in-context learner: prompt assembly, read-in, the loop, read-out.
+
+Parameters carry the official state-dict names (``_read_in.weight``,
+``_backbone.transformer.h.0.attn.c_attn.weight``, ...), so checkpoints exchange both ways.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from looped_fast import backends, ops
+from looped_fast.config import LAYER_NORM_EPS, ModelConfig, check_window
+from looped_fast.reference import AUTOCAST_DTYPES, PRECISIONS
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+
+class _MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+
+class _Block(nn.Module):
+    """Holds a block's parameters under their official names; ``ops.loop`` computes with them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.attn = _Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
+        self.mlp = _MLP(config)
+
+    def op_weights(self) -> list[Tensor]:
+        """In the order of ``reference.Block``."""
+        modules = (
+            self.ln_1, self.attn.c_attn, self.attn.c_proj,
+            self.ln_2, self.mlp.c_fc, self.mlp.c_proj,
+        )  # fmt: skip
+        return [parameter for m in modules for parameter in (m.weight, m.bias)]
+
+
+class _Backbone(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.transformer = nn.ModuleDict(
+            {
+                # official block_size is 2 * n_positions + 1
+                "wpe": nn.Embedding(2 * config.n_positions + 1, config.n_embd),
+                "h": nn.ModuleList(_Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
+            }
+        )
+        self._init_weights(config.n_layer)
+
+    def _init_weights(self, n_layer: int) -> None:
+        """GPT-2's initialisation, drawn in the official order (``nano_gpt.py``)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
+
+    def op_weights(self) -> list[Tensor]:
+        """``weights`` of ``ops.loop``."""
+        ln_f = self.transformer["ln_f"]
+        weights = [w for block in self.transformer["h"] for w in block.op_weights()]
+        return [*weights, ln_f.weight, ln_f.bias]
+
+
+def interleave(xs: Tensor, ys: Tensor) -> Tensor:
+    """The prompt x_1, y_1, ..., x_n, y_n; y sits in coordinate 0 of its token, the rest is zero.
+
+    xs: [B, n, d], ys: [B, n] -> [B, 2n, d]. Source: official ``TransformerModel._combine``.
+    """
+    B, n, d = xs.shape
+    ys_wide = torch.nn.functional.pad(ys.unsqueeze(-1), (0, d - 1))  # [B, n, d]
+    return torch.stack((xs, ys_wide), dim=2).view(B, 2 * n, d)
+
+
+class LoopedTransformer(nn.Module):
+    """One shared stack of blocks, run ``n_loops`` times, that predicts y from (x, y) prompts.
+
+    Covers the looped, standard and weight-tied models of arXiv 2311.12424: see ``ModelConfig``.
+
+        >>> config = ModelConfig(n_dims=5, n_positions=11, n_embd=64, n_head=4, n_loops=8, window=4)
+        >>> model = LoopedTransformer(config)
+        >>> predictions = model(torch.randn(3, 11, 5), torch.randn(3, 11))
+        >>> predictions.shape
+        torch.Size([4, 3, 11])
+
+    Args:
+        config: shapes and recurrence.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; see ``explain_backend``.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self._read_in = nn.Linear(config.n_dims, config.n_embd)
+        self._backbone = _Backbone(config)
+        self._read_out = nn.Linear(config.n_embd, config.n_outputs)
+
+    def forward(
+        self, xs: Tensor, ys: Tensor, n_loops: int | None = None, window: int | None = None
+    ) -> Tensor:
+        """Predict y at every x position, after each of the last ``window`` loop steps.
+
+        The prediction for x_i uses (x_1, y_1) ... (x_{i-1}, y_{i-1}) and x_i alone. Matrix
+        products run in bf16 or fp16 under ``torch.autocast``, else in the parameters' dtype.
+
+        Args:
+            xs: [B, n, d], in the parameters' dtype and on their device.
+            ys: [B, n], alike.
+            n_loops: loop steps b; ``config.n_loops`` by default. May exceed the trained b.
+            window: last steps T that carry gradient; the lesser of ``config.window`` and
+                ``n_loops`` by default.
+
+        Returns:
+            [window, B, n], or [window, B, n, 2] logits for classification.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit, n beyond ``n_positions``, a window
+                outside 1..n_loops, or NaN or Inf in the prompt. (Values are looked at on CPUs
+                only: on a GPU the look would stall the stream.)
+        """
+        config = self.config
+        n_loops = config.n_loops if n_loops is None else n_loops
+        window = min(config.window, n_loops) if window is None else window
+        check_window(n_loops, window)
+        self._check_prompt(xs, ys)
+        embeddings = self._read_in(interleave(xs, ys)).to(xs.dtype)  # [B, 2n, D]
+        if config.injection == "add":
+            state = torch.zeros_like(embeddings)
+        elif config.injection == "mul":
+            state = torch.ones_like(embeddings)
+        else:
+            state = embeddings
+        states = ops.loop(
+            embeddings,
+            self._backbone.transformer["wpe"].weight[: embeddings.shape[1]],
+            state,
+            self._backbone.op_weights(),
+            n_heads=config.n_head,
+            n_loops=n_loops,
+            window=window,
+            injection=config.injection,
+            precision=ambient_precision(xs.device.type),
+            backend=self.backend,
+        )  # [W, B, 2n, D]
+        predictions = self._read_out(states[:, :, ::2])  # [W, B, n, n_outputs]
+        return predictions if config.pred_type == "classification" else predictions.squeeze(-1)
+
+    def _check_prompt(self, xs: Tensor, ys: Tensor) -> None:
+        config, weight = self.config, self._read_in.weight
+        if xs.dim() != 3 or xs.shape[-1] != config.n_dims:
+            raise ValueError(
+                f"xs has shape {tuple(xs.shape)}; [B, n, {config.n_dims}] is needed (n_dims)"
+            )
+        if ys.shape != xs.shape[:2]:
+            raise ValueError(
+                f"ys has shape {tuple(ys.shape)}; {tuple(xs.shape[:2])} is needed to match xs"
+            )
+        if xs.shape[1] > config.n_positions:
+            raise ValueError(
+                f"{xs.shape[1]} points exceed n_positions = {config.n_positions}; "
+                f"shorten the prompt, or build the model with a larger n_positions"
+            )
+        for name, tensor in (("xs", xs), ("ys", ys)):
+            if tensor.dtype != weight.dtype or tensor.device != weight.device:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, the model is {weight.dtype} "
+                    f"on {weight.device}; convert with {name}.to(device, dtype)"
+                )
+            # .all() of a sum would overflow; isfinite is exact. Skipped while tracing and on GPUs.
+            inspect = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+            if inspect and not tensor.isfinite().all():
+                where = (~tensor.isfinite()).nonzero()[0].tolist()
+                raise ValueError(
+                    f"{name}{where} is {tensor[tuple(where)].item()}; prompts must be finite: "
+                    f"drop or impute such values"
+                )
+
+
+def ambient_precision(device_type: str) -> str:
+    """The precision that ``torch.autocast`` asks for around the caller: fp32, bf16 or fp16."""
+    if not torch.is_autocast_enabled(device_type):
+        return "fp32"
+    dtype = torch.get_autocast_dtype(device_type)
+    for name in PRECISIONS:
+        if AUTOCAST_DTYPES[name] == dtype:
+            return name
+    raise ValueError(f"autocast to {dtype} is not supported; use torch.bfloat16 or torch.float16")
+
+
+def explain_backend(
+    model: LoopedTransformer, batch_size: int, n_points: int, precision: str = "fp32"
+) -> backends.Explanation:
+    """Say which backend runs ``model`` on such a batch, and for each other one, why not.
+
+    >>> print(explain_backend(LoopedTransformer(ModelConfig()), batch_size=64, n_points=41))
+    backend: ...
+    """
+    config, weight = model.config, model._read_in.weight
+    problem = backends.Problem(
+        device=weight.device.type,
+        dtype=weight.dtype,
+        precision=precision,
+        batch=batch_size,
+        seq_len=2 * n_points,
+        n_embd=config.n_embd,
+        n_heads=config.n_head,
+        n_layer=config.n_layer,
+        n_loops=config.n_loops,
+        window=config.window,
+        injection=config.injection,
+    )
+    return backends.explain(problem, model.backend)

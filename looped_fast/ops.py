@@ -1,0 +1,162 @@
+"""The loop as one differentiable PyTorch op, ``torch.ops.looped_fast.loop``.
+
+The op is registered with torch.library: schema, a fake implementation (shapes only, for
+torch.compile) and one for the Autograd keys. The reference backend decomposes into ATen ops
+there, so PyTorch differentiates it and Inductor may fuse it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from looped_fast import backends, reference
+from looped_fast.config import INJECTIONS, check_window
+from looped_fast.errors import unknown_name
+
+_library = torch.library.Library("looped_fast", "DEF")
+_library.define(
+    "loop(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, int n_heads, "
+    "int n_loops, int window, str injection, str precision, str backend) -> Tensor"
+)
+
+
+def _run(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    injection: str,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    problem = _problem(embeddings, weights, n_heads, n_loops, window, injection, precision)
+    chosen = backends.explain(problem, backend).chosen
+    assert chosen == "reference", chosen
+    return reference.loop(
+        embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision
+    )
+
+
+# One function under both keys: below autograd it only computes, at autograd it is differentiated.
+_library.impl("loop", _run, "CompositeExplicitAutograd")
+_library.impl("loop", _run, "Autograd")
+
+
+@torch.library.register_fake("looped_fast::loop", lib=_library)
+def _fake(
+    embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision, backend
+):
+    return embeddings.new_empty((window, *embeddings.shape))
+
+
+def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision):
+    B, S, D = embeddings.shape
+    return backends.Problem(
+        device=embeddings.device.type,
+        dtype=embeddings.dtype,
+        precision=precision,
+        batch=B,
+        seq_len=S,
+        n_embd=D,
+        n_heads=n_heads,
+        n_layer=(len(weights) - 2) // len(reference.Block._fields),
+        n_loops=n_loops,
+        window=window,
+        injection=injection,
+    )
+
+
+def loop(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    injection: str = "add",
+    precision: str = "fp32",
+    backend: str = "auto",
+) -> Tensor:
+    """Run a shared stack of transformer blocks ``n_loops`` times and return the last states.
+
+    Args:
+        embeddings: e, the embedded prompt, [B, S, D]; float32, or float64 on the reference.
+        positions: p, added at the start of every step, [S, D].
+        state: z before the first step, [B, S, D].
+        weights: per block, the twelve tensors of ``reference.Block``; then the weight and bias
+            of the final LayerNorm: ``12 * n_layer + 2`` tensors.
+        n_heads: attention heads; D is a multiple of it.
+        n_loops: loop steps b.
+        window: how many of the last steps W carry gradient and are returned.
+        injection: ``add``, ``mul``, ``none`` or ``every_block`` (see ``ModelConfig``).
+        precision: operands of matrix products: ``fp32`` (as given), ``bf16`` or ``fp16``.
+        backend: ``auto``, or one of ``backends.BACKENDS`` to force it.
+
+    Returns:
+        States after steps ``n_loops - window + 1 .. n_loops``: [W, B, S, D]. Gradients reach
+        embeddings, positions and weights through those steps, and ``state`` too when the
+        window covers every step.
+
+    Raises:
+        ValueError: a shape, dtype or setting that does not fit; the message names it.
+
+    Source: arXiv 2311.12424, section 4; official ``scripts/models.py``,
+    ``TransformerModelLooped.forward``.
+    """
+    _check(embeddings, positions, state, weights, n_heads)
+    check_window(n_loops, window)
+    if injection not in INJECTIONS:
+        raise unknown_name("injection", injection, INJECTIONS)
+    if precision not in reference.PRECISIONS:
+        raise unknown_name("precision", precision, reference.PRECISIONS)
+    if precision != "fp32" and embeddings.dtype != torch.float32:
+        raise ValueError(
+            f"precision {precision!r} needs float32 tensors, not {embeddings.dtype}; "
+            f"use precision='fp32', which computes in the dtype of the tensors"
+        )
+    return torch.ops.looped_fast.loop(
+        embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
+        precision, backend,
+    )  # fmt: skip
+
+
+def _check(embeddings, positions, state, weights, n_heads) -> None:
+    if embeddings.dim() != 3:
+        raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; [B, S, D] is needed")
+    B, S, D = embeddings.shape
+    if n_heads < 1 or D % n_heads:
+        raise ValueError(f"D = {D} is not divisible by n_heads = {n_heads}")
+    n_fields = len(reference.Block._fields)
+    if len(weights) < n_fields + 2 or (len(weights) - 2) % n_fields:
+        raise ValueError(
+            f"{len(weights)} weights; {n_fields} per block and 2 for the final LayerNorm are needed"
+        )
+    shapes = {
+        "c_attn_weight": (3 * D, D), "c_attn_bias": (3 * D,), "attn_c_proj_weight": (D, D),
+        "c_fc_weight": (4 * D, D), "c_fc_bias": (4 * D,), "mlp_c_proj_weight": (D, 4 * D),
+    }  # fmt: skip  # all others are [D]
+    expected = [("positions", positions, (S, D)), ("state", state, (B, S, D))]
+    blocks, ln_f_weight, ln_f_bias = reference.split_weights(weights)
+    for i, block in enumerate(blocks):
+        for name, tensor in block._asdict().items():
+            expected.append((f"block {i} {name}", tensor, shapes.get(name, (D,))))
+    expected += [("ln_f weight", ln_f_weight, (D,)), ("ln_f bias", ln_f_bias, (D,))]
+    for name, tensor, shape in expected:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; {shape} is needed for embeddings of "
+                f"shape {(B, S, D)}"
+            )
+        if tensor.dtype != embeddings.dtype or tensor.device != embeddings.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, embeddings are "
+                f"{embeddings.dtype} on {embeddings.device}; move them to one dtype and device"
+            )

@@ -1,0 +1,125 @@
+"""The loop in plain PyTorch: the oracle that every other backend is held against.
+
+Any device, any floating dtype (float64 too), differentiable by autograd. The model is that of
+arXiv 2311.12424, section 4; the block is GPT-2's (official ``scripts/nano_gpt.py``):
+
+    x0 = inject(z, e) + p
+    per block:  x1 = x0 + Wo·attn(LN1(x0)) ;  x2 = x1 + Wproj·gelu(Wfc·LN2(x1))
+    z' = LNf(x2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from looped_fast.config import LAYER_NORM_EPS
+
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = tuple(AUTOCAST_DTYPES)
+
+
+class Block(NamedTuple):
+    """Parameters of one transformer block, in the order in which the loop op takes them."""
+
+    ln_1_weight: Tensor  # [D]
+    ln_1_bias: Tensor  # [D]
+    c_attn_weight: Tensor  # [3D, D], rows are q, k, v
+    c_attn_bias: Tensor  # [3D]
+    attn_c_proj_weight: Tensor  # [D, D]
+    attn_c_proj_bias: Tensor  # [D]
+    ln_2_weight: Tensor  # [D]
+    ln_2_bias: Tensor  # [D]
+    c_fc_weight: Tensor  # [4D, D]
+    c_fc_bias: Tensor  # [4D]
+    mlp_c_proj_weight: Tensor  # [D, 4D]
+    mlp_c_proj_bias: Tensor  # [D]
+
+
+def split_weights(weights: Sequence[Tensor]) -> tuple[list[Block], Tensor, Tensor]:
+    """``weights`` of the loop op as its blocks and the final LayerNorm's (weight, bias)."""
+    n = len(Block._fields)
+    blocks = [Block(*weights[i : i + n]) for i in range(0, len(weights) - 2, n)]
+    return blocks, weights[-2], weights[-1]
+
+
+def attention(x: Tensor, block: Block, n_heads: int) -> Tensor:
+    """Causal self-attention with its output projection. x: [B, S, D] -> [B, S, D]."""
+    B, S, D = x.shape
+    qkv = F.linear(x, block.c_attn_weight, block.c_attn_bias)  # [B, S, 3D]
+    q, k, v = qkv.view(B, S, 3, n_heads, D // n_heads).permute(2, 0, 3, 1, 4)  # [B, H, S, D/H]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    y = y.transpose(1, 2).reshape(B, S, D)
+    return F.linear(y, block.attn_c_proj_weight, block.attn_c_proj_bias)
+
+
+def mlp(x: Tensor, block: Block) -> Tensor:
+    """Linear, GELU (tanh form), Linear. x: [B, S, D] -> [B, S, D]."""
+    hidden = F.gelu(F.linear(x, block.c_fc_weight, block.c_fc_bias), approximate="tanh")
+    return F.linear(hidden, block.mlp_c_proj_weight, block.mlp_c_proj_bias)
+
+
+def inject(state: Tensor, embeddings: Tensor, injection: str) -> Tensor:
+    """The input of a loop step, before positions are added. All [B, S, D]."""
+    if injection == "add":
+        return state + embeddings
+    if injection == "mul":
+        return state * embeddings
+    return state  # "none" and "every_block"
+
+
+def step(
+    state: Tensor,
+    embeddings: Tensor,
+    positions: Tensor,
+    weights: Sequence[Tensor],
+    n_heads: int,
+    injection: str,
+) -> Tensor:
+    """One loop step z -> z'. state, embeddings: [B, S, D]; positions: [S, D]."""
+    blocks, ln_f_weight, ln_f_bias = split_weights(weights)
+    D = state.shape[-1]
+    x = inject(state, embeddings, injection) + positions
+    for block in blocks:
+        if injection == "every_block":
+            x = x + embeddings
+        h = F.layer_norm(x, (D,), block.ln_1_weight, block.ln_1_bias, LAYER_NORM_EPS)
+        x = x + attention(h, block, n_heads)
+        h = F.layer_norm(x, (D,), block.ln_2_weight, block.ln_2_bias, LAYER_NORM_EPS)
+        x = x + mlp(h, block)
+    return F.layer_norm(x, (D,), ln_f_weight, ln_f_bias, LAYER_NORM_EPS)
+
+
+def loop(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    injection: str,
+    precision: str,
+) -> Tensor:
+    """The states after each of the last ``window`` of ``n_loops`` steps: [W, B, S, D].
+
+    Arguments are those of ``looped_fast.ops.loop``. Gradients flow through the last ``window``
+    steps only. ``precision`` picks the operands of matrix products, as autocast does; the
+    residual stream and all statistics keep the dtype of ``embeddings``.
+    """
+    dtype = AUTOCAST_DTYPES[precision]
+    device = embeddings.device.type
+    states = []
+    # Without the cache: a cast made under no_grad would be reused, and its gradient lost.
+    with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+        for i in range(n_loops):
+            with torch.no_grad() if i < n_loops - window else nullcontext():
+                state = step(state, embeddings, positions, weights, n_heads, injection)
+            if i >= n_loops - window:
+                states.append(state)
+    return torch.stack(states)
