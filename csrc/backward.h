@@ -137,13 +137,13 @@ class BackwardStep {
     }
   }
 
-  void final_norm(const float* grad_state, const FinalActivations<T>& final) const {
-    const LayerNormBackward<T> ln{final.x_hat,
-                                  final.rstd,
-                                  inputs_.ln_f_weight,
-                                  buffers_.dx,
-                                  sums_.item_vectors.ln_f_weight(),
-                                  sums_.item_vectors.ln_f_bias()};
+  void final_norm(const float* grad_state, const FinalActivations& final) const {
+    const LayerNormBackward<float> ln{final.x_hat,
+                                      final.rstd,
+                                      inputs_.ln_f_weight,
+                                      buffers_.dx,
+                                      sums_.item_vectors.ln_f_weight(),
+                                      sums_.item_vectors.ln_f_bias()};
     layer_norm_backward<false>(ln, D_, rows_, [&](int64_t i, int64_t j) {
       return Vec::loadu(buffers_.dz + i * D_ + j) + Vec::loadu(grad_state + i * D_ + j);
     });

@@ -55,8 +55,8 @@ struct Inputs {
 
 // What the backward needs of the forward. Layouts: activations.h.
 struct Saved {
-  void* activations;  // operand type, [W, 10 L + 1, B S D]; null: recompute from states
-  float* statistics;  // [W, (H + 2) L + 1, B S]; null with activations
+  void* activations;  // operand type, [W, 10 L, B S D]; null: recompute from states
+  float* statistics;  // [W, (H + 2) L + 1 + D, B S]; null with activations
   float* start;       // [B, S, D], z before the window; null where `state` is that
 };
 

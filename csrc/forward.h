@@ -178,18 +178,18 @@ class ForwardStep {
 
   void final_norm(float* z_next, const StepActivations<T>* saved) const {
     const float* bias = inputs_.blocks[problem_.n_layer - 1].mlp_c_proj_bias;
-    const FinalActivations<T> final = saved ? saved->final() : FinalActivations<T>{};
+    const FinalActivations final = saved ? saved->final() : FinalActivations{};
     for (int64_t i = rows_.begin; i < rows_.end; ++i) {
       float* x = buffers_.x + i * D_;
       add_row(x, bias);
       float* z = z_next + i * D_;
-      T* x_hat = final.x_hat ? final.x_hat + i * D_ : nullptr;
+      float* x_hat = final.x_hat ? final.x_hat + i * D_ : nullptr;
       const float rstd = normalize_row(
           D_, x, [&](int64_t j) { return Vec::loadu(x + j); },
           [&](int64_t j, Vec v) {
             at::vec::fmadd(v, Vec::loadu(inputs_.ln_f_weight + j),
                            Vec::loadu(inputs_.ln_f_bias + j)).store(z + j);
-            if (x_hat) Operand<T>::store(x_hat + j, v);
+            if (x_hat) v.store(x_hat + j);
           });
       if (x_hat) final.rstd[i] = rstd;
     }

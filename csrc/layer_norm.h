@@ -37,10 +37,10 @@ inline float normalize_row(int64_t D, float* x, Load&& load, Emit&& emit) {
   return rstd;
 }
 
-// What a LayerNorm's backward reads and writes, at row 0 of an item. T is the operand type.
-template <class T>
+// What a LayerNorm's backward reads and writes, at row 0 of an item. X: what x_hat was saved as.
+template <class X>
 struct LayerNormBackward {
-  const T* x_hat;       // [rows, D]
+  const X* x_hat;       // [rows, D]
   const float* rstd;    // [rows]
   const float* weight;  // [D]
   float* dx;            // [rows, D], gradient of the residual stream: added to, or overwritten
@@ -49,8 +49,8 @@ struct LayerNormBackward {
 };
 
 // dx (+)= rstd * (g - mean(g) - x_hat * mean(g * x_hat)), g = dy * weight; dy(row, j) is a Vec.
-template <bool kAccumulate, class T, class Dy>
-inline void layer_norm_backward(const LayerNormBackward<T>& ln, int64_t D, Range rows, Dy&& dy) {
+template <bool kAccumulate, class X, class Dy>
+inline void layer_norm_backward(const LayerNormBackward<X>& ln, int64_t D, Range rows, Dy&& dy) {
   constexpr int64_t kRows = 4;  // sums over rows stay in registers for as many
   for (int64_t i = rows.begin; i < rows.end; i += kRows) {
     const int64_t m = rows.end - i < kRows ? rows.end - i : kRows;
@@ -62,8 +62,8 @@ inline void layer_norm_backward(const LayerNormBackward<T>& ln, int64_t D, Range
         const Vec b = dy(i + r, j + kVec) * Vec::loadu(ln.weight + j + kVec);
         g_0 = g_0 + a;
         g_1 = g_1 + b;
-        gx_0 = at::vec::fmadd(a, Operand<T>::load(ln.x_hat + (i + r) * D + j), gx_0);
-        gx_1 = at::vec::fmadd(b, Operand<T>::load(ln.x_hat + (i + r) * D + j + kVec), gx_1);
+        gx_0 = at::vec::fmadd(a, Operand<X>::load(ln.x_hat + (i + r) * D + j), gx_0);
+        gx_1 = at::vec::fmadd(b, Operand<X>::load(ln.x_hat + (i + r) * D + j + kVec), gx_1);
       }
       mean_g[r] = sum(g_0 + g_1) / static_cast<float>(D);
       mean_gx[r] = sum(gx_0 + gx_1) / static_cast<float>(D);
@@ -73,7 +73,7 @@ inline void layer_norm_backward(const LayerNormBackward<T>& ln, int64_t D, Range
       Vec grad_weight(0.f), grad_bias(0.f);
       for (int64_t r = 0; r < m; ++r) {
         const int64_t at = (i + r) * D + j;
-        const Vec g = dy(i + r, j), x_hat = Operand<T>::load(ln.x_hat + at);
+        const Vec g = dy(i + r, j), x_hat = Operand<X>::load(ln.x_hat + at);
         grad_weight = at::vec::fmadd(g, x_hat, grad_weight);
         grad_bias = grad_bias + g;
         Vec dx = (g * weight - Vec(mean_g[r]) - x_hat * Vec(mean_gx[r])) * Vec(ln.rstd[i + r]);

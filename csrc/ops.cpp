@@ -161,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t B = p.batch, S = p.seq_len, D = p.n_embd, L = p.n_layer, H = p.n_heads;
   Tensor states = at::empty({window, B, S, D}, floats);
   Tensor activations =
-      save_activations ? at::empty({window, 10 * L + 1, B, S, D}, operands) : at::empty({0}, operands);
-  Tensor statistics = save_activations ? at::empty({window, (H + 2) * L + 1, B, S}, floats)
+      save_activations ? at::empty({window, 10 * L, B, S, D}, operands) : at::empty({0}, operands);
+  Tensor statistics = save_activations ? at::empty({window, (H + 2) * L + 1 + D, B, S}, floats)
                                        : at::empty({0}, floats);
   Tensor start = save_start ? at::empty({B, S, D}, floats) : at::empty({0}, floats);
   if (states.numel() > 0) {

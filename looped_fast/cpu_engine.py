@@ -75,8 +75,8 @@ def _forward_fake(
     empty = embeddings.new_empty
     states = empty((window, B, S, D))
     if save_activations:
-        activations = empty((window, 10 * n_layer + 1, B, S, D), dtype=operands)
-        statistics = empty((window, (n_heads + 2) * n_layer + 1, B, S))
+        activations = empty((window, 10 * n_layer, B, S, D), dtype=operands)
+        statistics = empty((window, (n_heads + 2) * n_layer + 1 + D, B, S))
     else:
         activations, statistics = empty((0,), dtype=operands), empty((0,))
     return states, activations, statistics, empty((B, S, D) if save_start else (0,))
