@@ -17,15 +17,13 @@ inline namespace CPU_CAPABILITY {
 // Buffers that the team of an item shares. All fp32 ones are gradients of the residual stream.
 template <class T>
 struct BackwardBuffers {
-  float* dz;      // [rows, D], of the step's output
   float* dx;      // [rows, D], of the point that the backward has reached
   float* dx_sum;  // [rows, D], of x0, summed over steps
   T* d_attn;      // [rows, D], of attention before its output projection
   T* d_qkv;       // [rows, 3 D]
 
   BackwardBuffers(Arena& arena, const Problem& p)
-      : dz(arena.take<float>(rows_per_item(p) * p.n_embd)),
-        dx(arena.take<float>(rows_per_item(p) * p.n_embd)),
+      : dx(arena.take<float>(rows_per_item(p) * p.n_embd)),
         dx_sum(arena.take<float>(rows_per_item(p) * p.n_embd)),
         d_attn(arena.take<T>(rows_per_item(p) * p.n_embd)),
         d_qkv(arena.take<T>(rows_per_item(p) * p.n_embd * 3)) {}
@@ -81,12 +79,12 @@ class BackwardStep {
         rows_(team.share(item.rows(), 2)) {}
 
   void begin_item() const {
-    clear_rows(buffers_.dz);
+    clear_rows(buffers_.dx);
     clear_rows(buffers_.dx_sum);
     if (has_embedding_sums()) clear_rows(gradients_.embeddings + first());
   }
 
-  // From the gradient of z', which is dz + grad_state, to that of z, which becomes dz.
+  // Takes dx from the gradient of z', to which grad_state is added, to that of z.
   // grad_state, z: [rows, D], the item's.
   void run(const float* grad_state, const float* z, const StepActivations<T>& saved) const {
     final_norm(grad_state, saved.final());
@@ -105,7 +103,7 @@ class BackwardStep {
       }
     }
     add_rows(buffers_.dx, buffers_.dx_sum);
-    inject(z);
+    if (problem_.injection == Injection::kMul) multiply_by_embeddings(z);
   }
 
   void end_item() const {
@@ -117,7 +115,7 @@ class BackwardStep {
     if (problem_.injection == Injection::kAdd) {
       copy_rows(buffers_.dx_sum, gradients_.embeddings + first());
     }
-    if (gradients_.state) copy_rows(buffers_.dz, gradients_.state + first());
+    if (gradients_.state) copy_rows(buffers_.dx, gradients_.state + first());
     sums_.end_item();
   }
 
@@ -145,7 +143,7 @@ class BackwardStep {
                                       sums_.item_vectors.ln_f_weight(),
                                       sums_.item_vectors.ln_f_bias()};
     layer_norm_backward<false>(ln, D_, rows_, [&](int64_t i, int64_t j) {
-      return Vec::loadu(buffers_.dz + i * D_ + j) + Vec::loadu(grad_state + i * D_ + j);
+      return Vec::loadu(buffers_.dx + i * D_ + j) + Vec::loadu(grad_state + i * D_ + j);
     });
   }
 
@@ -221,18 +219,12 @@ class BackwardStep {
     norm(block.x_hat_1, block.rstd_1, w.ln_1_weight, grad.ln_1_weight, grad.ln_1_bias, chunk);
   }
 
-  // x0 = inject(z, e) + p: dx to dz, and to the gradient of e where that is not dx_sum.
-  void inject(const float* z) const {
-    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
-      for (int64_t j = 0; j < D_; j += kVec) {
-        const int64_t at = i * D_ + j;
-        Vec dz = Vec::loadu(buffers_.dx + at);
-        if (problem_.injection == Injection::kMul) {
-          add_to(gradients_.embeddings + first() + at, dz * Vec::loadu(z + at));
-          dz = dz * Vec::loadu(inputs_.embeddings + first() + at);
-        }
-        dz.store(buffers_.dz + at);
-      }
+  // x0 = z e + p: dx of x0 to that of z, and the gradient of e.
+  void multiply_by_embeddings(const float* z) const {
+    for (int64_t at = rows_.begin * D_; at < rows_.end * D_; at += kVec) {
+      const Vec dx = Vec::loadu(buffers_.dx + at);
+      add_to(gradients_.embeddings + first() + at, dx * Vec::loadu(z + at));
+      (dx * Vec::loadu(inputs_.embeddings + first() + at)).store(buffers_.dx + at);
     }
   }
 

@@ -107,15 +107,22 @@ inline int64_t round_up_to_pack(int64_t n) {
   return (n + Operand<T>::kPack - 1) / Operand<T>::kPack * Operand<T>::kPack;
 }
 
-// 2^t, relative error 1e-7 for float operands and 1e-4 for bf16. Below 2^-126: 2^-126.
+// p(r) * 2^n. AVX-512 has an instruction, which also covers overflow and underflow.
+inline Vec scale_by_power(Vec p, Vec n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  // Adding 1.5 * 2^23 leaves n in the low mantissa bits; a shift moves it to p's exponent.
+  n = at::vec::clamp(n, Vec(-126.f), Vec(126.f));
+  const IntVec exponent = at::vec::cast<int32_t>(n + Vec(12582912.f)) << IntVec(23);
+  return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+#endif
+}
+
+// 2^t, relative error 1e-7 for float operands and 1e-4 for bf16, for t > -126.
 template <class T>
 inline Vec exp2(Vec t) {
-  // Adding 1.5 * 2^23 leaves round(t) in the low mantissa bits, from where a shift moves it
-  // to the exponent of p.
-  const Vec magic(12582912.f);
-  t = at::vec::clamp(t, Vec(-126.f), Vec(126.f));
-  const Vec shifted = t + magic;
-  const Vec r = t - (shifted - magic);  // -0.5 .. 0.5
+  const Vec n = t.round(), r = t - n;  // -0.5 .. 0.5
   Vec p;
   if constexpr (Operand<T>::kPack == 2) {
     p = at::vec::fmadd(Vec(0.0551710934f), r, Vec(0.2426111253f));
@@ -129,8 +136,7 @@ inline Vec exp2(Vec t) {
     p = at::vec::fmadd(p, r, Vec(0.6931472057f));
     p = at::vec::fmadd(p, r, Vec(1.f));
   }
-  const IntVec exponent = at::vec::cast<int32_t>(shifted) << IntVec(23);
-  return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+  return scale_by_power(p, n);
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
