@@ -90,6 +90,7 @@ def engine_build():
     extension = CppExtension(
         "looped_fast._C",
         [f"csrc/{name}" for name in (*SOURCES, *ISA_FLAGS)],
+        depends=[str(header) for header in Path("csrc").glob("*.h")],
         extra_compile_args=[
             "-O3", "-fopenmp", "-DLOOPED_FAST_X86", "-g0", "-Wall",
             # ATen headers: pragmas for clang; gcc 12's own AVX-512 headers: false positives

@@ -233,24 +233,24 @@ class BackwardStep {
   static void gelu_tile(const Tile& tile, const T* fc, T* d_fc, int64_t ld, T* d_fc_right,
                         T* hidden_right, float* bias_sum) {
     const int64_t m = tile.rows.size();
-    for (int64_t j = 0; j < kPanel; j += kVec) {
-      Vec total(0.f);
-      for (int64_t r = 0; r < m; r += 2) {
+    Vec total[kPanel / kVec];
+    for (Vec& t : total) t = Vec(0.f);
+    for (int64_t r = 0; r < m; r += 2) {
+      for (int64_t j = 0; j < kPanel; j += kVec) {
         Vec d[2] = {Vec(0.f), Vec(0.f)}, hidden[2] = {Vec(0.f), Vec(0.f)};
         for (int64_t e = 0; e < 2 && r + e < m; ++e) {
-          const auto gelu =
-              gelu_and_derivative<T>(Operand<T>::load(fc + (r + e) * kPanel + j));
+          const auto gelu = gelu_and_derivative<T>(Operand<T>::load(fc + (r + e) * kPanel + j));
           hidden[e] = gelu.value;
           d[e] = gelu.derivative * Vec::loadu(tile.data + (r + e) * kPanel + j);
           Operand<T>::store(d_fc + (r + e) * ld + j, d[e]);
         }
-        total = total + (d[0] + d[1]);
-        Operand<T>::store_rows(d_fc_right + packed_offset<T>(r, j, kPanel), kPanel, d[0], d[1]);
-        Operand<T>::store_rows(hidden_right + packed_offset<T>(r, j, kPanel), kPanel, hidden[0],
-                               hidden[1]);
+        total[j / kVec] = total[j / kVec] + (d[0] + d[1]);
+        const int64_t packed = packed_offset<T>(r, j, kPanel);
+        Operand<T>::store_rows(d_fc_right + packed, kPanel, d[0], d[1]);
+        Operand<T>::store_rows(hidden_right + packed, kPanel, hidden[0], hidden[1]);
       }
-      add_to(bias_sum + j, total);
     }
+    for (int64_t j = 0; j < kPanel; j += kVec) add_to(bias_sum + j, total[j / kVec]);
   }
 
   // dx_operand = dx of the chunk; column_sums += its sum over rows.

@@ -130,12 +130,11 @@ class ForwardStep {
   void attention(int64_t layer, const BlockActivations<T>& block) const {
     const Block<const float>& w = inputs_.blocks[layer];
     multiply(buffers_.h, D_, weights_.c_attn(layer), rows_, scratch_.tile, [&](const Tile& tile) {
-      for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
-        const int64_t column = tile.columns.begin + j;
-        const Vec bias = Vec::loadu(w.c_attn_bias + column);
-        for (int64_t r = 0; r < tile.rows.size(); ++r) {
-          Operand<T>::store(block.qkv + (tile.rows.begin + r) * 3 * D_ + column,
-                            Vec::loadu(tile.data + r * kPanel + j) + bias);
+      const float* bias = w.c_attn_bias + tile.columns.begin;
+      for (int64_t r = 0; r < tile.rows.size(); ++r) {
+        T* row = block.qkv + (tile.rows.begin + r) * 3 * D_ + tile.columns.begin;
+        for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
+          Operand<T>::store(row + j, Vec::loadu(tile.data + r * kPanel + j) + Vec::loadu(bias + j));
         }
       }
     });
@@ -181,10 +180,9 @@ class ForwardStep {
 
   // hidden = gelu(tile + bias), and its argument to fc [rows][kPanel] unless that is null.
   static void gelu_tile(const Tile& tile, const float* bias, T* fc, T* hidden, int64_t ld) {
-    for (int64_t j = 0; j < kPanel; j += kVec) {
-      const Vec bias_vec = Vec::loadu(bias + j);
-      for (int64_t r = 0; r < tile.rows.size(); ++r) {
-        const Vec x = Vec::loadu(tile.data + r * kPanel + j) + bias_vec;
+    for (int64_t r = 0; r < tile.rows.size(); ++r) {
+      for (int64_t j = 0; j < kPanel; j += kVec) {
+        const Vec x = Vec::loadu(tile.data + r * kPanel + j) + Vec::loadu(bias + j);
         if (fc) Operand<T>::store(fc + r * kPanel + j, x);
         Operand<T>::store(hidden + r * ld + j, gelu<T>(x));
       }
@@ -194,36 +192,31 @@ class ForwardStep {
   void final_norm(float* z_next, const StepActivations<T>* saved) const {
     const float* bias = inputs_.blocks[problem_.n_layer - 1].mlp_c_proj_bias;
     const FinalActivations final = saved ? saved->final() : FinalActivations{};
-    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
-      float* x = buffers_.x + i * D_;
-      float* z = z_next + i * D_;
-      float* x_hat = final.x_hat ? final.x_hat + i * D_ : nullptr;
-      const float rstd = normalize_row(
-          D_, x, [&](int64_t j) { return Vec::loadu(x + j) + Vec::loadu(bias + j); },
-          [&](int64_t j, Vec v) {
-            at::vec::fmadd(v, Vec::loadu(inputs_.ln_f_weight + j),
-                           Vec::loadu(inputs_.ln_f_bias + j)).store(z + j);
-            if (x_hat) v.store(x_hat + j);
-          });
-      if (x_hat) final.rstd[i] = rstd;
-    }
+    normalize(
+        rows_, D_, buffers_.x,
+        [&](int64_t i, int64_t j) {
+          return Vec::loadu(buffers_.x + i * D_ + j) + Vec::loadu(bias + j);
+        },
+        [&](int64_t i, int64_t j, Vec x_hat) {
+          at::vec::fmadd(x_hat, Vec::loadu(inputs_.ln_f_weight + j),
+                         Vec::loadu(inputs_.ln_f_bias + j))
+              .store(z_next + i * D_ + j);
+          if (final.x_hat) x_hat.store(final.x_hat + i * D_ + j);
+        },
+        final.rstd);
   }
 
   // x = load(row, column) and h = LN(x).
   template <class Load>
   void norm(Load&& load, const float* weight, const float* bias, T* x_hat, float* rstd) const {
-    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
-      T* h = buffers_.h + i * D_;
-      T* row = x_hat ? x_hat + i * D_ : nullptr;
-      const float r = normalize_row(
-          D_, buffers_.x + i * D_, [&](int64_t j) { return load(i, j); },
-          [&](int64_t j, Vec v) {
-            const Vec y = at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j));
-            Operand<T>::store(h + j, y);
-            if (row) Operand<T>::store(row + j, v);
-          });
-      if (row) rstd[i] = r;
-    }
+    normalize(
+        rows_, D_, buffers_.x, load,
+        [&](int64_t i, int64_t j, Vec v) {
+          const Vec y = at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j));
+          Operand<T>::store(buffers_.h + i * D_ + j, y);
+          if (x_hat) Operand<T>::store(x_hat + i * D_ + j, v);
+        },
+        rstd);
   }
 
   const Problem& problem_;

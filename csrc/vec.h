@@ -24,18 +24,13 @@ inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, v);
 }
 
-inline float max(Vec v) {
-  return at::vec::vec_reduce_all<float>(
-      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, v);
-}
-
 inline void add_to(float* p, Vec v) { (Vec::loadu(p) + v).store(p); }
 
-// `v` in lanes begin..end-1, zero in the others.
-inline Vec keep_lanes(Vec v, int64_t begin, int64_t end) {
+// `v` in lanes begin..end-1, `other` outside.
+inline Vec keep_lanes(Vec v, Vec other, int64_t begin, int64_t end) {
   const Vec lane = Vec::arange(0.f, 1.f);
   const Vec inside = (lane >= Vec(static_cast<float>(begin))) & (lane < Vec(static_cast<float>(end)));
-  return Vec::blendv(Vec(0.f), v, inside);
+  return Vec::blendv(other, v, inside);
 }
 
 // An operand type T of matrix products. The right-hand matrix [k, n] is stored as brgemm wants
@@ -137,6 +132,15 @@ inline Vec exp2(Vec t) {
     p = at::vec::fmadd(p, r, Vec(1.f));
   }
   return scale_by_power(p, n);
+}
+
+// a / b, as accurately as operands of products need.
+template <class T>
+inline Vec quotient(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (Operand<T>::kPack == 2) return a * Vec(_mm512_rcp14_ps(b));
+#endif
+  return a / b;
 }
 
 constexpr float kLog2E = 1.4426950408889634f;
