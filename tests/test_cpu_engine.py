@@ -250,7 +250,8 @@ def test_a_compiled_step_on_the_engine_is_one_graph_with_the_same_numbers():
     eager = torch.autograd.grad(loss(), tensors, allow_unused=True)
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    for expected, grad in zip(eager, torch.autograd.grad(compiled(), tensors, allow_unused=True)):
+    grads = torch.autograd.grad(compiled(), tensors, allow_unused=True)
+    for expected, grad in zip(eager, grads, strict=True):
         assert (expected is None) == (grad is None)
         if grad is not None:
             torch.testing.assert_close(grad, expected, rtol=0, atol=0)
