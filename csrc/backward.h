@@ -148,7 +148,7 @@ class BackwardStep {
   }
 
   // x2 = x1 + Wproj gelu(fc) + bias, fc = Wfc LN2(x1) + bias: dx of x2 to dx of x1.
-  [[gnu::flatten]] void mlp(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  void mlp(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
     const BlockSums& sums = sums_.blocks[layer];
@@ -173,7 +173,7 @@ class BackwardStep {
   }
 
   // x1 = x0 + Wo attn + bias: d_attn, as operand.
-  [[gnu::flatten]] void attention_projection(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  void attention_projection(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     dx_to_operand(chunk, sums_.item_vectors.block(layer).attn_c_proj_bias);
     const PackedMatrix<T> attn{scratch_.right, scratch_.max_rows, D_};
     pack_rows(block.attn + chunk.begin * D_, D_, chunk.size(), attn);
@@ -190,7 +190,7 @@ class BackwardStep {
              });
   }
 
-  [[gnu::flatten]] void attention(const BlockActivations<T>& block) const {
+  void attention(const BlockActivations<T>& block) const {
     const int64_t S = problem_.seq_len, H = problem_.n_heads, head_dim = problem_.head_dim();
     const Range heads = team_.share(item_.n_sequences * H);
     for (int64_t index = heads.begin; index < heads.end; ++index) {
@@ -205,7 +205,7 @@ class BackwardStep {
   }
 
   // qkv = Wqkv LN1(x0) + bias: dx of x1 to dx of x0.
-  [[gnu::flatten]] void qkv(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  void qkv(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
     const int64_t width = 3 * D_, m = chunk.size();

@@ -127,7 +127,7 @@ class ForwardStep {
   }
 
   // x1 = x0 + Wo attn(h), but for the bias, and h = LN2(x1).
-  [[gnu::flatten]] void attention(int64_t layer, const BlockActivations<T>& block) const {
+  void attention(int64_t layer, const BlockActivations<T>& block) const {
     const Block<const float>& w = inputs_.blocks[layer];
     multiply(buffers_.h, D_, weights_.c_attn(layer), rows_, scratch_.tile, [&](const Tile& tile) {
       const float* bias = w.c_attn_bias + tile.columns.begin;
@@ -158,7 +158,7 @@ class ForwardStep {
   }
 
   // x2 = x1 + Wproj gelu(Wfc h), but for the last bias.
-  [[gnu::flatten]] void mlp(int64_t layer, const BlockActivations<T>& block) const {
+  void mlp(int64_t layer, const BlockActivations<T>& block) const {
     const float* bias = inputs_.blocks[layer].c_fc_bias;
     const int64_t width = 4 * D_;
     for (int64_t i = rows_.begin; i < rows_.end; i += ForwardScratch<T>::kMlpRows) {
