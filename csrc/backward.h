@@ -142,8 +142,10 @@ class BackwardStep {
                                       buffers_.dx,
                                       sums_.item_vectors.ln_f_weight(),
                                       sums_.item_vectors.ln_f_bias()};
-    layer_norm_backward<false>(ln, D_, rows_, [&](int64_t i, int64_t j) {
-      return Vec::loadu(buffers_.dx + i * D_ + j) + Vec::loadu(grad_state + i * D_ + j);
+    const int64_t D = D_;
+    const float* dz = buffers_.dx;
+    layer_norm_backward<false>(ln, D, rows_, [=](int64_t i, int64_t j) {
+      return Vec::loadu(dz + i * D + j) + Vec::loadu(grad_state + i * D + j);
     });
   }
 
@@ -255,11 +257,14 @@ class BackwardStep {
 
   // dx_operand = dx of the chunk; column_sums += its sum over rows.
   void dx_to_operand(Range chunk, float* column_sums) const {
-    for (int64_t j = 0; j < D_; j += kVec) {
+    const int64_t D = D_, m = chunk.size();
+    const float* from = buffers_.dx + chunk.begin * D;
+    T* to = scratch_.dx_operand;
+    for (int64_t j = 0; j < D; j += kVec) {
       Vec total(0.f);
-      for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-        const Vec dx = Vec::loadu(buffers_.dx + i * D_ + j);
-        Operand<T>::store(scratch_.dx_operand + (i - chunk.begin) * D_ + j, dx);
+      for (int64_t i = 0; i < m; ++i) {
+        const Vec dx = Vec::loadu(from + i * D + j);
+        Operand<T>::store(to + i * D + j, dx);
         total = total + dx;
       }
       add_to(column_sums + j, total);
@@ -283,10 +288,11 @@ class BackwardStep {
 
   // h = x_hat * weight + bias: the output of a LayerNorm, as the forward had it.
   void restore_norm(const T* x_hat, const float* weight, const float* bias, Range chunk) const {
+    const int64_t D = D_;
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-      T* h = scratch_.h + (i - chunk.begin) * D_;
-      for (int64_t j = 0; j < D_; j += kVec) {
-        const Vec v = Operand<T>::load(x_hat + i * D_ + j);
+      T* h = scratch_.h + (i - chunk.begin) * D;
+      for (int64_t j = 0; j < D; j += kVec) {
+        const Vec v = Operand<T>::load(x_hat + i * D + j);
         Operand<T>::store(h + j, at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j)));
       }
     }
@@ -296,8 +302,10 @@ class BackwardStep {
   void norm(const T* x_hat, const float* rstd, const float* weight, float* grad_weight,
             float* grad_bias, Range chunk) const {
     const LayerNormBackward<T> ln{x_hat, rstd, weight, buffers_.dx, grad_weight, grad_bias};
-    layer_norm_backward<true>(ln, D_, chunk, [&](int64_t i, int64_t j) {
-      return Vec::loadu(scratch_.dy + (i - chunk.begin) * D_ + j);
+    const int64_t D = D_, first = chunk.begin;
+    const float* dy = scratch_.dy;
+    layer_norm_backward<true>(ln, D, chunk, [=](int64_t i, int64_t j) {
+      return Vec::loadu(dy + (i - first) * D + j);
     });
   }
 

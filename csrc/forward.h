@@ -83,58 +83,63 @@ class ForwardStep {
   }
 
  private:
+  // Lambdas below capture pointers by value: a pointer that is read through `this` is read again
+  // after every store of a vector, as that may alias anything.
+
   // x0 and h = LN1(x0).
-  [[gnu::flatten]] void enter_block(int64_t layer, const float* z, const BlockActivations<T>& block) const {
-    const bool every_block = problem_.injection == Injection::kEveryBlock;
+  [[gnu::flatten]] void enter_block(int64_t layer, const float* z,
+                                    const BlockActivations<T>& block) const {
+    const int64_t D = D_, S = problem_.seq_len;
+    const float* e = inputs_.embeddings + item_.first_token() * D;
+    const float* p = inputs_.positions;
+    const auto at = [=](const float* rows, int64_t i, int64_t j) {
+      return Vec::loadu(rows + i * D + j);
+    };
     if (layer > 0) {
       const float* bias = inputs_.blocks[layer - 1].mlp_c_proj_bias;
-      norm_1(layer, block, [&](int64_t i, int64_t j) {
-        const Vec x = Vec::loadu(buffers_.x + i * D_ + j) + Vec::loadu(bias + j);
-        return every_block ? x + embedding(i, j) : x;
+      const float* x = buffers_.x;
+      const bool every_block = problem_.injection == Injection::kEveryBlock;
+      norm_1(layer, block, [=](int64_t i, int64_t j) {
+        const Vec x_2 = at(x, i, j) + Vec::loadu(bias + j);
+        return every_block ? x_2 + at(e, i, j) : x_2;
       });
       return;
     }
-    const auto z_at = [&](int64_t i, int64_t j) { return Vec::loadu(z + i * D_ + j); };
     switch (problem_.injection) {
       case Injection::kAdd:
       case Injection::kEveryBlock:  // the same in the first block
-        norm_1(layer, block, [&](int64_t i, int64_t j) {
-          return z_at(i, j) + embedding(i, j) + position(i, j);
-        });
+        norm_1(layer, block,
+               [=](int64_t i, int64_t j) { return at(z, i, j) + at(e, i, j) + at(p, i % S, j); });
         break;
       case Injection::kMul:
-        norm_1(layer, block, [&](int64_t i, int64_t j) {
-          return at::vec::fmadd(z_at(i, j), embedding(i, j), position(i, j));
+        norm_1(layer, block, [=](int64_t i, int64_t j) {
+          return at::vec::fmadd(at(z, i, j), at(e, i, j), at(p, i % S, j));
         });
         break;
       case Injection::kNone:
-        norm_1(layer, block, [&](int64_t i, int64_t j) { return z_at(i, j) + position(i, j); });
+        norm_1(layer, block, [=](int64_t i, int64_t j) { return at(z, i, j) + at(p, i % S, j); });
         break;
     }
   }
 
   template <class Load>
-  void norm_1(int64_t layer, const BlockActivations<T>& block, Load&& load) const {
+  void norm_1(int64_t layer, const BlockActivations<T>& block, Load load) const {
     const Block<const float>& w = inputs_.blocks[layer];
     norm(load, w.ln_1_weight, w.ln_1_bias, block.x_hat_1, block.rstd_1);
   }
 
-  Vec embedding(int64_t i, int64_t j) const {
-    return Vec::loadu(inputs_.embeddings + (item_.first_token() + i) * D_ + j);
-  }
-  Vec position(int64_t i, int64_t j) const {
-    return Vec::loadu(inputs_.positions + i % problem_.seq_len * D_ + j);
-  }
-
   // x1 = x0 + Wo attn(h), but for the bias, and h = LN2(x1).
   void attention(int64_t layer, const BlockActivations<T>& block) const {
-    const Block<const float>& w = inputs_.blocks[layer];
-    multiply(buffers_.h, D_, weights_.c_attn(layer), rows_, scratch_.tile, [&](const Tile& tile) {
+    const Block<const float> w = inputs_.blocks[layer];
+    const int64_t D = D_;
+    T* qkv = block.qkv;
+    multiply(buffers_.h, D, weights_.c_attn(layer), rows_, scratch_.tile, [=](const Tile& tile) {
       const float* bias = w.c_attn_bias + tile.columns.begin;
       for (int64_t r = 0; r < tile.rows.size(); ++r) {
-        T* row = block.qkv + (tile.rows.begin + r) * 3 * D_ + tile.columns.begin;
+        T* row = qkv + (tile.rows.begin + r) * 3 * D + tile.columns.begin;
+        const float* from = tile.data + r * kPanel;
         for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
-          Operand<T>::store(row + j, Vec::loadu(tile.data + r * kPanel + j) + Vec::loadu(bias + j));
+          Operand<T>::store(row + j, Vec::loadu(from + j) + Vec::loadu(bias + j));
         }
       }
     });
@@ -151,8 +156,10 @@ class ForwardStep {
     }
     team_.wait();  // all heads' outputs are there
     multiply_into(block.attn, D_, weights_.attn_c_proj(layer), rows_, buffers_.x, true);
-    const auto x_1 = [&](int64_t i, int64_t j) {
-      return Vec::loadu(buffers_.x + i * D_ + j) + Vec::loadu(w.attn_c_proj_bias + j);
+    const float* x = buffers_.x;
+    const float* bias = w.attn_c_proj_bias;
+    const auto x_1 = [=](int64_t i, int64_t j) {
+      return Vec::loadu(x + i * D + j) + Vec::loadu(bias + j);
     };
     norm(x_1, w.ln_2_weight, w.ln_2_bias, block.x_hat_2, block.rstd_2);
   }
@@ -180,9 +187,11 @@ class ForwardStep {
 
   // hidden = gelu(tile + bias), and its argument to fc [rows][kPanel] unless that is null.
   static void gelu_tile(const Tile& tile, const float* bias, T* fc, T* hidden, int64_t ld) {
-    for (int64_t r = 0; r < tile.rows.size(); ++r) {
+    const float* from = tile.data;
+    const int64_t m = tile.rows.size();
+    for (int64_t r = 0; r < m; ++r) {
       for (int64_t j = 0; j < kPanel; j += kVec) {
-        const Vec x = Vec::loadu(tile.data + r * kPanel + j) + Vec::loadu(bias + j);
+        const Vec x = Vec::loadu(from + r * kPanel + j) + Vec::loadu(bias + j);
         if (fc) Operand<T>::store(fc + r * kPanel + j, x);
         Operand<T>::store(hidden + r * ld + j, gelu<T>(x));
       }
@@ -190,31 +199,38 @@ class ForwardStep {
   }
 
   [[gnu::flatten]] void final_norm(float* z_next, const StepActivations<T>* saved) const {
-    const float* bias = inputs_.blocks[problem_.n_layer - 1].mlp_c_proj_bias;
+    const int64_t D = D_;
+    const float* x = buffers_.x;
+    const float* last_bias = inputs_.blocks[problem_.n_layer - 1].mlp_c_proj_bias;
+    const float* weight = inputs_.ln_f_weight;
+    const float* bias = inputs_.ln_f_bias;
     const FinalActivations final = saved ? saved->final() : FinalActivations{};
+    float* saved_x_hat = final.x_hat;
     normalize(
-        rows_, D_, buffers_.x,
-        [&](int64_t i, int64_t j) {
-          return Vec::loadu(buffers_.x + i * D_ + j) + Vec::loadu(bias + j);
+        rows_, D, buffers_.x,
+        [=](int64_t i, int64_t j) {
+          return Vec::loadu(x + i * D + j) + Vec::loadu(last_bias + j);
         },
-        [&](int64_t i, int64_t j, Vec x_hat) {
-          at::vec::fmadd(x_hat, Vec::loadu(inputs_.ln_f_weight + j),
-                         Vec::loadu(inputs_.ln_f_bias + j))
-              .store(z_next + i * D_ + j);
-          if (final.x_hat) x_hat.store(final.x_hat + i * D_ + j);
+        [=](int64_t i, int64_t j, Vec x_hat) {
+          const Vec z = at::vec::fmadd(x_hat, Vec::loadu(weight + j), Vec::loadu(bias + j));
+          z.store(z_next + i * D + j);
+          if (saved_x_hat) x_hat.store(saved_x_hat + i * D + j);
         },
         final.rstd);
   }
 
   // x = load(row, column) and h = LN(x).
   template <class Load>
-  void norm(Load&& load, const float* weight, const float* bias, T* x_hat, float* rstd) const {
+  [[gnu::flatten]] void norm(Load load, const float* weight, const float* bias, T* x_hat,
+                             float* rstd) const {
+    const int64_t D = D_;
+    T* h = buffers_.h;
     normalize(
-        rows_, D_, buffers_.x, load,
-        [&](int64_t i, int64_t j, Vec v) {
+        rows_, D, buffers_.x, load,
+        [=](int64_t i, int64_t j, Vec v) {
           const Vec y = at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j));
-          Operand<T>::store(buffers_.h + i * D_ + j, y);
-          if (x_hat) Operand<T>::store(x_hat + i * D_ + j, v);
+          Operand<T>::store(h + i * D + j, y);
+          if (x_hat) Operand<T>::store(x_hat + i * D + j, v);
         },
         rstd);
   }

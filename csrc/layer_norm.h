@@ -15,7 +15,7 @@ constexpr float kLayerNormEps = 1e-5f;  // config.LAYER_NORM_EPS
 
 // Normalises rows i..i + kRows - 1 together: sums of one row alone would wait for each other.
 template <int kRows, class Load, class Emit>
-inline void normalize_rows(int64_t i, int64_t D, float* x, Load&& load, Emit&& emit,
+inline void normalize_rows(int64_t i, int64_t D, float* x, Load load, Emit emit,
                            float* rstd_out) {
   Vec sum_0[kRows], sum_1[kRows], mean[kRows], rstd[kRows];
   for (int r = 0; r < kRows; ++r) sum_0[r] = sum_1[r] = Vec(0.f);
@@ -56,7 +56,7 @@ inline void normalize_rows(int64_t i, int64_t D, float* x, Load&& load, Emit&& e
 // Normalises rows of x [., D]: x = load(row, column) first, then emit(row, column, x_hat) for
 // every vector. rstd: 1 / std of each row; null where it is not wanted.
 template <class Load, class Emit>
-inline void normalize(Range rows, int64_t D, float* x, Load&& load, Emit&& emit, float* rstd) {
+inline void normalize(Range rows, int64_t D, float* x, Load load, Emit emit, float* rstd) {
   int64_t i = rows.begin;
   for (; i + 2 <= rows.end; i += 2) normalize_rows<2>(i, D, x, load, emit, rstd);
   if (i < rows.end) normalize_rows<1>(i, D, x, load, emit, rstd);
@@ -75,7 +75,7 @@ struct LayerNormBackward {
 
 // dx (+)= rstd * (g - mean(g) - x_hat * mean(g * x_hat)), g = dy * weight; dy(row, j) is a Vec.
 template <bool kAccumulate, class X, class Dy>
-inline void layer_norm_backward(const LayerNormBackward<X>& ln, int64_t D, Range rows, Dy&& dy) {
+inline void layer_norm_backward(const LayerNormBackward<X> ln, int64_t D, Range rows, Dy dy) {
   constexpr int64_t kRows = 4;  // sums over rows stay in registers for as many
   for (int64_t i = rows.begin; i < rows.end; i += kRows) {
     const int64_t m = rows.end - i < kRows ? rows.end - i : kRows;
