@@ -273,7 +273,7 @@ MEMORY = """
             (predictions - ys).square().mean().backward()
     step(1)  # libraries, compiled kernels
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(32)
+    step(16)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
