@@ -7,6 +7,8 @@ Parameters carry the official state-dict names (``_read_in.weight``,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +78,15 @@ class _Backbone(nn.Module):
 
     def op_weights(self) -> list[Tensor]:
         """``weights`` of ``ops.loop``."""
-        ln_f = self.transformer["ln_f"]
-        weights = [w for block in self.transformer["h"] for w in block.op_weights()]
+        blocks = cast(Iterable[_Block], self.transformer["h"])
+        ln_f = cast(nn.LayerNorm, self.transformer["ln_f"])
+        weights = [w for block in blocks for w in block.op_weights()]
         return [*weights, ln_f.weight, ln_f.bias]
+
+    @property
+    def positions(self) -> Tensor:
+        """The learned positions, [2 * n_positions + 1, D]."""
+        return cast(nn.Embedding, self.transformer["wpe"]).weight
 
 
 def interleave(xs: Tensor, ys: Tensor) -> Tensor:
@@ -159,7 +167,7 @@ class LoopedTransformer(nn.Module):
             state = embeddings
         states = ops.loop(
             embeddings,
-            self._backbone.transformer["wpe"].weight[: embeddings.shape[1]],
+            self._backbone.positions[: embeddings.shape[1]],
             state,
             self._backbone.op_weights(),
             n_heads=self.config.n_head,
