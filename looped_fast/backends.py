@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from looped_fast import cpu_engine
 from looped_fast.errors import unknown_name
 
 
@@ -49,7 +50,16 @@ def _why_not_triton(problem: Problem) -> str | None:
 
 
 def _why_not_cpu(problem: Problem) -> str | None:
-    return "this version has no CPU engine yet"
+    D, head_dim = problem.n_embd, problem.n_embd // problem.n_heads
+    if problem.device != "cpu":
+        return f"tensors are on {problem.device}"
+    if problem.dtype != torch.float32:
+        return f"it takes float32 tensors, not {problem.dtype}"
+    if D % 32 or D > cpu_engine.MAX_WIDTH:
+        return f"D = {D} is not a multiple of 32 up to {cpu_engine.MAX_WIDTH}"
+    if head_dim % 8:
+        return f"head_dim = {head_dim} is not a multiple of 8"
+    return cpu_engine.why_not_precision(problem.precision)
 
 
 def _why_not_reference(problem: Problem) -> str | None:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from looped_fast import backends, reference
+from looped_fast import backends, cpu_engine, reference
 from looped_fast.config import INJECTIONS, check_window
 from looped_fast.errors import unknown_name
 
 _library = torch.library.Library("looped_fast", "DEF")
 _library.define(
     "loop(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, int n_heads, "
-    "int n_loops, int window, str injection, str precision, str backend) -> Tensor"
+    "int n_loops, int window, str injection, str precision, str checkpoint, str backend) -> Tensor"
 )
 
 
@@ -33,14 +33,16 @@ def _run(
     window: int,
     injection: str,
     precision: str,
+    checkpoint: str,
     backend: str,
 ) -> Tensor:
     problem = _problem(embeddings, weights, n_heads, n_loops, window, injection, precision)
     chosen = backends.explain(problem, backend).chosen
-    assert chosen == "reference", chosen
-    return reference.loop(
-        embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision
-    )
+    run = {"reference": reference.loop, "cpu": cpu_engine.loop}[chosen]
+    return run(
+        embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
+        checkpoint,
+    )  # fmt: skip
 
 
 # One function under both keys: below autograd it only computes, at autograd it is differentiated.
@@ -50,8 +52,9 @@ _library.impl("loop", _run, "Autograd")
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
 def _fake(
-    embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision, backend
-):
+    embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
+    checkpoint, backend,
+):  # fmt: skip
     return embeddings.new_empty((window, *embeddings.shape))
 
 
@@ -83,6 +86,7 @@ def loop(
     window: int,
     injection: str = "add",
     precision: str = "fp32",
+    checkpoint: str = "none",
     backend: str = "auto",
 ) -> Tensor:
     """Run a shared stack of transformer blocks ``n_loops`` times and return the last states.
@@ -98,6 +102,8 @@ def loop(
         window: how many of the last steps W carry gradient and are returned.
         injection: ``add``, ``mul``, ``none`` or ``every_block`` (see ``ModelConfig``).
         precision: operands of matrix products: ``fp32`` (as given), ``bf16`` or ``fp16``.
+        checkpoint: what the backward keeps: ``none`` checkpoints, all activations; or ``state``,
+            the states alone, and recomputes a step's activations from the state before it.
         backend: ``auto``, or one of ``backends.BACKENDS`` to force it.
 
     Returns:
@@ -117,6 +123,8 @@ def loop(
         raise unknown_name("injection", injection, INJECTIONS)
     if precision not in reference.PRECISIONS:
         raise unknown_name("precision", precision, reference.PRECISIONS)
+    if checkpoint not in reference.CHECKPOINTS:
+        raise unknown_name("checkpoint", checkpoint, reference.CHECKPOINTS)
     if precision != "fp32" and embeddings.dtype != torch.float32:
         raise ValueError(
             f"precision {precision!r} needs float32 tensors, not {embeddings.dtype}; "
@@ -124,7 +132,7 @@ def loop(
         )
     return torch.ops.looped_fast.loop(
         embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
-        precision, backend,
+        precision, checkpoint, backend,
     )  # fmt: skip
 
 

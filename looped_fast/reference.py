@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from looped_fast.config import LAYER_NORM_EPS
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = tuple(AUTOCAST_DTYPES)
+CHECKPOINTS = ("none", "state")
 
 
 class Block(NamedTuple):
@@ -105,6 +107,7 @@ def loop(
     window: int,
     injection: str,
     precision: str,
+    checkpoint: str = "none",
 ) -> Tensor:
     """The states after each of the last ``window`` of ``n_loops`` steps: [W, B, S, D].
 
@@ -119,7 +122,11 @@ def loop(
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         for i in range(n_loops):
             with torch.no_grad() if i < n_loops - window else nullcontext():
-                state = step(state, embeddings, positions, weights, n_heads, injection)
+                arguments = (state, embeddings, positions, weights, n_heads, injection)
+                if checkpoint == "state":
+                    state = torch.utils.checkpoint.checkpoint(step, *arguments, use_reentrant=False)
+                else:
+                    state = step(*arguments)
             if i >= n_loops - window:
                 states.append(state)
     return torch.stack(states)

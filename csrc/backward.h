@@ -1,0 +1,430 @@
+// The loop's backward: forward.h in reverse, step by step over the window.
+//
+// Products are of two kinds: gradients of inputs, dx = dy w, tile by tile like the forward's; and
+// gradients of weights, dw = dy^T x, summed per thread (weight_gradients.h) a chunk of rows at a
+// time. Everything but attention is again a matter of rows.
+#pragma once
+
+#include <optional>
+
+#include "attention_backward.h"
+#include "forward.h"
+#include "weight_gradients.h"
+
+namespace looped_fast {
+inline namespace CPU_CAPABILITY {
+
+// Buffers that the team of an item shares. All fp32 ones are gradients of the residual stream.
+template <class T>
+struct BackwardBuffers {
+  float* dz;      // [rows, D], of the step's output
+  float* dx;      // [rows, D], of the point that the backward has reached
+  float* dx_sum;  // [rows, D], of x0, summed over steps
+  T* d_attn;      // [rows, D], of attention before its output projection
+  T* d_qkv;       // [rows, 3 D]
+
+  BackwardBuffers(Arena& arena, const Problem& p)
+      : dz(arena.take<float>(rows_per_item(p) * p.n_embd)),
+        dx(arena.take<float>(rows_per_item(p) * p.n_embd)),
+        dx_sum(arena.take<float>(rows_per_item(p) * p.n_embd)),
+        d_attn(arena.take<T>(rows_per_item(p) * p.n_embd)),
+        d_qkv(arena.take<T>(rows_per_item(p) * p.n_embd * 3)) {}
+};
+
+// One thread's own, for a chunk of at most kChunkRows rows.
+template <class T>
+struct BackwardScratch {
+  static constexpr int64_t kChunkRows = 128;
+
+  int64_t max_rows;  // in a chunk, even
+  float* tile;       // [kTileRows][kPanel]
+  T* dx_operand;     // [max_rows, D], dx as left-hand matrix
+  T* h;              // [max_rows, D], output of a LayerNorm, recomputed
+  T* d_fc;           // [max_rows, 4 D]
+  float* dy;         // [max_rows, D], gradient of h
+  T* left;           // [D][max_rows], the transposed side of a weight's gradient
+  T* right;          // [max_rows, 4 D] in panels, the other side
+  T* d_fc_right;     // likewise
+  AttentionBackwardScratch<T> attention;
+
+  BackwardScratch(Arena& arena, const Problem& p)
+      : max_rows((std::min(kChunkRows, rows_per_item(p)) + 1) / 2 * 2),
+        tile(arena.take<float>(kTileRows * kPanel)),
+        dx_operand(arena.take<T>(max_rows * p.n_embd)),
+        h(arena.take<T>(max_rows * p.n_embd)),
+        d_fc(arena.take<T>(max_rows * p.n_embd * 4)),
+        dy(arena.take<float>(max_rows * p.n_embd)),
+        left(arena.take<T>(max_rows * p.n_embd)),
+        right(arena.take<T>(max_rows * p.n_embd * 4)),
+        d_fc_right(arena.take<T>(max_rows * p.n_embd * 4)),
+        attention(arena, p.seq_len, p.head_dim()) {}
+};
+
+// One loop step on one item, by one member of its team.
+template <class T>
+class BackwardStep {
+ public:
+  BackwardStep(const Problem& problem, const Inputs& inputs, const PackedWeights<T>& weights,
+               const Gradients& gradients, const BackwardBuffers<T>& buffers,
+               const BackwardScratch<T>& scratch, const ThreadSums& sums, const Item& item,
+               const Team& team)
+      : problem_(problem),
+        inputs_(inputs),
+        weights_(weights),
+        gradients_(gradients),
+        buffers_(buffers),
+        scratch_(scratch),
+        sums_(sums),
+        item_(item),
+        team_(team),
+        D_(problem.n_embd),
+        rows_(team.share(item.rows(), 2)) {}
+
+  void begin_item() const {
+    clear_rows(buffers_.dz);
+    clear_rows(buffers_.dx_sum);
+    if (has_embedding_sums()) clear_rows(gradients_.embeddings + first());
+  }
+
+  // From the gradient of z', which is dz + grad_state, to that of z, which becomes dz.
+  // grad_state, z: [rows, D], the item's.
+  void run(const float* grad_state, const float* z, const StepActivations<T>& saved) const {
+    final_norm(grad_state, saved.final());
+    for (int64_t layer = problem_.n_layer - 1; layer >= 0; --layer) {
+      const BlockActivations<T> block = saved.block(layer);
+      for_each_chunk([&](Range chunk) {
+        mlp(layer, block, chunk);
+        attention_projection(layer, block, chunk);
+      });
+      team_.wait();  // all rows' d_attn are there
+      attention(block);
+      team_.wait();  // all heads' d_qkv are there
+      for_each_chunk([&](Range chunk) { qkv(layer, block, chunk); });
+      if (problem_.injection == Injection::kEveryBlock) {
+        add_rows(buffers_.dx, gradients_.embeddings + first());
+      }
+    }
+    add_rows(buffers_.dx, buffers_.dx_sum);
+    inject(z);
+  }
+
+  void end_item() const {
+    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+      const float* row = buffers_.dx_sum + i * D_;
+      float* position = sums_.positions + i % problem_.seq_len * D_;
+      for (int64_t j = 0; j < D_; j += kVec) add_to(position + j, Vec::loadu(row + j));
+    }
+    if (problem_.injection == Injection::kAdd) {
+      copy_rows(buffers_.dx_sum, gradients_.embeddings + first());
+    }
+    if (gradients_.state) copy_rows(buffers_.dz, gradients_.state + first());
+    sums_.end_item();
+  }
+
+ private:
+  bool has_embedding_sums() const {
+    return problem_.injection == Injection::kMul || problem_.injection == Injection::kEveryBlock;
+  }
+  int64_t first() const { return item_.first_token() * D_; }
+
+  template <class F>
+  void for_each_chunk(F&& f) const {
+    const int64_t n = rows_.size(), size = scratch_.max_rows;
+    const int64_t n_chunks = (n + size - 1) / size;
+    for (int64_t i = 0; i < n_chunks; ++i) {
+      const Range part = split(n, i, n_chunks, 2);
+      f(Range{rows_.begin + part.begin, rows_.begin + part.end});
+    }
+  }
+
+  void final_norm(const float* grad_state, const FinalActivations& final) const {
+    const LayerNormBackward<float> ln{final.x_hat,
+                                      final.rstd,
+                                      inputs_.ln_f_weight,
+                                      buffers_.dx,
+                                      sums_.item_vectors.ln_f_weight(),
+                                      sums_.item_vectors.ln_f_bias()};
+    layer_norm_backward<false>(ln, D_, rows_, [&](int64_t i, int64_t j) {
+      return Vec::loadu(buffers_.dz + i * D_ + j) + Vec::loadu(grad_state + i * D_ + j);
+    });
+  }
+
+  // x2 = x1 + Wproj gelu(fc) + bias, fc = Wfc LN2(x1) + bias: dx of x2 to dx of x1.
+  void mlp(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+    const Block<const float>& w = inputs_.blocks[layer];
+    const Block<float> grad = sums_.item_vectors.block(layer);
+    const BlockSums& sums = sums_.blocks[layer];
+    const int64_t m = chunk.size(), width = 4 * D_;
+    dx_to_operand(chunk, grad.mlp_c_proj_bias);
+    const PackedMatrix<T> hidden{scratch_.right, scratch_.max_rows, width};
+    const PackedMatrix<T> d_fc{scratch_.d_fc_right, scratch_.max_rows, width};
+    multiply(scratch_.dx_operand, D_, weights_.mlp_c_proj(layer), {0, m}, scratch_.tile,
+             [&](const Tile& tile) {
+               const int64_t column = tile.columns.begin, row = tile.rows.begin;
+               const int64_t packed = packed_offset<T>(row, 0, kPanel);
+               gelu_tile(tile, block.fc + column * item_.rows() + (chunk.begin + row) * kPanel,
+                         scratch_.d_fc + row * width + column, width,
+                         d_fc.panel(column / kPanel) + packed,
+                         hidden.panel(column / kPanel) + packed, grad.c_fc_bias + column);
+             });
+    add_weight_gradient(sums.mlp_c_proj, scratch_.dx_operand, hidden, m);
+    multiply_into(scratch_.d_fc, width, weights_.c_fc(layer), {0, m}, scratch_.dy, false);
+    restore_norm(block.x_hat_2, w.ln_2_weight, w.ln_2_bias, chunk);
+    add_weight_gradient(sums.c_fc_t, scratch_.h, d_fc, m);
+    norm(block.x_hat_2, block.rstd_2, w.ln_2_weight, grad.ln_2_weight, grad.ln_2_bias, chunk);
+  }
+
+  // x1 = x0 + Wo attn + bias: d_attn, as operand.
+  void attention_projection(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+    dx_to_operand(chunk, sums_.item_vectors.block(layer).attn_c_proj_bias);
+    const PackedMatrix<T> attn{scratch_.right, scratch_.max_rows, D_};
+    pack_rows(block.attn + chunk.begin * D_, D_, chunk.size(), attn);
+    add_weight_gradient(sums_.blocks[layer].attn_c_proj, scratch_.dx_operand, attn, chunk.size());
+    multiply(scratch_.dx_operand, D_, weights_.attn_c_proj(layer), {0, chunk.size()},
+             scratch_.tile, [&](const Tile& tile) {
+               for (int64_t r = 0; r < tile.rows.size(); ++r) {
+                 T* row = buffers_.d_attn + (chunk.begin + tile.rows.begin + r) * D_;
+                 for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
+                   Operand<T>::store(row + tile.columns.begin + j,
+                                     Vec::loadu(tile.data + r * kPanel + j));
+                 }
+               }
+             });
+  }
+
+  void attention(const BlockActivations<T>& block) const {
+    const int64_t S = problem_.seq_len, H = problem_.n_heads, head_dim = problem_.head_dim();
+    const Range heads = team_.share(item_.n_sequences * H);
+    for (int64_t index = heads.begin; index < heads.end; ++index) {
+      const int64_t row = index / H * S, column = index % H * head_dim;
+      const T* q = block.qkv + row * 3 * D_ + column;
+      const Head<T> head{q, q + D_, q + 2 * D_, 3 * D_, S, head_dim};
+      T* dq = buffers_.d_qkv + row * 3 * D_ + column;
+      attention_backward(head, block.attn + row * D_ + column, buffers_.d_attn + row * D_ + column,
+                         D_, block.log_sum_exp + index * S, dq, dq + D_, dq + 2 * D_,
+                         scratch_.attention);
+    }
+  }
+
+  // qkv = Wqkv LN1(x0) + bias: dx of x1 to dx of x0.
+  void qkv(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+    const Block<const float>& w = inputs_.blocks[layer];
+    const Block<float> grad = sums_.item_vectors.block(layer);
+    const int64_t width = 3 * D_, m = chunk.size();
+    const T* d_qkv = buffers_.d_qkv + chunk.begin * width;
+    add_column_sums(d_qkv, m, width, grad.c_attn_bias);
+    const PackedMatrix<T> d_qkv_right{scratch_.right, scratch_.max_rows, width};
+    pack_rows(d_qkv, width, m, d_qkv_right);
+    restore_norm(block.x_hat_1, w.ln_1_weight, w.ln_1_bias, chunk);
+    add_weight_gradient(sums_.blocks[layer].c_attn_t, scratch_.h, d_qkv_right, m);
+    multiply_into(d_qkv, width, weights_.c_attn(layer), {0, m}, scratch_.dy, false);
+    norm(block.x_hat_1, block.rstd_1, w.ln_1_weight, grad.ln_1_weight, grad.ln_1_bias, chunk);
+  }
+
+  // x0 = inject(z, e) + p: dx to dz, and to the gradient of e where that is not dx_sum.
+  void inject(const float* z) const {
+    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+      for (int64_t j = 0; j < D_; j += kVec) {
+        const int64_t at = i * D_ + j;
+        Vec dz = Vec::loadu(buffers_.dx + at);
+        if (problem_.injection == Injection::kMul) {
+          add_to(gradients_.embeddings + first() + at, dz * Vec::loadu(z + at));
+          dz = dz * Vec::loadu(inputs_.embeddings + first() + at);
+        }
+        dz.store(buffers_.dz + at);
+      }
+    }
+  }
+
+  // d_fc = d_hidden gelu'(fc) as left- and right-hand matrix, and gelu(fc) as right-hand one.
+  // tile: d_hidden; fc: [rows][kPanel].
+  static void gelu_tile(const Tile& tile, const T* fc, T* d_fc, int64_t ld, T* d_fc_right,
+                        T* hidden_right, float* bias_sum) {
+    const int64_t m = tile.rows.size();
+    for (int64_t j = 0; j < kPanel; j += kVec) {
+      Vec total(0.f);
+      for (int64_t r = 0; r < m; r += 2) {
+        Vec d[2] = {Vec(0.f), Vec(0.f)}, hidden[2] = {Vec(0.f), Vec(0.f)};
+        for (int64_t e = 0; e < 2 && r + e < m; ++e) {
+          const auto gelu =
+              gelu_and_derivative<T>(Operand<T>::load(fc + (r + e) * kPanel + j));
+          hidden[e] = gelu.value;
+          d[e] = gelu.derivative * Vec::loadu(tile.data + (r + e) * kPanel + j);
+          Operand<T>::store(d_fc + (r + e) * ld + j, d[e]);
+        }
+        total = total + (d[0] + d[1]);
+        Operand<T>::store_rows(d_fc_right + packed_offset<T>(r, j, kPanel), kPanel, d[0], d[1]);
+        Operand<T>::store_rows(hidden_right + packed_offset<T>(r, j, kPanel), kPanel, hidden[0],
+                               hidden[1]);
+      }
+      add_to(bias_sum + j, total);
+    }
+  }
+
+  // dx_operand = dx of the chunk; column_sums += its sum over rows.
+  void dx_to_operand(Range chunk, float* column_sums) const {
+    for (int64_t j = 0; j < D_; j += kVec) {
+      Vec total(0.f);
+      for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+        const Vec dx = Vec::loadu(buffers_.dx + i * D_ + j);
+        Operand<T>::store(scratch_.dx_operand + (i - chunk.begin) * D_ + j, dx);
+        total = total + dx;
+      }
+      add_to(column_sums + j, total);
+    }
+  }
+
+  static void add_column_sums(const T* rows, int64_t m, int64_t width, float* column_sums) {
+    for (int64_t j = 0; j < width; j += kVec) {
+      Vec total(0.f);
+      for (int64_t i = 0; i < m; ++i) total = total + Operand<T>::load(rows + i * width + j);
+      add_to(column_sums + j, total);
+    }
+  }
+
+  // sums += left^T right over the chunk's m rows. left: [m, D].
+  void add_weight_gradient(const TiledMatrix& sums, const T* left, const PackedMatrix<T>& right,
+                           int64_t m) const {
+    transpose_rows(left, D_, m, D_, scratch_.left, scratch_.max_rows);
+    add_product(sums, scratch_.left, scratch_.max_rows, right, round_up_to_pack<T>(m));
+  }
+
+  // h = x_hat * weight + bias: the output of a LayerNorm, as the forward had it.
+  void restore_norm(const T* x_hat, const float* weight, const float* bias, Range chunk) const {
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      T* h = scratch_.h + (i - chunk.begin) * D_;
+      for (int64_t j = 0; j < D_; j += kVec) {
+        const Vec v = Operand<T>::load(x_hat + i * D_ + j);
+        Operand<T>::store(h + j, at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j)));
+      }
+    }
+  }
+
+  // dx += what the gradient dy of a LayerNorm's output gives its input.
+  void norm(const T* x_hat, const float* rstd, const float* weight, float* grad_weight,
+            float* grad_bias, Range chunk) const {
+    const LayerNormBackward<T> ln{x_hat, rstd, weight, buffers_.dx, grad_weight, grad_bias};
+    layer_norm_backward<true>(ln, D_, chunk, [&](int64_t i, int64_t j) {
+      return Vec::loadu(scratch_.dy + (i - chunk.begin) * D_ + j);
+    });
+  }
+
+  void clear_rows(float* dst) const {
+    std::fill(dst + rows_.begin * D_, dst + rows_.end * D_, 0.f);
+  }
+  void copy_rows(const float* src, float* dst) const {
+    std::copy(src + rows_.begin * D_, src + rows_.end * D_, dst + rows_.begin * D_);
+  }
+  void add_rows(const float* src, float* dst) const {
+    for (int64_t j = rows_.begin * D_; j < rows_.end * D_; j += kVec) {
+      add_to(dst + j, Vec::loadu(src + j));
+    }
+  }
+
+  const Problem& problem_;
+  const Inputs& inputs_;
+  const PackedWeights<T>& weights_;
+  const Gradients& gradients_;
+  const BackwardBuffers<T>& buffers_;
+  const BackwardScratch<T>& scratch_;
+  const ThreadSums& sums_;
+  const Item item_;
+  const Team team_;
+  const int64_t D_;
+  const Range rows_;
+};
+
+// Memory of a backward on n_threads threads.
+template <class T>
+struct BackwardPlan {
+  PackedWeights<T> weights;
+  std::vector<BackwardBuffers<T>> buffers;  // per thread, as owner of an item
+  std::vector<BackwardScratch<T>> scratch;  // per thread
+  std::vector<ThreadSums> sums;             // per thread
+  // To recompute activations, else empty:
+  std::optional<ForwardPlan<T>> forward;
+  std::vector<StepActivations<T>> activations;  // per thread, as owner of an item
+
+  BackwardPlan(Arena& arena, const Problem& problem, bool recompute, int n_threads)
+      : weights(arena, problem, PackedWeights<T>::kBackward) {
+    for (int i = 0; i < n_threads; ++i) {
+      buffers.emplace_back(arena, problem);
+      scratch.emplace_back(arena, problem);
+      sums.emplace_back(arena, problem);
+      if (recompute) activations.push_back(scratch_step<T>(problem, arena));
+    }
+    if (recompute) forward.emplace(arena, problem, n_threads);
+  }
+};
+
+template <class T>
+inline void loop_backward(const Problem& problem, const Inputs& inputs,
+                          const BackwardInputs& outer, const Gradients& gradients,
+                          void* workspace, int n_threads) {
+  const bool recompute = outer.saved.activations == nullptr;
+  Arena arena(workspace);
+  BackwardPlan<T> plan(arena, problem, recompute, n_threads);
+  parallel(n_threads, [&](int thread, int n) {
+    const Phase phase("looped_fast::pack_weights", thread);
+    plan.weights.pack(inputs.blocks, thread, n);
+    if (recompute) plan.forward->weights.pack(inputs.blocks, thread, n);
+    if (thread == 0) plan.sums.erase(plan.sums.begin() + n, plan.sums.end());  // threads we got
+  });
+  Barrier barrier;
+  parallel(n_threads, [&](int thread, int n) {
+    const BrgemmScope<T> brgemm_scope;
+    const ThreadSums& sums = plan.sums[thread];
+    sums.clear();
+    for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
+      const Phase phase("looped_fast::loop_steps_backward", thread);
+      const int64_t D = problem.n_embd, offset = item.first_token() * D;
+      const int64_t step_size = problem.n_tokens() * D;
+      const BackwardStep<T> step(problem, inputs, plan.weights, gradients, plan.buffers[owner],
+                                 plan.scratch[thread], sums, item, team);
+      step.begin_item();
+      for (int64_t w = problem.window - 1; w >= 0; --w) {
+        const float* z = w > 0               ? outer.states + (w - 1) * step_size
+                         : outer.saved.start ? outer.saved.start
+                                             : inputs.state;
+        z += offset;
+        const float* grad_state = outer.grad_states + w * step_size + offset;
+        if (recompute) {
+          const ForwardPlan<T>& forward = *plan.forward;
+          const StepActivations<T>& activations = plan.activations[owner];
+          ForwardStep<T>(problem, inputs, forward.weights, forward.buffers[owner],
+                         forward.scratch[thread], item, team)
+              .run(z, forward.buffers[owner].x, &activations);
+          step.run(grad_state, z, activations);
+        } else {
+          step.run(grad_state, z, saved_step<T>(problem, outer.saved, w, item));
+        }
+      }
+      step.end_item();
+    });
+  });
+  parallel(n_threads, [&](int thread, int n) {
+    const Phase phase("looped_fast::reduce_gradients", thread);
+    reduce(plan.sums, problem, gradients, thread, n);
+  });
+}
+
+template <class T>
+constexpr Engine make_engine() {
+  return {
+      [](const Problem& problem, int n_threads) {
+        Arena arena(nullptr);
+        ForwardPlan<T>(arena, problem, n_threads);
+        return arena.size();
+      },
+      loop_forward<T>,
+      [](const Problem& problem, bool recompute, int n_threads) {
+        Arena arena(nullptr);
+        BackwardPlan<T>(arena, problem, recompute, n_threads);
+        return arena.size();
+      },
+      loop_backward<T>,
+  };
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace looped_fast

@@ -1,0 +1,100 @@
+// What the CPU engine computes, in plain C++: no torch types, so that kernels compile fast.
+//
+// The engine runs `states = loop(embeddings, positions, state, weights)` (see
+// looped_fast/reference.py) and its gradient. Its kernels are templates over the operand type of
+// matrix products (float or at::BFloat16), compiled once per instruction set (kernels_*.cpp) and
+// reached through the function table `Engine`.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace looped_fast {
+
+enum class Injection : int64_t { kAdd, kMul, kNone, kEveryBlock };  // order of config.INJECTIONS
+
+struct Problem {
+  int64_t batch;     // B
+  int64_t seq_len;   // S
+  int64_t n_embd;    // D, a multiple of 32
+  int64_t n_heads;   // H
+  int64_t n_layer;   // L, blocks in one loop step
+  int64_t n_loops;   // b
+  int64_t window;    // W, last steps that are returned and carry gradient
+  Injection injection;
+
+  int64_t head_dim() const { return n_embd / n_heads; }
+  int64_t n_tokens() const { return batch * seq_len; }
+};
+
+// One block's tensors in the order of reference.Block: parameters, or their gradients.
+template <class Float>
+struct Block {
+  Float* ln_1_weight;         // [D]
+  Float* ln_1_bias;           // [D]
+  Float* c_attn_weight;       // [3D, D], rows are q, k, v
+  Float* c_attn_bias;         // [3D]
+  Float* attn_c_proj_weight;  // [D, D]
+  Float* attn_c_proj_bias;    // [D]
+  Float* ln_2_weight;         // [D]
+  Float* ln_2_bias;           // [D]
+  Float* c_fc_weight;         // [4D, D]
+  Float* c_fc_bias;           // [4D]
+  Float* mlp_c_proj_weight;   // [D, 4D]
+  Float* mlp_c_proj_bias;     // [D]
+};
+
+struct Inputs {
+  const float* embeddings;            // [B, S, D]
+  const float* positions;             // [S, D]
+  const float* state;                 // [B, S, D], z before the first step
+  const Block<const float>* blocks;   // [L]
+  const float* ln_f_weight;           // [D]
+  const float* ln_f_bias;             // [D]
+};
+
+// What the backward needs of the forward. Layouts: activations.h.
+struct Saved {
+  void* activations;  // operand type, [W, 10 L, B S D]; null: recompute from states
+  float* statistics;  // [W, (H + 2) L + 1 + D, B S]; null with activations
+  float* start;       // [B, S, D], z before the window; null where `state` is that
+};
+
+struct ForwardOutputs {
+  float* states;  // [W, B, S, D]
+  Saved saved;    // all null where no gradient is needed
+};
+
+struct BackwardInputs {
+  const float* grad_states;  // [W, B, S, D]
+  const float* states;       // [W, B, S, D]
+  Saved saved;
+};
+
+struct Gradients {
+  float* embeddings;           // [B, S, D]; null for Injection::kNone
+  float* positions;            // [S, D]
+  float* state;                // [B, S, D]; null unless the window covers every step
+  const Block<float>* blocks;  // [L]
+  float* ln_f_weight;          // [D]
+  float* ln_f_bias;            // [D]
+};
+
+// Kernels for one instruction set and operand type. `workspace` is 64-byte aligned memory of the
+// size that the matching *_workspace function names, in bytes.
+struct Engine {
+  size_t (*forward_workspace)(const Problem&, int n_threads);
+  void (*forward)(const Problem&, const Inputs&, const ForwardOutputs&, void* workspace,
+                  int n_threads);
+  size_t (*backward_workspace)(const Problem&, bool recompute, int n_threads);
+  void (*backward)(const Problem&, const Inputs&, const BackwardInputs&, const Gradients&,
+                   void* workspace, int n_threads);
+};
+
+#if defined(LOOPED_FAST_X86)
+extern const Engine kEngineAvx2Fp32;
+extern const Engine kEngineAvx512Fp32;
+extern const Engine kEngineAvx512Bf16;
+#endif
+
+}  // namespace looped_fast

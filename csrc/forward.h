@@ -1,0 +1,282 @@
+// The loop's forward:
+//
+//     x0 = inject(z, e) + p
+//     per block:  x1 = x0 + Wo attn(LN1(x0)) ;  x2 = x1 + Wproj gelu(Wfc LN2(x1))
+//     z' = LNf(x2)
+//
+// Every phase but attention works on rows, and a thread does its own rows of the team's item.
+#pragma once
+
+#include <vector>
+
+#include "activations.h"
+#include "attention.h"
+#include "gelu.h"
+#include "layer_norm.h"
+#include "weights.h"
+
+namespace looped_fast {
+inline namespace CPU_CAPABILITY {
+
+// Buffers that the team of an item shares.
+template <class T>
+struct ForwardBuffers {
+  float* x;  // [rows, D], residual stream
+  T* h;      // [rows, D], operand: output of a LayerNorm
+  T* qkv;    // [rows, 3 D], where activations are not saved
+  T* attn;   // [rows, D], likewise
+
+  ForwardBuffers(Arena& arena, const Problem& p)
+      : x(arena.take<float>(rows_per_item(p) * p.n_embd)),
+        h(arena.take<T>(rows_per_item(p) * p.n_embd)),
+        qkv(arena.take<T>(rows_per_item(p) * p.n_embd * 3)),
+        attn(arena.take<T>(rows_per_item(p) * p.n_embd)) {}
+};
+
+// One thread's own.
+template <class T>
+struct ForwardScratch {
+  static constexpr int64_t kMlpRows = 96;  // rows of the hidden layer that are in cache at a time
+
+  float* tile;  // [kTileRows][kPanel]
+  T* hidden;    // [kMlpRows, 4 D], GELU's output
+  AttentionScratch<T> attention;
+
+  ForwardScratch(Arena& arena, const Problem& p)
+      : tile(arena.take<float>(kTileRows * kPanel)),
+        hidden(arena.take<T>(kMlpRows * 4 * p.n_embd)),
+        attention(arena, p.seq_len, p.head_dim()) {}
+};
+
+// x of one row at the start of a step, before positions of every_block's first block.
+inline void inject_row(Injection injection, int64_t D, const float* z, const float* e,
+                       const float* p, float* x) {
+  for (int64_t j = 0; j < D; j += kVec) {
+    Vec v = Vec::loadu(z + j);
+    if (injection == Injection::kAdd) v = v + Vec::loadu(e + j);
+    if (injection == Injection::kMul) v = v * Vec::loadu(e + j);
+    (v + Vec::loadu(p + j)).store(x + j);
+  }
+}
+
+// One loop step on one item, by one member of its team.
+template <class T>
+class ForwardStep {
+ public:
+  ForwardStep(const Problem& problem, const Inputs& inputs, const PackedWeights<T>& weights,
+              const ForwardBuffers<T>& buffers, const ForwardScratch<T>& scratch, const Item& item,
+              const Team& team)
+      : problem_(problem),
+        inputs_(inputs),
+        weights_(weights),
+        buffers_(buffers),
+        scratch_(scratch),
+        item_(item),
+        team_(team),
+        D_(problem.n_embd),
+        rows_(team.share(item.rows(), 2)) {}
+
+  // z and z_next: [rows, D], the item's; they may be the same. `saved`: null to save nothing.
+  void run(const float* z, float* z_next, const StepActivations<T>* saved) const {
+    for (int64_t layer = 0; layer < problem_.n_layer; ++layer) {
+      BlockActivations<T> block{};
+      if (saved) {
+        block = saved->block(layer);
+      } else {
+        block.qkv = buffers_.qkv;
+        block.attn = buffers_.attn;
+      }
+      enter_block(layer, z, block);
+      attention(layer, block);
+      mlp(layer, block);
+    }
+    final_norm(z_next, saved);
+  }
+
+ private:
+  // x0 and h = LN1(x0).
+  void enter_block(int64_t layer, const float* z, const BlockActivations<T>& block) const {
+    const Block<const float>& w = inputs_.blocks[layer];
+    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+      float* x = buffers_.x + i * D_;
+      const float* e = inputs_.embeddings + (item_.first_token() + i) * D_;
+      if (layer == 0) {
+        const float* p = inputs_.positions + i % problem_.seq_len * D_;
+        inject_row(problem_.injection, D_, z + i * D_, e, p, x);
+      } else {
+        add_row(x, inputs_.blocks[layer - 1].mlp_c_proj_bias);
+      }
+      if (problem_.injection == Injection::kEveryBlock) add_row(x, e);
+      norm_row(i, w.ln_1_weight, w.ln_1_bias, block.x_hat_1, block.rstd_1);
+    }
+  }
+
+  // x1 = x0 + Wo attn(h), but for the bias, and h = LN2(x1).
+  void attention(int64_t layer, const BlockActivations<T>& block) const {
+    const Block<const float>& w = inputs_.blocks[layer];
+    multiply(buffers_.h, D_, weights_.c_attn(layer), rows_, scratch_.tile, [&](const Tile& tile) {
+      for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
+        const int64_t column = tile.columns.begin + j;
+        const Vec bias = Vec::loadu(w.c_attn_bias + column);
+        for (int64_t r = 0; r < tile.rows.size(); ++r) {
+          Operand<T>::store(block.qkv + (tile.rows.begin + r) * 3 * D_ + column,
+                            Vec::loadu(tile.data + r * kPanel + j) + bias);
+        }
+      }
+    });
+    team_.wait();  // all rows' keys and values are there
+    const int64_t S = problem_.seq_len, H = problem_.n_heads, head_dim = problem_.head_dim();
+    const Range heads = team_.share(item_.n_sequences * H);
+    for (int64_t index = heads.begin; index < heads.end; ++index) {
+      const int64_t row = index / H * S, column = index % H * head_dim;
+      const T* q = block.qkv + row * 3 * D_ + column;
+      const Head<T> head{q, q + D_, q + 2 * D_, 3 * D_, S, head_dim};
+      attention_forward(head, block.attn + row * D_ + column, D_,
+                        block.log_sum_exp ? block.log_sum_exp + index * S : nullptr,
+                        scratch_.attention);
+    }
+    team_.wait();  // all heads' outputs are there
+    multiply_into(block.attn, D_, weights_.attn_c_proj(layer), rows_, buffers_.x, true);
+    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+      add_row(buffers_.x + i * D_, w.attn_c_proj_bias);
+      norm_row(i, w.ln_2_weight, w.ln_2_bias, block.x_hat_2, block.rstd_2);
+    }
+  }
+
+  // x2 = x1 + Wproj gelu(Wfc h), but for the last bias.
+  void mlp(int64_t layer, const BlockActivations<T>& block) const {
+    const float* bias = inputs_.blocks[layer].c_fc_bias;
+    const int64_t width = 4 * D_;
+    for (int64_t i = rows_.begin; i < rows_.end; i += ForwardScratch<T>::kMlpRows) {
+      const int64_t m = std::min(ForwardScratch<T>::kMlpRows, rows_.end - i);
+      multiply(buffers_.h + i * D_, D_, weights_.c_fc(layer), {0, m}, scratch_.tile,
+               [&](const Tile& tile) {
+                 T* fc = nullptr;
+                 if (block.fc) {
+                   fc = block.fc +
+                        tile.columns.begin * item_.rows() + (i + tile.rows.begin) * kPanel;
+                 }
+                 gelu_tile(tile, bias + tile.columns.begin, fc,
+                           scratch_.hidden + tile.rows.begin * width + tile.columns.begin, width);
+               });
+      multiply_into(scratch_.hidden, width, weights_.mlp_c_proj(layer), {0, m},
+                    buffers_.x + i * D_, true);
+    }
+  }
+
+  // hidden = gelu(tile + bias), and its argument to fc [rows][kPanel] unless that is null.
+  static void gelu_tile(const Tile& tile, const float* bias, T* fc, T* hidden, int64_t ld) {
+    for (int64_t j = 0; j < kPanel; j += kVec) {
+      const Vec bias_vec = Vec::loadu(bias + j);
+      for (int64_t r = 0; r < tile.rows.size(); ++r) {
+        const Vec x = Vec::loadu(tile.data + r * kPanel + j) + bias_vec;
+        if (fc) Operand<T>::store(fc + r * kPanel + j, x);
+        Operand<T>::store(hidden + r * ld + j, gelu<T>(x));
+      }
+    }
+  }
+
+  void final_norm(float* z_next, const StepActivations<T>* saved) const {
+    const float* bias = inputs_.blocks[problem_.n_layer - 1].mlp_c_proj_bias;
+    const FinalActivations final = saved ? saved->final() : FinalActivations{};
+    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+      float* x = buffers_.x + i * D_;
+      add_row(x, bias);
+      float* z = z_next + i * D_;
+      float* x_hat = final.x_hat ? final.x_hat + i * D_ : nullptr;
+      const float rstd = normalize_row(
+          D_, x, [&](int64_t j) { return Vec::loadu(x + j); },
+          [&](int64_t j, Vec v) {
+            at::vec::fmadd(v, Vec::loadu(inputs_.ln_f_weight + j),
+                           Vec::loadu(inputs_.ln_f_bias + j)).store(z + j);
+            if (x_hat) v.store(x_hat + j);
+          });
+      if (x_hat) final.rstd[i] = rstd;
+    }
+  }
+
+  // h = LN(x) at row i.
+  void norm_row(int64_t i, const float* weight, const float* bias, T* x_hat, float* rstd) const {
+    float* x = buffers_.x + i * D_;
+    T* h = buffers_.h + i * D_;
+    T* row = x_hat ? x_hat + i * D_ : nullptr;
+    const float r = normalize_row(
+        D_, x, [&](int64_t j) { return Vec::loadu(x + j); },
+        [&](int64_t j, Vec v) {
+          Operand<T>::store(h + j, at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j)));
+          if (row) Operand<T>::store(row + j, v);
+        });
+    if (row) rstd[i] = r;
+  }
+
+  void add_row(float* x, const float* y) const {
+    for (int64_t j = 0; j < D_; j += kVec) add_to(x + j, Vec::loadu(y + j));
+  }
+
+  const Problem& problem_;
+  const Inputs& inputs_;
+  const PackedWeights<T>& weights_;
+  const ForwardBuffers<T>& buffers_;
+  const ForwardScratch<T>& scratch_;
+  const Item item_;
+  const Team team_;
+  const int64_t D_;
+  const Range rows_;
+};
+
+// Memory of a forward on n_threads threads.
+template <class T>
+struct ForwardPlan {
+  PackedWeights<T> weights;
+  std::vector<ForwardBuffers<T>> buffers;  // per thread, as owner of an item
+  std::vector<ForwardScratch<T>> scratch;  // per thread
+
+  ForwardPlan(Arena& arena, const Problem& problem, int n_threads)
+      : weights(arena, problem, PackedWeights<T>::kForward) {
+    for (int i = 0; i < n_threads; ++i) {
+      buffers.emplace_back(arena, problem);
+      scratch.emplace_back(arena, problem);
+    }
+  }
+};
+
+template <class T>
+inline void loop_forward(const Problem& problem, const Inputs& inputs,
+                         const ForwardOutputs& outputs, void* workspace, int n_threads) {
+  Arena arena(workspace);
+  const ForwardPlan<T> plan(arena, problem, n_threads);
+  parallel(n_threads, [&](int thread, int n) {
+    const Phase phase("looped_fast::pack_weights", thread);
+    plan.weights.pack(inputs.blocks, thread, n);
+  });
+  Barrier barrier;
+  parallel(n_threads, [&](int thread, int n) {
+    const BrgemmScope<T> brgemm_scope;
+    for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
+      const Phase phase("looped_fast::loop_steps", thread);
+      const int64_t D = problem.n_embd, offset = item.first_token() * D;
+      const ForwardStep<T> step(problem, inputs, plan.weights, plan.buffers[owner],
+                                plan.scratch[thread], item, team);
+      const float* z = inputs.state + offset;
+      for (int64_t i = 0; i < problem.n_loops; ++i) {
+        const int64_t w = i - (problem.n_loops - problem.window);  // step of the window
+        float* z_next = plan.buffers[owner].x;
+        if (w >= 0) {
+          z_next = outputs.states + w * problem.n_tokens() * D + offset;
+        } else if (w == -1 && outputs.saved.start) {
+          z_next = outputs.saved.start + offset;
+        }
+        if (w >= 0 && outputs.saved.activations) {
+          const StepActivations<T> saved = saved_step<T>(problem, outputs.saved, w, item);
+          step.run(z, z_next, &saved);
+        } else {
+          step.run(z, z_next, nullptr);
+        }
+        z = z_next;
+      }
+    });
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace looped_fast

@@ -1,0 +1,40 @@
+// GELU in its tanh form, as x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), and its derivative.
+#pragma once
+
+#include "vec.h"
+
+namespace looped_fast {
+inline namespace CPU_CAPABILITY {
+
+constexpr float kGeluSlope = 2 * 0.7978845608028654f;  // 2 sqrt(2 / pi)
+constexpr float kGeluCubic = 0.044715f;
+
+// 1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)): one over the sigmoid.
+template <class T>
+inline Vec gelu_denominator(Vec x, Vec x_squared) {
+  const Vec slope = at::vec::fmadd(x_squared, Vec(-kGeluSlope * kGeluCubic * kLog2E),
+                                   Vec(-kGeluSlope * kLog2E));
+  return exp2<T>(x * slope) + Vec(1.f);
+}
+
+template <class T>
+inline Vec gelu(Vec x) {
+  return x / gelu_denominator<T>(x, x * x);
+}
+
+struct GeluAndDerivative {
+  Vec value;
+  Vec derivative;
+};
+
+template <class T>
+inline GeluAndDerivative gelu_and_derivative(Vec x) {
+  const Vec x_squared = x * x;
+  const Vec sigmoid = Vec(1.f) / gelu_denominator<T>(x, x_squared);
+  const Vec value = x * sigmoid;
+  const Vec slope = at::vec::fmadd(x_squared, Vec(3 * kGeluSlope * kGeluCubic), Vec(kGeluSlope));
+  return {value, at::vec::fmadd(value * (Vec(1.f) - sigmoid), slope, sigmoid)};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace looped_fast

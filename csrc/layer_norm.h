@@ -1,0 +1,90 @@
+// LayerNorm of rows of D floats: x_hat = (x - mean) / std, y = x_hat * weight + bias.
+// Statistics are fp32 and the variance takes its own pass: a loop compounds what cancellation
+// would lose.
+#pragma once
+
+#include <cmath>
+
+#include "threads.h"
+#include "vec.h"
+
+namespace looped_fast {
+inline namespace CPU_CAPABILITY {
+
+constexpr float kLayerNormEps = 1e-5f;  // config.LAYER_NORM_EPS
+
+// Normalises one row: x[j] = load(j) first, then emit(j, x_hat) for every vector. Returns 1 / std.
+template <class Load, class Emit>
+inline float normalize_row(int64_t D, float* x, Load&& load, Emit&& emit) {
+  Vec sum_0(0.f), sum_1(0.f);
+  for (int64_t j = 0; j < D; j += kStride) {
+    const Vec x_0 = load(j), x_1 = load(j + kVec);
+    x_0.store(x + j);
+    x_1.store(x + j + kVec);
+    sum_0 = sum_0 + x_0;
+    sum_1 = sum_1 + x_1;
+  }
+  const Vec mean(sum(sum_0 + sum_1) / static_cast<float>(D));
+  Vec squares_0(0.f), squares_1(0.f);
+  for (int64_t j = 0; j < D; j += kStride) {
+    const Vec d_0 = Vec::loadu(x + j) - mean, d_1 = Vec::loadu(x + j + kVec) - mean;
+    squares_0 = at::vec::fmadd(d_0, d_0, squares_0);
+    squares_1 = at::vec::fmadd(d_1, d_1, squares_1);
+  }
+  const float variance = sum(squares_0 + squares_1) / static_cast<float>(D);
+  const float rstd = 1.f / std::sqrt(variance + kLayerNormEps);
+  for (int64_t j = 0; j < D; j += kVec) emit(j, (Vec::loadu(x + j) - mean) * Vec(rstd));
+  return rstd;
+}
+
+// What a LayerNorm's backward reads and writes, at row 0 of an item. X: what x_hat was saved as.
+template <class X>
+struct LayerNormBackward {
+  const X* x_hat;       // [rows, D]
+  const float* rstd;    // [rows]
+  const float* weight;  // [D]
+  float* dx;            // [rows, D], gradient of the residual stream: added to, or overwritten
+  float* grad_weight;   // [D], added to
+  float* grad_bias;     // [D], added to
+};
+
+// dx (+)= rstd * (g - mean(g) - x_hat * mean(g * x_hat)), g = dy * weight; dy(row, j) is a Vec.
+template <bool kAccumulate, class X, class Dy>
+inline void layer_norm_backward(const LayerNormBackward<X>& ln, int64_t D, Range rows, Dy&& dy) {
+  constexpr int64_t kRows = 4;  // sums over rows stay in registers for as many
+  for (int64_t i = rows.begin; i < rows.end; i += kRows) {
+    const int64_t m = rows.end - i < kRows ? rows.end - i : kRows;
+    float mean_g[kRows], mean_gx[kRows];
+    for (int64_t r = 0; r < m; ++r) {
+      Vec g_0(0.f), g_1(0.f), gx_0(0.f), gx_1(0.f);
+      for (int64_t j = 0; j < D; j += kStride) {
+        const Vec a = dy(i + r, j) * Vec::loadu(ln.weight + j);
+        const Vec b = dy(i + r, j + kVec) * Vec::loadu(ln.weight + j + kVec);
+        g_0 = g_0 + a;
+        g_1 = g_1 + b;
+        gx_0 = at::vec::fmadd(a, Operand<X>::load(ln.x_hat + (i + r) * D + j), gx_0);
+        gx_1 = at::vec::fmadd(b, Operand<X>::load(ln.x_hat + (i + r) * D + j + kVec), gx_1);
+      }
+      mean_g[r] = sum(g_0 + g_1) / static_cast<float>(D);
+      mean_gx[r] = sum(gx_0 + gx_1) / static_cast<float>(D);
+    }
+    for (int64_t j = 0; j < D; j += kVec) {
+      const Vec weight = Vec::loadu(ln.weight + j);
+      Vec grad_weight(0.f), grad_bias(0.f);
+      for (int64_t r = 0; r < m; ++r) {
+        const int64_t at = (i + r) * D + j;
+        const Vec g = dy(i + r, j), x_hat = Operand<X>::load(ln.x_hat + at);
+        grad_weight = at::vec::fmadd(g, x_hat, grad_weight);
+        grad_bias = grad_bias + g;
+        Vec dx = (g * weight - Vec(mean_g[r]) - x_hat * Vec(mean_gx[r])) * Vec(ln.rstd[i + r]);
+        if constexpr (kAccumulate) dx = dx + Vec::loadu(ln.dx + at);
+        dx.store(ln.dx + at);
+      }
+      add_to(ln.grad_weight + j, grad_weight);
+      add_to(ln.grad_bias + j, grad_bias);
+    }
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace looped_fast

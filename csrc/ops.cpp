@@ -1,0 +1,244 @@
+// The torch side: ops, checks, memory. Autograd and shape inference are in
+// looped_fast/cpu_engine.py.
+#include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <array>
+#include <exception>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "engine.h"
+#include "schedule.h"
+#include "threads.h"
+
+namespace looped_fast {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kBlockTensors = 12;
+
+// torch's own choice, so that ATEN_CPU_CAPABILITY governs this engine too.
+bool torch_uses(const char* capability) { return at::get_cpu_capability() == capability; }
+
+// Why bf16 products can't run here; empty where they can. brgemm throws, or on a machine without
+// the instructions would have to convert operands, so one small product is tried.
+std::string try_bf16() {
+  constexpr int64_t n = 32;
+  std::vector<at::BFloat16> a(n * n, at::BFloat16(1.f)), b(n * n, at::BFloat16(0.5f));
+  std::vector<float> c(n * n, -1.f);
+  try {
+    at::native::cpublas::brgemm(n, n, n, n, n, n, false, a.data(), b.data(), c.data(), true);
+    at::native::cpublas::brgemm_release(true);
+  } catch (const std::exception& error) {
+    return std::string("a trial bf16 product failed: ") + error.what();
+  }
+  for (float x : c) {
+    if (x != n * 0.5f) return "a trial bf16 product is wrong";
+  }
+  return "";
+}
+
+struct Choice {
+  const Engine* engine;
+  std::string why_not;
+};
+
+Choice choose_engine(const std::string& precision) {
+#if defined(LOOPED_FAST_X86)
+  const bool avx512 = torch_uses("AVX512");
+  if (precision == "fp32") {
+    if (avx512) return {&kEngineAvx512Fp32, ""};
+    if (torch_uses("AVX2")) return {&kEngineAvx2Fp32, ""};
+    return {nullptr, "it needs AVX2, and torch runs at " + at::get_cpu_capability()};
+  }
+  if (precision == "bf16") {
+    if (!avx512 || !__builtin_cpu_supports("avx512bf16")) {
+      return {nullptr, "bf16 needs a CPU with AVX512_BF16; precision fp32 runs"};
+    }
+    static const std::string trial = try_bf16();
+    if (!trial.empty()) return {nullptr, trial};
+    return {&kEngineAvx512Bf16, ""};
+  }
+  return {nullptr, "it computes in fp32 and bf16, not " + precision};
+#else
+  return {nullptr, "it is built for x86-64 only"};
+#endif
+}
+
+const Engine& engine_for(const std::string& precision) {
+  const Choice choice = choose_engine(precision);
+  TORCH_CHECK(choice.engine, "the CPU engine can't run: ", choice.why_not);
+  return *choice.engine;
+}
+
+Injection parse_injection(const std::string& name) {
+  const std::array<const char*, 4> names = {"add", "mul", "none", "every_block"};
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (name == names[i]) return static_cast<Injection>(i);
+  }
+  TORCH_CHECK_VALUE(false, "unknown injection ", name);
+}
+
+// Tensors of a call, contiguous, and the plain structs that point to them.
+class Call {
+ public:
+  Call(const Tensor& embeddings, const Tensor& positions, const Tensor& state,
+       at::TensorList weights, int64_t n_heads, int64_t n_loops, int64_t window,
+       const std::string& injection) {
+    TORCH_CHECK_VALUE(embeddings.dim() == 3, "embeddings: [B, S, D] is needed");
+    TORCH_CHECK_VALUE(weights.size() % kBlockTensors == 2, weights.size(), " weights");
+    const int64_t n_layer = static_cast<int64_t>(weights.size()) / kBlockTensors;
+    problem_ = {embeddings.size(0), embeddings.size(1), embeddings.size(2), n_heads, n_layer,
+                n_loops,            window,             parse_injection(injection)};
+    const int64_t D = problem_.n_embd, S = problem_.seq_len;
+    TORCH_CHECK_VALUE(D % 32 == 0 && D % n_heads == 0 && D / n_heads % 8 == 0, "D = ", D,
+                      " with ", n_heads, " heads");
+    TORCH_CHECK_VALUE(1 <= window && window <= n_loops, "window = ", window);
+    const float* e = keep(embeddings, problem_.batch * S * D);
+    const float* p = keep(positions, S * D);
+    const float* z = keep(state, problem_.batch * S * D);
+    // Elements of the twelve, in units of D.
+    const std::array<int64_t, kBlockTensors> sizes = {1, 1, 3 * D, 3, D,     1,
+                                                      1, 1, 4 * D, 4, 4 * D, 1};
+    for (int64_t layer = 0; layer < n_layer; ++layer) {
+      std::array<const float*, kBlockTensors> w;
+      for (int64_t i = 0; i < kBlockTensors; ++i) {
+        w[i] = keep(weights[layer * kBlockTensors + i], sizes[i] * D);
+      }
+      blocks_.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]});
+    }
+    const float* ln_f_weight = keep(weights[weights.size() - 2], D);
+    const float* ln_f_bias = keep(weights[weights.size() - 1], D);
+    inputs_ = {e, p, z, blocks_.data(), ln_f_weight, ln_f_bias};
+  }
+  Call(const Call&) = delete;
+
+  const Problem& problem() const { return problem_; }
+  const Inputs& inputs() const { return inputs_; }
+
+  // The data of a float tensor, which this call keeps alive.
+  const float* keep(const Tensor& tensor, int64_t numel) {
+    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat,
+                      "float32 tensors on the CPU are needed");
+    TORCH_CHECK_VALUE(tensor.numel() == numel, "a tensor has shape ", tensor.sizes(), "; ", numel,
+                      " elements are needed");
+    tensors_.push_back(tensor.contiguous());
+    return tensors_.back().const_data_ptr<float>();
+  }
+
+ private:
+  Problem problem_;
+  Inputs inputs_;
+  std::vector<Block<const float>> blocks_;
+  std::vector<Tensor> tensors_;
+};
+
+float* data_or_null(const Tensor& tensor) {
+  return tensor.numel() ? tensor.data_ptr<float>() : nullptr;
+}
+
+// Memory for the length of a call.
+Tensor workspace(size_t n_bytes) {
+  return at::empty({static_cast<int64_t>(n_bytes)}, at::kByte);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& embeddings, const Tensor& positions, const Tensor& state, at::TensorList weights,
+    int64_t n_heads, int64_t n_loops, int64_t window, std::string injection, std::string precision,
+    bool save_activations, bool save_start) {
+  Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
+  const Engine& engine = engine_for(precision);
+  const Problem& p = call.problem();
+  const auto floats = embeddings.options().requires_grad(false);
+  const auto operands = floats.dtype(precision == "bf16" ? at::kBFloat16 : at::kFloat);
+  const int64_t B = p.batch, S = p.seq_len, D = p.n_embd, L = p.n_layer, H = p.n_heads;
+  Tensor states = at::empty({window, B, S, D}, floats);
+  Tensor activations =
+      save_activations ? at::empty({window, 10 * L, B, S, D}, operands) : at::empty({0}, operands);
+  Tensor statistics = save_activations ? at::empty({window, (H + 2) * L + 1 + D, B, S}, floats)
+                                       : at::empty({0}, floats);
+  Tensor start = save_start ? at::empty({B, S, D}, floats) : at::empty({0}, floats);
+  if (states.numel() > 0) {
+    const ForwardOutputs outputs{
+        states.data_ptr<float>(),
+        {save_activations ? activations.data_ptr() : nullptr, data_or_null(statistics),
+         data_or_null(start)}};
+    const int n_threads = useful_threads(p, available_threads());
+    Tensor memory = workspace(engine.forward_workspace(p, n_threads));
+    engine.forward(p, call.inputs(), outputs, memory.data_ptr(), n_threads);
+  }
+  return {states, activations, statistics, start};
+}
+
+// Gradients of embeddings, positions, state and then of the weights; of state, no elements where
+// the window does not cover every step.
+std::vector<Tensor> backward(const Tensor& grad_states, const Tensor& states,
+                             const Tensor& activations, const Tensor& statistics,
+                             const Tensor& start, const Tensor& embeddings,
+                             const Tensor& positions, const Tensor& state, at::TensorList weights,
+                             int64_t n_heads, int64_t n_loops, int64_t window,
+                             std::string injection, std::string precision) {
+  Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
+  const Engine& engine = engine_for(precision);
+  const Problem& p = call.problem();
+  const auto empty = [](const Tensor& like) {
+    return at::empty_like(like, like.options().requires_grad(false), at::MemoryFormat::Contiguous);
+  };
+  std::vector<Tensor> grads = {empty(embeddings), empty(positions),
+                               window == n_loops ? empty(state) : at::empty({0}, state.options())};
+  for (const Tensor& w : weights) grads.push_back(empty(w));
+  if (p.injection == Injection::kNone) grads[0].zero_();
+  if (states.numel() == 0) {
+    for (Tensor& g : grads) g.zero_();
+    return grads;
+  }
+  std::vector<float*> data;
+  for (const Tensor& g : grads) data.push_back(data_or_null(g));
+  std::vector<Block<float>> blocks;
+  for (size_t i = 3; i + 2 < data.size(); i += kBlockTensors) {
+    float** w = data.data() + i;
+    blocks.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]});
+  }
+  const Gradients gradients{data[0],       data[1], data[2], blocks.data(), data[data.size() - 2],
+                            data[data.size() - 1]};
+  const BackwardInputs inputs{call.keep(grad_states, states.numel()),
+                              call.keep(states, states.numel()),
+                              {activations.numel() ? activations.data_ptr() : nullptr,
+                               data_or_null(statistics), data_or_null(start)}};
+  const int n_threads = useful_threads(p, available_threads());
+  const bool recompute = inputs.saved.activations == nullptr;
+  Tensor memory = workspace(engine.backward_workspace(p, recompute, n_threads));
+  engine.backward(p, call.inputs(), inputs, gradients, memory.data_ptr(), n_threads);
+  return grads;
+}
+
+std::string why_not(std::string precision) { return choose_engine(precision).why_not; }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
+  library.def(
+      "cpu_loop_forward(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
+      "int n_heads, int n_loops, int window, str injection, str precision, bool save_activations, "
+      "bool save_start) -> (Tensor states, Tensor activations, Tensor statistics, Tensor start)");
+  library.def(
+      "cpu_loop_backward(Tensor grad_states, Tensor states, Tensor activations, "
+      "Tensor statistics, Tensor start, Tensor embeddings, Tensor positions, Tensor state, "
+      "Tensor[] weights, int n_heads, int n_loops, int window, str injection, str precision) "
+      "-> Tensor[]");
+  library.def("cpu_why_not(str precision) -> str", why_not);
+}
+
+TORCH_LIBRARY_IMPL(looped_fast, CPU, library) {
+  library.impl("cpu_loop_forward", forward);
+  library.impl("cpu_loop_backward", backward);
+}
+
+}  // namespace looped_fast

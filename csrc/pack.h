@@ -1,0 +1,118 @@
+// Rearranging matrices into the forms that products read: interleaved rows, and transposes.
+#pragma once
+
+#include "gemm.h"
+#include "vec.h"
+
+namespace looped_fast {
+inline namespace CPU_CAPABILITY {
+
+// dst[j][i] = src[i][j] of 32-bit words, whatever they hold. src: [m, n], dst: [n, m].
+inline void transpose_words(const void* src, int64_t ld_src, void* dst, int64_t ld_dst, int64_t m,
+                            int64_t n) {
+  constexpr int64_t kBlock = 16;
+  const float* from = static_cast<const float*>(src);
+  float* to = static_cast<float*>(dst);
+  for (int64_t i = 0; i < m; i += kBlock) {
+    for (int64_t j = 0; j < n; j += kBlock) {
+      const float* s = from + i * ld_src + j;
+      float* d = to + j * ld_dst + i;
+      if (m - i >= kBlock && n - j >= kBlock) {
+        at::vec::transpose_mxn<float, kBlock, kBlock>(s, ld_src, d, ld_dst);
+      } else {
+        at::vec::transpose_mxn<float>(s, ld_src, d, ld_dst, static_cast<int>(std::min(kBlock, m - i)),
+                                      static_cast<int>(std::min(kBlock, n - j)));
+      }
+    }
+  }
+}
+
+// Rows of operands, [n_rows, n_columns] at stride ld, as a packed matrix of width ld_packed.
+// A missing last row of a pair is zero.
+template <class T>
+inline void pack_rows(const T* src, int64_t ld, int64_t n_rows, int64_t n_columns, T* dst,
+                      int64_t ld_packed) {
+  for (int64_t i = 0; i < n_rows; i += 2) {
+    const bool single = i + 1 == n_rows;
+    if (single && Operand<T>::kPack == 1) {  // there is no pair to complete
+      std::copy(src + i * ld, src + i * ld + n_columns, dst + i * ld_packed);
+      return;
+    }
+    for (int64_t j = 0; j < n_columns; j += kVec) {
+      const int64_t count = std::min(kVec, n_columns - j);
+      const T* p = src + i * ld + j;
+      T* to = dst + packed_offset<T>(i, j, ld_packed);
+      const Vec row_0 = Operand<T>::load(p, count);
+      const Vec row_1 = single ? Vec(0.f) : Operand<T>::load(p + ld, count);
+      if (count == kVec) {
+        Operand<T>::store_rows(to, ld_packed, row_0, row_1);
+      } else {
+        T edge[2 * kVec];
+        Operand<T>::store_rows(edge, kVec, row_0, row_1);
+        for (int64_t row = 0; row < 2 / Operand<T>::kPack; ++row) {
+          const T* from = edge + row * kVec;
+          std::copy(from, from + count * Operand<T>::kPack, to + row * ld_packed);
+        }
+      }
+    }
+  }
+}
+
+// The same into the panels of `dst`, at rows 0..n_rows.
+template <class T>
+inline void pack_rows(const T* src, int64_t ld, int64_t n_rows, const PackedMatrix<T>& dst) {
+  for (int64_t p = 0; p < dst.n_panels(); ++p) {
+    pack_rows(src + p * kPanel, ld, n_rows, dst.width(p), dst.panel(p), dst.width(p));
+  }
+}
+
+// dst[j][i] = src[i][j]: [n_rows, n_columns] at stride ld to [n_columns, round_up(n_rows)] at
+// stride ld_dst, which is a multiple of kPack. A missing last row of a pair is zero.
+template <class T>
+inline void transpose_rows(const T* src, int64_t ld, int64_t n_rows, int64_t n_columns, T* dst,
+                           int64_t ld_dst) {
+  constexpr int64_t kPack = Operand<T>::kPack, kRows = 16 * kPack, kColumns = 64;
+  alignas(64) T block[kRows * kColumns];
+  for (int64_t i = 0; i < n_rows; i += kRows) {
+    const int64_t m = std::min(kRows, n_rows - i);
+    for (int64_t j = 0; j < n_columns; j += kColumns) {
+      const int64_t n = std::min(kColumns, n_columns - j);
+      pack_rows(src + i * ld + j, ld, m, n, block, kColumns);
+      transpose_words(block, kColumns, dst + j * ld_dst + i, ld_dst / kPack,
+                      round_up_to_pack<T>(m) / kPack, n);
+    }
+  }
+}
+
+// Weights w of a Linear, [n_out, n_in] floats, as the right-hand matrix [n_in, n_out] of x w^T:
+// panel `p` of dst.
+template <class T>
+inline void pack_linear(const float* w, const PackedMatrix<T>& dst, int64_t p) {
+  constexpr int64_t kPack = Operand<T>::kPack, kDepth = 32;
+  const int64_t n_in = dst.depth, width = dst.width(p);
+  alignas(64) T block[kPanel * kDepth];
+  for (int64_t k = 0; k < n_in; k += kDepth) {
+    for (int64_t i = 0; i < width; ++i) {
+      for (int64_t j = 0; j < kDepth; j += kVec) {
+        Operand<T>::store(block + i * kDepth + j, Vec::loadu(w + (p * kPanel + i) * n_in + k + j));
+      }
+    }
+    transpose_words(block, kDepth / kPack, dst.panel(p) + k * width, width, width, kDepth / kPack);
+  }
+}
+
+// The same weights as the right-hand matrix [n_out, n_in] of dy w, for the input's gradient.
+template <class T>
+inline void pack_linear_backward(const float* w, const PackedMatrix<T>& dst, int64_t p) {
+  const int64_t n_out = dst.depth, n_in = dst.n_columns, width = dst.width(p);
+  for (int64_t i = 0; i < n_out; i += 2) {
+    for (int64_t j = 0; j < width; j += kVec) {
+      const float* from = w + i * n_in + p * kPanel + j;
+      Operand<T>::store_rows(dst.panel(p) + packed_offset<T>(i, j, width), width, Vec::loadu(from),
+                             Vec::loadu(from + n_in));
+    }
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace looped_fast

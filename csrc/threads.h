@@ -1,0 +1,76 @@
+// Threads: a parallel region on torch's OpenMP pool, and teams of threads that share work.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace looped_fast {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Part `index` of `n_parts` of 0..n: contiguous, sizes within one `unit` of each other.
+inline Range split(int64_t n, int64_t index, int64_t n_parts, int64_t unit = 1) {
+  const int64_t n_units = (n + unit - 1) / unit;
+  const int64_t begin = n_units * index / n_parts * unit;
+  const int64_t end = n_units * (index + 1) / n_parts * unit;
+  return {begin < n ? begin : n, end < n ? end : n};
+}
+
+// Spinning barrier: waits of a few microseconds are the rule. Yields when they grow long, since
+// a thread that waits for one without a core would spin for a whole time slice.
+class Barrier {
+ public:
+  void wait(int n_threads);
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<int> generation_{0};
+};
+
+// The threads that work on one item together, as one of them sees it: thread `rank` of `size`.
+struct Team {
+  int rank;
+  int size;
+  Barrier* barrier;
+
+  void wait() const {
+    if (size > 1) barrier->wait(size);
+  }
+  // My share of n things; `unit` keeps rows that are stored in pairs with one thread.
+  Range share(int64_t n, int64_t unit = 1) const { return split(n, rank, size, unit); }
+};
+
+using ThreadBody = void (*)(void* context, int thread, int n_threads);
+
+// Runs `body` on up to n_threads threads and returns when all are done. An exception in one
+// is rethrown here.
+void run_parallel(int n_threads, ThreadBody body, void* context);
+
+template <class F>
+void parallel(int n_threads, F&& f) {
+  run_parallel(
+      n_threads,
+      [](void* context, int thread, int n) { (*static_cast<F*>(context))(thread, n); }, &f);
+}
+
+// Threads that the engine may use: torch.get_num_threads(), and 1 in a forked child, where the
+// OpenMP pool that the parent may have started is gone and waiting for it would hang.
+int available_threads();
+
+// Names a phase in the torch profiler. Only the calling thread's share is recorded, as the
+// profiler does not follow OpenMP threads.
+class Phase {
+ public:
+  Phase(const char* name, int thread);
+  ~Phase();
+  Phase(const Phase&) = delete;
+  Phase& operator=(const Phase&) = delete;
+
+ private:
+  void* record_;
+};
+
+}  // namespace looped_fast

@@ -1,0 +1,139 @@
+// Vectors of floats at the width of the instruction set, and operand types of matrix products.
+//
+// Everything in a header that is compiled once per instruction set sits in the inline namespace
+// CPU_CAPABILITY, as in ATen: equal names must not become one symbol across instruction sets.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+
+namespace looped_fast {
+inline namespace CPU_CAPABILITY {
+
+using Vec = at::vec::Vectorized<float>;
+using IntVec = at::vec::Vectorized<int32_t>;
+constexpr int64_t kVec = Vec::size();
+
+// Widths that are multiples of 32 are walked in strides of two vectors: two independent chains.
+constexpr int64_t kStride = 2 * kVec;
+static_assert(32 % kStride == 0);
+
+inline float sum(Vec v) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, v);
+}
+
+inline float max(Vec v) {
+  return at::vec::vec_reduce_all<float>(
+      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, v);
+}
+
+inline void add_to(float* p, Vec v) { (Vec::loadu(p) + v).store(p); }
+
+// `v` in lanes begin..end-1, zero in the others.
+inline Vec keep_lanes(Vec v, int64_t begin, int64_t end) {
+  const Vec lane = Vec::arange(0.f, 1.f);
+  const Vec inside = (lane >= Vec(static_cast<float>(begin))) & (lane < Vec(static_cast<float>(end)));
+  return Vec::blendv(Vec(0.f), v, inside);
+}
+
+// An operand type T of matrix products. The right-hand matrix [k, n] is stored as brgemm wants
+// it: kPack consecutive rows interleaved, [k / kPack, n, kPack] (for bf16 called VNNI), so that
+// one 32-bit word holds kPack values of a column. For float that is plain row-major.
+template <class T>
+struct Operand;
+
+template <>
+struct Operand<float> {
+  static constexpr int64_t kPack = 1;
+
+  static Vec load(const float* p) { return Vec::loadu(p); }
+  static Vec load(const float* p, int64_t count) { return Vec::loadu(p, static_cast<int>(count)); }
+  static void store(float* p, Vec v) { v.store(p); }
+  static void store(float* p, Vec v, int64_t count) { v.store(p, static_cast<int>(count)); }
+
+  // Two consecutive rows of a packed matrix of width ld, from an even row on.
+  static void store_rows(float* p, int64_t ld, Vec row_0, Vec row_1) {
+    row_0.store(p);
+    row_1.store(p + ld);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Intrinsics, as at::vec converts to bf16 in eight integer instructions, for machines without.
+template <>
+struct Operand<at::BFloat16> {
+  static constexpr int64_t kPack = 2;
+
+  static Vec widen(__m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static __m256i narrow(Vec v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
+  static __mmask16 first(int64_t count) {
+    return static_cast<__mmask16>((1u << count) - 1);
+  }
+
+  static Vec load(const at::BFloat16* p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Vec load(const at::BFloat16* p, int64_t count) {
+    return widen(_mm256_maskz_loadu_epi16(first(count), p));
+  }
+  static void store(at::BFloat16* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+  }
+  static void store(at::BFloat16* p, Vec v, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first(count), narrow(v));
+  }
+
+  static void store_rows(at::BFloat16* p, int64_t, Vec row_0, Vec row_1) {
+    const __m512i words = _mm512_or_si512(
+        _mm512_cvtepu16_epi32(narrow(row_0)),
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(row_1)), 16));
+    _mm512_storeu_si512(p, words);
+  }
+};
+#endif
+
+// Offset of (row, column) in a packed matrix of width ld; `row` is a multiple of kPack.
+template <class T>
+inline int64_t packed_offset(int64_t row, int64_t column, int64_t ld) {
+  return row * ld + column * Operand<T>::kPack;
+}
+
+template <class T>
+inline int64_t round_up_to_pack(int64_t n) {
+  return (n + Operand<T>::kPack - 1) / Operand<T>::kPack * Operand<T>::kPack;
+}
+
+// 2^t, relative error 1e-7 for float operands and 1e-4 for bf16. Below 2^-126: 2^-126.
+template <class T>
+inline Vec exp2(Vec t) {
+  // Adding 1.5 * 2^23 leaves round(t) in the low mantissa bits, from where a shift moves it
+  // to the exponent of p.
+  const Vec magic(12582912.f);
+  t = at::vec::clamp(t, Vec(-126.f), Vec(126.f));
+  const Vec shifted = t + magic;
+  const Vec r = t - (shifted - magic);  // -0.5 .. 0.5
+  Vec p;
+  if constexpr (Operand<T>::kPack == 2) {
+    p = at::vec::fmadd(Vec(0.0551710934f), r, Vec(0.2426111253f));
+    p = at::vec::fmadd(p, r, Vec(0.6932610958f));
+    p = at::vec::fmadd(p, r, Vec(0.9999280762f));
+  } else {
+    p = at::vec::fmadd(Vec(0.0001534575487f), r, Vec(0.001339993151f));
+    p = at::vec::fmadd(p, r, Vec(0.009618489176f));
+    p = at::vec::fmadd(p, r, Vec(0.05550328777f));
+    p = at::vec::fmadd(p, r, Vec(0.2402264689f));
+    p = at::vec::fmadd(p, r, Vec(0.6931472057f));
+    p = at::vec::fmadd(p, r, Vec(1.f));
+  }
+  const IntVec exponent = at::vec::cast<int32_t>(shifted) << IntVec(23);
+  return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+}
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+}  // namespace CPU_CAPABILITY
+}  // namespace looped_fast

@@ -1,0 +1,198 @@
+// Gradients of the weights: dW = sum over rows of dy x^T, accumulated per thread.
+//
+// A thread adds each step's product to its own accumulators; threads are summed in the end, in
+// order, so that results repeat bit by bit. Accumulators are tiles of 64 x 64 that lie whole
+// beside each other: products in the order of the matrix would touch a page per row.
+#pragma once
+
+#include <vector>
+
+#include "engine.h"
+#include "gemm.h"
+#include "pack.h"
+#include "workspace.h"
+
+namespace looped_fast {
+inline namespace CPU_CAPABILITY {
+
+// A matrix [n_rows, n_columns] of floats in tiles: [n_columns / 64][n_rows / 64][64][64].
+struct TiledMatrix {
+  static constexpr int64_t kSide = kPanel;
+
+  int64_t n_rows;
+  int64_t n_columns;
+  float* data;
+
+  TiledMatrix(Arena& arena, int64_t rows, int64_t columns)
+      : n_rows(rows), n_columns(columns), data(arena.take<float>(n_tiles() * kSide * kSide)) {}
+
+  int64_t tiles_down() const { return (n_rows + kSide - 1) / kSide; }
+  int64_t tiles_across() const { return (n_columns + kSide - 1) / kSide; }
+  int64_t n_tiles() const { return tiles_down() * tiles_across(); }
+  float* tile(int64_t index) const { return data + index * kSide * kSide; }
+  Range tile_rows(int64_t index) const { return side(index % tiles_down(), n_rows); }
+  Range tile_columns(int64_t index) const { return side(index / tiles_down(), n_columns); }
+
+ private:
+  static Range side(int64_t index, int64_t n) {
+    return {index * kSide, std::min(n, (index + 1) * kSide)};
+  }
+};
+
+// sums += left right over `depth` rows, a multiple of kPack. left: [n_rows, .] at stride ld;
+// right: [., n_columns] in panels.
+template <class T>
+inline void add_product(const TiledMatrix& sums, const T* left, int64_t ld,
+                        const PackedMatrix<T>& right, int64_t depth) {
+  for (int64_t i = 0; i < sums.n_tiles(); ++i) {
+    const Range rows = sums.tile_rows(i), columns = sums.tile_columns(i);
+    brgemm(rows.size(), columns.size(), depth, left + rows.begin * ld, ld,
+           right.panel(columns.begin / kPanel), columns.size(), sums.tile(i), TiledMatrix::kSide,
+           true);
+  }
+}
+
+// What one thread has summed for one block. Matrices have the D-wide side first, which is the
+// one that is transposed to be the left-hand matrix: two of them are transposes of the weights.
+struct BlockSums {
+  TiledMatrix c_attn_t;     // [D, 3D]
+  TiledMatrix attn_c_proj;  // [D, D]
+  TiledMatrix c_fc_t;       // [D, 4D]
+  TiledMatrix mlp_c_proj;   // [D, 4D]
+
+  BlockSums(Arena& arena, int64_t D)
+      : c_attn_t(arena, D, 3 * D),
+        attn_c_proj(arena, D, D),
+        c_fc_t(arena, D, 4 * D),
+        mlp_c_proj(arena, D, 4 * D) {}
+};
+
+// Gradients of the vectors: every block's (13 D floats), then the final LayerNorm's (2 D).
+struct VectorSums {
+  static constexpr int64_t kBlockWidths = 13, kFinalWidths = 2;
+
+  float* data;
+  int64_t D;
+  int64_t n_layer;
+
+  VectorSums(Arena& arena, const Problem& p)
+      : data(arena.take<float>((kBlockWidths * p.n_layer + kFinalWidths) * p.n_embd)),
+        D(p.n_embd),
+        n_layer(p.n_layer) {}
+
+  int64_t size() const { return (kBlockWidths * n_layer + kFinalWidths) * D; }
+
+  // Matrices are null: only the vectors are here.
+  Block<float> block(int64_t layer) const {
+    float* p = data + layer * kBlockWidths * D;
+    Block<float> b{};
+    b.ln_1_weight = p;
+    b.ln_1_bias = p + D;
+    b.c_attn_bias = p + 2 * D;
+    b.attn_c_proj_bias = p + 5 * D;
+    b.ln_2_weight = p + 6 * D;
+    b.ln_2_bias = p + 7 * D;
+    b.c_fc_bias = p + 8 * D;
+    b.mlp_c_proj_bias = p + 12 * D;
+    return b;
+  }
+  float* ln_f_weight() const { return data + n_layer * kBlockWidths * D; }
+  float* ln_f_bias() const { return ln_f_weight() + D; }
+};
+
+// All that one thread has summed. Vectors are summed over an item first: sums over all tokens
+// are long enough for the order to cost accuracy.
+struct ThreadSums {
+  std::vector<BlockSums> blocks;
+  VectorSums vectors;
+  VectorSums item_vectors;
+  float* positions;  // [S, D]
+  int64_t n_positions;
+  float* begin;
+  float* end;
+
+  ThreadSums(Arena& arena, const Problem& p)
+      : vectors(arena, p), item_vectors(arena, p), n_positions(p.seq_len * p.n_embd) {
+    begin = vectors.data;
+    positions = arena.take<float>(n_positions);
+    for (int64_t i = 0; i < p.n_layer; ++i) blocks.emplace_back(arena, p.n_embd);
+    end = arena.take<float>(0);
+  }
+
+  void clear() const { std::fill(begin, end, 0.f); }
+
+  void end_item() const {
+    for (int64_t j = 0; j < vectors.size(); j += kVec) {
+      add_to(vectors.data + j, Vec::loadu(item_vectors.data + j));
+    }
+    std::fill_n(item_vectors.data, item_vectors.size(), 0.f);
+  }
+};
+
+// Sums tile `index` over threads, which all hold a matrix of the same shape, and writes it to the
+// gradient of a weight [n_rows, n_columns], or of [n_columns, n_rows] where `transposed`.
+inline void reduce_tile(const std::vector<const TiledMatrix*>& threads, int64_t index,
+                        bool transposed, float* grad) {
+  const TiledMatrix& first = *threads[0];
+  constexpr int64_t kSide = TiledMatrix::kSide;
+  float* total = first.tile(index);
+  for (size_t t = 1; t < threads.size(); ++t) {
+    const float* other = threads[t]->tile(index);
+    for (int64_t j = 0; j < kSide * kSide; j += kVec) add_to(total + j, Vec::loadu(other + j));
+  }
+  const Range rows = first.tile_rows(index), columns = first.tile_columns(index);
+  if (transposed) {
+    transpose_words(total, kSide, grad + columns.begin * first.n_rows + rows.begin, first.n_rows,
+                    rows.size(), columns.size());
+    return;
+  }
+  for (int64_t r = 0; r < rows.size(); ++r) {
+    const float* row = total + r * kSide;
+    std::copy(row, row + columns.size(),
+              grad + (rows.begin + r) * first.n_columns + columns.begin);
+  }
+}
+
+// This thread's share of summing `sums` of all threads into `gradients`.
+inline void reduce(const std::vector<ThreadSums>& sums, const Problem& problem,
+                   const Gradients& gradients, int thread, int n_threads) {
+  const auto reduce_matrix = [&](int64_t layer, TiledMatrix BlockSums::*matrix, bool transposed,
+                                 float* grad) {
+    std::vector<const TiledMatrix*> threads;
+    for (const ThreadSums& s : sums) threads.push_back(&(s.blocks[layer].*matrix));
+    const Range tiles = split(threads[0]->n_tiles(), thread, n_threads);
+    for (int64_t i = tiles.begin; i < tiles.end; ++i) reduce_tile(threads, i, transposed, grad);
+  };
+  const auto reduce_vector = [&](const float* first, int64_t n, float* grad) {
+    std::fill_n(grad, n, 0.f);
+    const int64_t offset = first - sums[0].begin;
+    for (const ThreadSums& s : sums) {
+      for (int64_t j = 0; j < n; j += kVec) add_to(grad + j, Vec::loadu(s.begin + offset + j));
+    }
+  };
+  const int64_t D = problem.n_embd;
+  for (int64_t layer = 0; layer < problem.n_layer; ++layer) {
+    const Block<float>& g = gradients.blocks[layer];
+    reduce_matrix(layer, &BlockSums::c_attn_t, true, g.c_attn_weight);
+    reduce_matrix(layer, &BlockSums::attn_c_proj, false, g.attn_c_proj_weight);
+    reduce_matrix(layer, &BlockSums::c_fc_t, true, g.c_fc_weight);
+    reduce_matrix(layer, &BlockSums::mlp_c_proj, false, g.mlp_c_proj_weight);
+    if (thread != 0) continue;
+    const Block<float> v = sums[0].vectors.block(layer);
+    reduce_vector(v.ln_1_weight, D, g.ln_1_weight);
+    reduce_vector(v.ln_1_bias, D, g.ln_1_bias);
+    reduce_vector(v.c_attn_bias, 3 * D, g.c_attn_bias);
+    reduce_vector(v.attn_c_proj_bias, D, g.attn_c_proj_bias);
+    reduce_vector(v.ln_2_weight, D, g.ln_2_weight);
+    reduce_vector(v.ln_2_bias, D, g.ln_2_bias);
+    reduce_vector(v.c_fc_bias, 4 * D, g.c_fc_bias);
+    reduce_vector(v.mlp_c_proj_bias, D, g.mlp_c_proj_bias);
+  }
+  if (thread != 0) return;
+  reduce_vector(sums[0].vectors.ln_f_weight(), D, gradients.ln_f_weight);
+  reduce_vector(sums[0].vectors.ln_f_bias(), D, gradients.ln_f_bias);
+  reduce_vector(sums[0].positions, problem.seq_len * D, gradients.positions);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace looped_fast

@@ -1,0 +1,125 @@
+"""The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
+
+``looped_fast::cpu_loop_forward`` and ``cpu_loop_backward`` are defined by the extension
+``looped_fast._C``; this adds shapes for torch.compile, and autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_WIDTH = 1024  # widest D that the engine is tested at
+
+
+@functools.cache
+def why_not_loaded() -> str | None:
+    """Load the extension, once; the reason where there is none."""
+    spec = importlib.util.find_spec("looped_fast._C")
+    if spec is None or spec.origin is None:
+        return (
+            "the C++ extension was not built; with torch and a C++ compiler installed, run "
+            "pip install --no-build-isolation ."
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the C++ extension does not load, rebuild it for this torch: {error}"
+    _register()
+    return None
+
+
+@functools.cache
+def why_not_precision(precision: str) -> str | None:
+    """Why this machine can't run matrix products of ``precision``; None where it can."""
+    return why_not_loaded() or torch.ops.looped_fast.cpu_why_not(precision) or None
+
+
+def loop(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    injection: str,
+    precision: str,
+    checkpoint: str,
+) -> Tensor:
+    """``ops.loop`` on the engine: arguments and result are its."""
+    tensors = (embeddings, positions, state, *weights)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    save_activations = needs_grad and checkpoint == "none"
+    # The state before the window is an argument where the window covers every step.
+    save_start = needs_grad and window < n_loops
+    save_start = save_start and (checkpoint == "state" or injection == "mul")
+    states, *_ = torch.ops.looped_fast.cpu_loop_forward(
+        embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
+        precision, save_activations, save_start,
+    )  # fmt: skip
+    return states
+
+
+def _forward_fake(
+    embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
+    save_activations, save_start,
+):  # fmt: skip
+    B, S, D = embeddings.shape
+    n_layer = len(weights) // 12
+    operands = torch.bfloat16 if precision == "bf16" else torch.float32
+    empty = embeddings.new_empty
+    states = empty((window, B, S, D))
+    if save_activations:
+        activations = empty((window, 10 * n_layer, B, S, D), dtype=operands)
+        statistics = empty((window, (n_heads + 2) * n_layer + 1 + D, B, S))
+    else:
+        activations, statistics = empty((0,), dtype=operands), empty((0,))
+    return states, activations, statistics, empty((B, S, D) if save_start else (0,))
+
+
+def _backward_fake(
+    grad_states, states, activations, statistics, start, embeddings, positions, state, weights,
+    n_heads, n_loops, window, injection, precision,
+):  # fmt: skip
+    grads = [embeddings, positions, state, *weights]
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads]
+    if window < n_loops:
+        grads[2] = state.new_empty((0,))
+    return grads
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    embeddings, positions, state, weights, *settings, _, _ = inputs
+    ctx.save_for_backward(*output, embeddings, positions, state, *weights)
+    ctx.settings = settings
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_states, *_):
+    n_settings = 7  # n_heads .. precision, save_activations, save_start
+    if grad_states is None:
+        return (None,) * (4 + n_settings)
+    (states, activations, statistics, start, embeddings, positions, state, *weights) = (
+        ctx.saved_tensors
+    )
+    n_heads, n_loops, window, injection, precision = ctx.settings
+    grads = torch.ops.looped_fast.cpu_loop_backward(
+        grad_states, states, activations, statistics, start, embeddings, positions, state, weights,
+        n_heads, n_loops, window, injection, precision,
+    )  # fmt: skip
+    d_embeddings = None if injection == "none" else grads[0]
+    d_state = grads[2] if window == n_loops else None
+    return d_embeddings, grads[1], d_state, grads[3:], *(None,) * n_settings
+
+
+def _register() -> None:
+    name = "looped_fast::cpu_loop_forward"
+    torch.library.register_fake(name)(_forward_fake)
+    torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
+    torch.library.register_autograd(name, _backward, setup_context=_setup_context)
