@@ -3,7 +3,7 @@
 Measures time, rate and memory of a training step and of inference at the sizes of the paper, for
 eager PyTorch, torch.compile and the engine, in fp32 and bf16. Each runs alone in its own process,
 at its best thread setting, and only if its numbers are right. Prints tables, and writes JSON and
-a chart. A full run takes about half an hour on two cores, most of it spent on torch.compile;
+a chart. A full run may take an hour on two cores, most of it spent on compiling whole models;
 ``--quick`` takes a minute or two.
 """
 
@@ -71,6 +71,9 @@ def compare(cases: list[str], contenders: list[str], repeats: int, seconds: floa
     settings = ["--threads", *map(str, sorted({1, cores})), "--repeats", str(repeats),
                 "--seconds", str(seconds)]  # fmt: skip
     result: dict[str, Any] = {"provenance": report.provenance()}
+    load = result["provenance"]["load_before"]
+    if load > 0.5:
+        print(f"the machine is busy (load {load:.1f}): figures will be off", file=sys.stderr)
     result["peak_gflops"] = measured_in_subprocess(settings)
     rows, missing = [], []
     for case in cases:

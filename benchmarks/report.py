@@ -103,8 +103,8 @@ def chart(rows: list[Row], path: Path, caption: str) -> None:
         names = [r["contender"] for r in shown]
         colours = ["tab:orange" if CONTENDERS[name].is_engine else "tab:gray" for name in names]
         bars = axes.barh(names, [r["ms"] for r in shown], color=colours)
-        axes.bar_label(bars, fmt="%.3g", padding=2)
-        axes.margins(x=0.15)
+        axes.bar_label(bars, fmt="{:,.1f}", padding=2)
+        axes.margins(x=0.2)
         axes.invert_yaxis()
         axes.set(title=f"{case}, {mode}", xlabel="milliseconds (median)")
     for axes in list(grid.flat)[len(panels) :]:
