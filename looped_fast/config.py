@@ -69,13 +69,16 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.n_embd // self.n_head
 
     @property
     def n_outputs(self) -> int:
+        """Width of the read-out."""
         return N_CLASSES if self.pred_type == "classification" else 1
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain dict of the fields."""
         return dataclasses.asdict(self)
 
     @classmethod

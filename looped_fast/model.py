@@ -141,12 +141,19 @@ class LoopedTransformer(nn.Module):
         config = self.config
         n_loops = config.n_loops if n_loops is None else n_loops
         window = min(config.window, n_loops) if window is None else window
+        return self._predict(xs, ys, n_loops, window, config.injection)
+
+    def _predict(self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str) -> Tensor:
         check_window(n_loops, window)
         self._check_prompt(xs, ys)
-        embeddings = self._read_in(interleave(xs, ys)).to(xs.dtype)  # [B, 2n, D]
-        if config.injection == "add":
+        device = xs.device.type
+        precision = ambient_precision(device)
+        # Read-in and read-out are a thousandth of the work: they keep their full precision.
+        with torch.autocast(device, enabled=False):
+            embeddings = self._read_in(interleave(xs, ys))  # [B, 2n, D]
+        if injection == "add":
             state = torch.zeros_like(embeddings)
-        elif config.injection == "mul":
+        elif injection == "mul":
             state = torch.ones_like(embeddings)
         else:
             state = embeddings
@@ -155,15 +162,18 @@ class LoopedTransformer(nn.Module):
             self._backbone.transformer["wpe"].weight[: embeddings.shape[1]],
             state,
             self._backbone.op_weights(),
-            n_heads=config.n_head,
+            n_heads=self.config.n_head,
             n_loops=n_loops,
             window=window,
-            injection=config.injection,
-            precision=ambient_precision(xs.device.type),
+            injection=injection,
+            precision=precision,
             backend=self.backend,
         )  # [W, B, 2n, D]
-        predictions = self._read_out(states[:, :, ::2])  # [W, B, n, n_outputs]
-        return predictions if config.pred_type == "classification" else predictions.squeeze(-1)
+        with torch.autocast(device, enabled=False):
+            predictions = self._read_out(states[:, :, ::2])  # [W, B, n, n_outputs]
+        if self.config.pred_type == "classification":
+            return predictions
+        return predictions.squeeze(-1)
 
     def _check_prompt(self, xs: Tensor, ys: Tensor) -> None:
         config, weight = self.config, self._read_in.weight
@@ -186,7 +196,6 @@ class LoopedTransformer(nn.Module):
                     f"{name} is {tensor.dtype} on {tensor.device}, the model is {weight.dtype} "
                     f"on {weight.device}; convert with {name}.to(device, dtype)"
                 )
-            # .all() of a sum would overflow; isfinite is exact. Skipped while tracing and on GPUs.
             inspect = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
             if inspect and not tensor.isfinite().all():
                 where = (~tensor.isfinite()).nonzero()[0].tolist()

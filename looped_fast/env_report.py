@@ -1,0 +1,32 @@
+"""What to paste into a bug report: ``python -m looped_fast.env_report``."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from torch.utils.collect_env import get_pretty_env_info
+
+import looped_fast
+from looped_fast import LoopedTransformer, ModelConfig, explain_backend
+
+
+def report() -> str:
+    """Versions, hardware, and which backend the paper's model runs on, as text."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LoopedTransformer(ModelConfig()).to(device)
+    lines = [
+        f"looped_fast {looped_fast.__version__}, Python {platform.python_version()}",
+        f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads",
+    ]
+    for precision in ("fp32", "bf16"):
+        lines.append(
+            f"{precision} on {device}: "
+            f"{explain_backend(model, batch_size=64, n_points=41, precision=precision)}"
+        )
+    return "\n".join([*lines, "", get_pretty_env_info()])
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,44 @@
+"""What a run ends with: a table against the baselines, and a plot of loss and error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor
+
+
+def error_table(errors: dict[str, Tensor]) -> str:
+    """Rows of ``errors`` (name -> error by position [n]) as text: mean and last position."""
+    rows = [(name, e.mean().item(), e[-1].item()) for name, e in errors.items()]
+    headers = ["squared error / variance", "mean over positions", "last position"]
+    return tabulate(rows, headers, floatfmt=".4f")
+
+
+def plot(path: Path, history: list[dict[str, Any]], errors: dict[str, Tensor], title: str) -> None:
+    """Draw training error over steps, and error by in-context position, into ``path`` (PNG).
+
+    Args:
+        path: the file.
+        history: lines of ``metrics.jsonl``.
+        errors: name -> error by position [n], relative to predicting zero.
+        title: above both.
+    """
+    from matplotlib.figure import Figure  # slow to import; pyplot would look for a display
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    training = [line for line in history if "relative_error" in line]
+    left.plot([x["step"] for x in training], [x["relative_error"] for x in training])
+    left.set(xlabel="training step", ylabel="training error / zero predictor", yscale="log")
+    for name, error in errors.items():
+        style = "-" if name.endswith("loops") else "--"
+        # An exact fit, as of least squares on linear data, has no place on a log axis.
+        right.plot(range(len(error)), error.clamp(min=1e-5), style, label=name)
+    right.set(xlabel="in-context examples", ylabel="squared error / variance", yscale="log")
+    right.legend(fontsize="small")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

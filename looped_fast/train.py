@@ -1,0 +1,221 @@
+"""Train a transformer on a function class: ``python -m looped_fast.train --task dt --amp bf16``.
+
+Settings come from a preset (or a YAML file), then from the command line; ``--help`` lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+import yaml
+
+import looped_fast
+from looped_fast import checkpoint
+from looped_fast.baselines import BASELINES
+from looped_fast.config_files import load_config
+from looped_fast.evaluation import evaluation_batches, position_errors
+from looped_fast.metrics import METRICS_FILE, read_metrics
+from looped_fast.model import explain_backend
+from looped_fast.presets import describe, preset_config
+from looped_fast.report import error_table, plot
+from looped_fast.settings import TrainConfig, config_from_dict
+from looped_fast.trainer import (
+    Interrupted,
+    NonFiniteError,
+    Trainer,
+    estimate_seconds,
+    resolve_device,
+)
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train a looped, standard or weight-tied transformer on a function class.
+
+    The defaults below are those of the preset; choose one with --preset, --task and --model.
+    """
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")]  # flags without a prefix
+    config: Path | None = None
+    """YAML file of settings: ours, or an official one."""
+    resume: Path | None = None
+    """Folder of a run to continue from its latest checkpoint."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        command, origin, resumed = parse(args)
+        run_dir = prepare_run_dir(command.settings, command.resume)
+        return run(command.settings, origin, run_dir, resumed)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteError, checkpoint.CheckpointError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(args: list[str]) -> tuple[Command, str, checkpoint.Checkpoint | None]:
+    """Settings, a phrase that says where they come from, and the checkpoint to continue from."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("task", "model", "preset", "device"):
+        early.add_argument(f"--{name}")
+    for name in ("config", "resume"):
+        early.add_argument(f"--{name}", type=Path)
+    chosen, _ = early.parse_known_args(args)
+
+    resumed = None
+    if chosen.resume is not None:
+        resumed = load_latest(chosen.resume)
+        base = config_from_dict(resumed.config, TrainConfig())
+        origin = f"continuing {chosen.resume} from step {resumed.step}"
+    else:
+        on_gpu = resolve_device(chosen.device or "auto").type != "cpu"
+        preset = chosen.preset or ("paper" if on_gpu else "small")
+        base = preset_config(preset, chosen.task or "lr", chosen.model or "looped")
+        origin = f"preset {preset}"
+        if chosen.preset is None:
+            origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"
+        if chosen.config is not None:
+            base, origin = load_config(chosen.config, base)
+    default = Command(base, chosen.config, chosen.resume)
+    command = tyro.cli(Command, args=args, default=default, prog="python -m looped_fast.train")
+    if resumed is not None:
+        changes = changed_settings(base.to_dict(), command.settings.to_dict())
+        origin += f"; changed: {', '.join(changes)}" if changes else ""
+    return command, origin, resumed
+
+
+def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """``name old -> new`` of each top-level setting that differs."""
+    return [
+        f"{name} {before[name]} -> {after[name]}" for name in after if before[name] != after[name]
+    ]
+
+
+def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
+    """The newest checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is damaged.
+    """
+    latest = checkpoint.latest(run_dir)
+    if latest is None:
+        raise FileNotFoundError(
+            f"{run_dir} holds no checkpoint to resume; give the folder of a run, "
+            f"such as runs/lr-looped-tiny-..."
+        )
+    return checkpoint.load(latest)
+
+
+def prepare_run_dir(config: TrainConfig, resume: Path | None) -> Path:
+    """Make the run's folder and write ``config.yaml`` there.
+
+    Raises:
+        ValueError: the folder already holds a run.
+        OSError: it can't be made or written.
+    """
+    if resume is not None:
+        run_dir = resume
+    elif config.out is not None:
+        run_dir = Path(config.out)
+        if (run_dir / CONFIG_FILE).exists() or checkpoint.latest(run_dir) is not None:
+            raise ValueError(
+                f"{run_dir} already holds a run; continue it with --resume {run_dir}, "
+                f"or choose another --out"
+            )
+    else:
+        kind = Path(config.preset).stem
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        run_dir = Path("runs") / f"{config.task}-{config.model}-{kind}-{stamp}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    except OSError as error:
+        raise OSError(
+            f"can't write to {run_dir}: {error.strerror}; choose another folder with --out"
+        ) from error
+    return run_dir
+
+
+def run(
+    config: TrainConfig, origin: str, run_dir: Path, resumed: checkpoint.Checkpoint | None
+) -> int:
+    """Train, then report; returns the exit status."""
+    print(f"looped_fast {looped_fast.__version__}, task {config.task}, {origin}")
+    trainer = Trainer(config, run_dir, resumed)
+    announce(trainer)
+    started = time.perf_counter()
+    try:
+        trainer.fit()
+    except Interrupted as stop:
+        print(
+            f"\n{stop}: step {trainer.step} is finished and saved. Continue with\n"
+            f"  python -m looped_fast.train --resume {run_dir}"
+        )
+        return 128 + stop.signum
+    minutes = (time.perf_counter() - started) / 60
+    report(trainer, f"{trainer.step} steps, {minutes:.1f} minutes in this sitting")
+    return 0
+
+
+def announce(trainer: Trainer) -> None:
+    """Say what is about to run, with its estimated time."""
+    config, device = trainer.config, trainer.device
+    print("\n" + describe(config))
+    precision = "fp32" if config.amp == "off" else config.amp
+    explanation = explain_backend(trainer.model, config.batch_size, config.n_points, precision)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{parameters / 1e6:.2f}M parameters on {hardware}{threads}; {explanation}")
+    minutes = estimate_seconds(trainer) / 60
+    time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    print(
+        f"estimated time: {time_left}. Shorter: --preset tiny (minutes) or --steps N; "
+        f"the paper's run: --preset paper\nwriting to {trainer.run_dir}\n"
+    )
+
+
+def report(trainer: Trainer, summary: str) -> None:
+    """Evaluate against the baselines; print a table, write ``results.json`` and a plot."""
+    config, task, run_dir = trainer.config, trainer.task, trainer.run_dir
+    n_prompts = 5 * config.eval_prompts
+    by_loops = trainer.evaluate(n_prompts)
+    errors = {f"{config.model}, {n} loops": torch.tensor(e) for n, e in by_loops.items()}
+    for name, predict in BASELINES.items():
+        batches = evaluation_batches(
+            task, n_prompts, config.n_points, seed=config.seed, device=trainer.device
+        )
+        errors[name] = position_errors(predict, task, batches)
+    title = f"{config.task}, {config.model}, {config.preset}: {summary}"
+    print(f"\n{title}; {n_prompts} held-out prompts\n")
+    print(error_table(errors))
+    results = {
+        "summary": summary,
+        "prompts": n_prompts,
+        "seed": config.seed,
+        "torch": torch.__version__,
+        "looped_fast": looped_fast.__version__,
+        "errors": {name: error.tolist() for name, error in errors.items()},
+    }
+    (run_dir / "results.json").write_text(json.dumps(results, indent=1))
+    plot(run_dir / "report.png", read_metrics(run_dir / METRICS_FILE), errors, title)
+    print(f"\nplot: {run_dir / 'report.png'}\nweights: {checkpoint.latest(run_dir)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""The training loop: sample, step, log, evaluate, checkpoint, stop cleanly."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from looped_fast import checkpoint
+from looped_fast.compat import load_official_checkpoint
+from looped_fast.evaluation import model_errors
+from looped_fast.metrics import MetricsLog
+from looped_fast.model import LoopedTransformer
+from looped_fast.reference import AUTOCAST_DTYPES
+from looped_fast.settings import TrainConfig
+from looped_fast.tasks import Batch, FixedPrompts, sample_batch
+
+_LEAST_SCALE = 2.0**-10  # of the fp16 loss; reached by 26 overflows in a row, from 2^16
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is NaN or Inf."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; the run is checkpointed. ``signum`` is the signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Trainer:
+    """Trains ``config`` in ``run_dir``, from the start or from a checkpoint.
+
+    The data of step i is a pure function of (seed, i), so a resumed run ends bit-identical to
+    an uninterrupted one on the same machine with the same number of threads.
+
+    Args:
+        config: all settings.
+        run_dir: an existing folder for checkpoints and metrics.
+        resume: a checkpoint of this run to continue from.
+
+    Raises:
+        CheckpointError: ``resume`` is damaged or of another model.
+        ValueError: a device or backend that can't be used.
+    """
+
+    def __init__(
+        self, config: TrainConfig, run_dir: Path, resume: checkpoint.Checkpoint | None = None
+    ) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.device = resolve_device(config.device)
+        self.task = config.make_task()
+        self.curriculum = config.make_curriculum()
+        torch.manual_seed(config.seed)
+        self.model = LoopedTransformer(config.model_config(), config.backend).to(self.device)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.step = 0  # completed steps
+        if config.init_from is not None and resume is None:
+            self._init_from(Path(config.init_from))
+        if resume is not None:
+            checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler)
+            self.step = resume.step
+        self._fixed_prompts = (
+            FixedPrompts(
+                self.task, config.train_prompts, config.n_points, config.batch_size,
+                seed=config.seed, device=self.device,
+            )
+            if config.train_prompts is not None
+            else None
+        )  # fmt: skip
+        self._saved_step: int | None = self.step if resume is not None else None
+        self._signal: int | None = None
+        self._sums = torch.zeros(3, device=self.device)  # of loss, mean y^2, gradient norm
+        self._steps_in_sums = 0
+
+    def _init_from(self, path: Path) -> None:
+        """Start from a checkpoint of ours (weights) or an official one (and where it stopped)."""
+        if path.suffix != ".pt":
+            checkpoint.restore_into(checkpoint.load(path), self.model)
+            return
+        official = load_official_checkpoint(path)
+        try:
+            self.model.load_state_dict(official.model_state)
+        except RuntimeError as error:
+            raise checkpoint.CheckpointError(f"{path} is of another model: {error}") from None
+        if official.optimizer_state is not None:
+            # Adam's moments carry on; the settings of this run stay.
+            groups = self.optimizer.state_dict()["param_groups"]
+            state = official.optimizer_state["state"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if official.train_step is not None:
+            self.step = official.train_step + 1
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of matrix products that the settings ask for."""
+        dtype = AUTOCAST_DTYPES["fp32" if self.config.amp == "off" else self.config.amp]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def fit(self) -> None:
+        """Train to ``config.steps``, with a progress bar.
+
+        Raises:
+            NonFiniteError: the loss or gradient is NaN or Inf; no checkpoint is written of it.
+            Interrupted: SIGINT or SIGTERM came; the step was finished and checkpointed.
+        """
+        config = self.config
+        log = MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with tqdm(total=config.steps, initial=self.step, unit="step", smoothing=0.05) as bar:
+                self._fit(log, bar)
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+            log.close()
+
+    def _fit(self, log: MetricsLog, bar: tqdm) -> None:
+        config = self.config
+        logged_at, logged_step = time.perf_counter(), self.step
+        while self.step < config.steps:
+            self.training_step()
+            bar.update()
+            # Reading the loss stalls a GPU's stream, and costs nothing on a CPU.
+            if self.device.type == "cpu" or self._is_due(config.log_every):
+                values = self._read_sums()
+                if self._is_due(config.log_every):
+                    now = time.perf_counter()
+                    rate = (self.step - logged_step) / (now - logged_at)
+                    logged_at, logged_step = now, self.step
+                    values |= self._describe_step(rate)
+                    log.write(self.step, values)
+                    self._reset_sums()
+                    bar.set_postfix_str(
+                        f"loss {values['loss']:.4g}, error/zero {values['relative_error']:.3f}, "
+                        f"{values['tokens_per_s']:.0f} tokens/s"
+                    )
+            if self._is_due(config.eval_every):
+                log.write(self.step, {"errors": self.evaluate(config.eval_prompts)})
+            if self._is_due(config.save_every) or self._signal is not None:
+                self.save()
+            if self._signal is not None:
+                raise Interrupted(self._signal)
+
+    def training_step(self) -> None:
+        """One optimizer step on the next batch."""
+        config, stage = self.config, self.curriculum.at(self.step)
+        xs, ys = self._batch()
+        window = min(config.window, stage.n_loops)
+        with self.autocast():
+            predictions = self.model(xs, ys, stage.n_loops, window)  # [W, B, n]
+        loss = (predictions[-config.supervised_window :] - ys).square().mean()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():  # it skipped this step if the gradient overflowed
+            norm = norm.nan_to_num(posinf=0.0)
+        self._sums += torch.stack((loss.detach(), ys.square().mean(), norm))
+        self._steps_in_sums += 1
+        self.step += 1
+
+    def learning_rate(self, step: int) -> float:
+        """Of training step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
+        config = self.config
+        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        return config.lr * warmup * (decay if config.lr_decay == "cosine" else 1.0)
+
+    def evaluate(self, n_prompts: int) -> dict[str, list[float]]:
+        """Relative error by position, {loop count: [n]}, at T, b and 2b loops."""
+        errors = model_errors(
+            self.model, self.task, self.loop_counts(), n_prompts, self.config.n_points,
+            seed=self.config.seed, autocast=self.autocast,
+        )  # fmt: skip
+        return {str(n_loops): error.tolist() for n_loops, error in errors.items()}
+
+    def loop_counts(self) -> list[int]:
+        """Where a looped model is evaluated: T, b and 2b loops. Others have one count."""
+        b = self.config.n_loops
+        return sorted({self.config.window, b, 2 * b}) if self.config.model == "looped" else [b]
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one or the numbers are bad."""
+        if self._saved_step == self.step:
+            return
+        self._read_sums()  # raises when not finite
+        checkpoint.save(
+            self.run_dir,
+            self.step,
+            self.model,
+            self.optimizer,
+            config=self.config.to_dict(),
+            meta={"curriculum": self.curriculum.at(self.step)._asdict()},
+            scaler=self.scaler,
+            keep=self.config.keep,
+        )
+        self._saved_step = self.step
+
+    def _batch(self) -> Batch:
+        config, stage = self.config, self.curriculum.at(self.step)
+        if self._fixed_prompts is not None:
+            return self._fixed_prompts.batch(stage.n_points, step=self.step, n_dims=stage.n_dims)
+        return sample_batch(
+            self.task, config.batch_size, stage.n_points,
+            seed=config.seed, step=self.step, n_dims=stage.n_dims, device=self.device,
+        )  # fmt: skip
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _read_sums(self) -> dict[str, float]:
+        """Means since the last log line. Raises NonFiniteError."""
+        if not self._steps_in_sums:
+            return {}
+        loss, zero, norm = (self._sums / self._steps_in_sums).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(self._explain_non_finite(loss, norm))
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
+            raise NonFiniteError(self._explain_non_finite(loss, math.inf))
+        return {"loss": loss, "relative_error": loss / zero, "grad_norm": norm}
+
+    def _reset_sums(self) -> None:
+        self._sums.zero_()
+        self._steps_in_sums = 0
+
+    def _explain_non_finite(self, loss: float, norm: float) -> str:
+        first = self.step - (0 if self.device.type == "cpu" else self._steps_in_sums - 1)
+        when = f"step {self.step}" if first == self.step else f"steps {first} to {self.step}"
+        good = checkpoint.latest(self.run_dir)
+        remedies = ["a lower --lr", "--clip-grad-norm 1", "--warmup-steps 1000"]
+        if self.config.amp != "off":
+            remedies.append("--amp off")
+        return (
+            f"loss {loss}, gradient norm {norm} at {when}. No checkpoint was written of it; "
+            f"the last good one is {good or 'none'}. Likely remedies: {', '.join(remedies)}"
+        )
+
+    def _describe_step(self, steps_per_s: float) -> dict[str, Any]:
+        stage = self.curriculum.at(self.step - 1)
+        tokens = self.config.batch_size * 2 * stage.n_points
+        return {
+            "lr": self.learning_rate(self.step - 1),
+            **stage._asdict(),
+            "steps_per_s": steps_per_s,
+            "tokens_per_s": steps_per_s * tokens,
+        }
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signal = signum
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not one of PyTorch's; use cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} "
+            f"CUDA devices here; use --device cpu"
+        )
+    return device
+
+
+def estimate_seconds(trainer: Trainer) -> float:
+    """Seconds that the rest of the run will take, from two trial steps and a count of FLOPs.
+
+    The trial runs on a copy of the first stage's batch, and changes nothing.
+    """
+    config = trainer.config
+
+    def flops(step: int) -> float:
+        stage, D = trainer.curriculum.at(step), config.n_embd
+        S = 2 * stage.n_points
+        passes = stage.n_loops + 2 * min(config.window, stage.n_loops)  # backward counts twice
+        return passes * config.n_layer * S * (24 * D * D + 2 * S * D)
+
+    seconds = math.inf
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        xs, ys = trainer._batch()
+        stage = trainer.curriculum.at(trainer.step)
+        with trainer.autocast():
+            window = min(config.window, stage.n_loops)
+            predictions = trainer.model(xs, ys, stage.n_loops, window)
+        gradients: list[Tensor] = list(
+            torch.autograd.grad(predictions.sum(), list(trainer.model.parameters()))
+        )
+        gradients[0].sum().item()  # waits for a GPU
+        seconds = min(seconds, time.perf_counter() - started)
+    stride = max(1, (config.steps - trainer.step) // 1000)
+    work = sum(flops(step) for step in range(trainer.step, config.steps, stride)) * stride
+    return seconds * work / flops(trainer.step)

@@ -1,0 +1,164 @@
+"""What every test gets: poisoned memory, fixed seeds, and a naive twin of the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+from looped_fast import LoopedTransformer, ModelConfig
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+FP32_EPS = torch.finfo(torch.float32).eps
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # tensors here are tiny, and threads only get in each other's way
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fills every ``empty`` with NaN, C++'s ``at::empty`` too, so an unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def random_weights(D: int, n_layer: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Weights of ``ops.loop``, none of them at a value (0 or 1) that hides a mistake."""
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, dtype=dtype) / math.sqrt(columns)
+
+    def bias(size: int) -> Tensor:
+        return 0.2 * torch.randn(size, dtype=dtype)
+
+    def norm() -> list[Tensor]:
+        return [1 + bias(D), bias(D)]
+
+    weights = []
+    for _ in range(n_layer):
+        weights += [*norm(), matrix(3 * D, D), bias(3 * D), matrix(D, D), bias(D)]
+        weights += [*norm(), matrix(4 * D, D), bias(4 * D), matrix(D, 4 * D), bias(D)]
+    return [*weights, *norm()]
+
+
+def loop_inputs(
+    B: int = 2, S: int = 6, D: int = 16, n_layer: int = 1, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    """Tensor arguments of ``ops.loop``."""
+    return {
+        "embeddings": torch.randn(B, S, D, dtype=dtype),
+        "positions": torch.randn(S, D, dtype=dtype),
+        "state": torch.randn(B, S, D, dtype=dtype),
+        "weights": random_weights(D, n_layer, dtype),
+    }
+
+
+def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Name -> tensor of ``loop_inputs``, weights one by one."""
+    named = {k: v for k, v in inputs.items() if k != "weights"}
+    return named | {f"weights[{i}]": w for i, w in enumerate(inputs["weights"])}
+
+
+def require_grad(inputs: dict[str, Any]) -> dict[str, Any]:
+    for tensor in leaves(inputs).values():
+        tensor.requires_grad_()
+    return inputs
+
+
+def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Detached copies in another dtype."""
+    copies = {k: v.detach().to(dtype, copy=True) for k, v in inputs.items() if k != "weights"}
+    return copies | {"weights": [w.detach().to(dtype, copy=True) for w in inputs["weights"]]}
+
+
+def naive_step(
+    z: Tensor, e: Tensor, p: Tensor, weights: Sequence[Tensor], n_heads: int, injection: str
+) -> Tensor:
+    """One loop step from formulas alone: no ``torch.nn.functional``, no code of the package."""
+
+    def norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * scale + shift
+
+    def gelu(x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    S, D = p.shape
+    width = D // n_heads
+    past = torch.ones(S, S).tril().bool()
+    x = {"add": z + e, "mul": z * e, "none": z, "every_block": z}[injection] + p
+    for first in range(0, len(weights) - 2, 12):
+        g1, b1, w_qkv, b_qkv, w_o, b_o, g2, b2, w_fc, b_fc, w_proj, b_proj = weights[
+            first : first + 12
+        ]
+        if injection == "every_block":
+            x = x + e
+        qkv = norm(x, g1, b1) @ w_qkv.T + b_qkv
+        heads = []
+        for h in range(n_heads):
+            q, k, v = (qkv[..., i * D + h * width : i * D + (h + 1) * width] for i in range(3))
+            scores = q @ k.transpose(1, 2) / math.sqrt(width)
+            weight = scores.exp() * past
+            heads.append(weight / weight.sum(-1, keepdim=True) @ v)
+        x = x + torch.cat(heads, -1) @ w_o.T + b_o
+        x = x + gelu(norm(x, g2, b2) @ w_fc.T + b_fc) @ w_proj.T + b_proj
+    return norm(x, *weights[-2:])
+
+
+def naive_loop(
+    inputs: dict[str, Any], n_heads: int, n_loops: int, window: int, injection: str = "add"
+) -> Tensor:
+    """Twin of ``ops.loop``, with truncated backpropagation written out as a detach."""
+    z, states = inputs["state"], []
+    for i in range(n_loops):
+        args = inputs["embeddings"], inputs["positions"], inputs["weights"], n_heads, injection
+        z = naive_step(z, *args)
+        if i < n_loops - window:
+            z = z.detach()
+        else:
+            states.append(z)
+    return torch.stack(states)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Of the whole tensor, in the Euclidean norm."""
+    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+SMALL = ModelConfig(n_dims=3, n_positions=8, n_embd=16, n_head=2, n_loops=4, window=2)
+
+
+def small_model(dtype: torch.dtype = torch.float32, **changes: Any) -> LoopedTransformer:
+    """A model with weights large enough that every part of it matters."""
+    model = LoopedTransformer(ModelConfig(**{**SMALL.to_dict(), **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def prompt(B: int = 2, n: int = 5, d: int = 3, dtype: torch.dtype = torch.float32):
+    return torch.randn(B, n, d, dtype=dtype), torch.randn(B, n, dtype=dtype)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import small_model
+
+from looped_fast import backends, explain_backend
+
+PROBLEM = backends.Problem(
+    device="cpu",
+    dtype=torch.float32,
+    precision="fp32",
+    batch=64,
+    seq_len=82,
+    n_embd=256,
+    n_heads=8,
+    n_layer=1,
+    n_loops=30,
+    window=15,
+    injection="add",
+)
+
+
+@pytest.fixture
+def three_backends(monkeypatch):
+    """A fast backend for float32 only, one that never runs, and the reference."""
+    table = {
+        "triton": lambda problem: "no GPU here",
+        "cpu": lambda problem: None if problem.dtype == torch.float32 else "float32 only",
+        "reference": lambda problem: None,
+    }
+    monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_there_is_always_a_backend(dtype):
+    explanation = backends.explain(replace(PROBLEM, dtype=dtype))
+    others = set(backends.BACKENDS) - {explanation.chosen}
+    assert explanation.chosen in backends.BACKENDS
+    assert set(explanation.reasons) == others
+    assert all(explanation.reasons.values())
+
+
+def test_the_reference_can_always_be_forced():
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32), ("mps", torch.float16)):
+        problem = replace(PROBLEM, device=device, dtype=dtype)
+        assert backends.explain(problem, "reference").chosen == "reference"
+
+
+def test_the_first_able_backend_is_chosen(three_backends):
+    explanation = backends.explain(PROBLEM)
+    assert explanation.chosen == "cpu"
+    assert explanation.reasons == {"triton": "no GPU here", "reference": "cpu comes first"}
+
+
+def test_an_unable_backend_is_passed_over(three_backends):
+    explanation = backends.explain(replace(PROBLEM, dtype=torch.float64))
+    assert explanation.chosen == "reference"
+    assert explanation.reasons == {"triton": "no GPU here", "cpu": "float32 only"}
+
+
+def test_a_forced_backend_is_taken_over_an_earlier_one(three_backends):
+    explanation = backends.explain(PROBLEM, "reference")
+    assert explanation.chosen == "reference"
+    assert explanation.reasons["cpu"] == "reference was asked for"
+
+
+def test_forcing_an_unable_backend_says_why(three_backends):
+    with pytest.raises(ValueError, match="backend 'triton' can't run this: no GPU here.*'auto'"):
+        backends.explain(PROBLEM, "triton")
+
+
+def test_an_unknown_backend_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown backend 'tritn'; did you mean 'triton'"):
+        backends.explain(PROBLEM, "tritn")
+
+
+def test_an_explanation_reads_as_text():
+    text = str(backends.Explanation("reference", {"cpu": "float32 only"}))
+    assert text == "backend: reference\n  not cpu: float32 only"
+
+
+def test_explain_backend_describes_the_models_problem(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem) or None}
+    )
+    model = small_model(torch.float64, n_layer=2, injection="mul")
+    explanation = explain_backend(model, batch_size=7, n_points=5, precision="bf16")
+    assert str(explanation) == "backend: reference"
+    expected = backends.Problem(
+        device="cpu",
+        dtype=torch.float64,
+        precision="bf16",
+        batch=7,
+        seq_len=10,
+        n_embd=16,
+        n_heads=2,
+        n_layer=2,
+        n_loops=4,
+        window=2,
+        injection="mul",
+    )
+    assert seen == [expected]
+
+
+def test_explain_backend_respects_a_forced_one():
+    model = small_model()
+    model.backend = "reference"
+    assert explain_backend(model, batch_size=2, n_points=5).chosen == "reference"

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import (
+    FP32_EPS,
+    leaves,
+    loop_inputs,
+    naive_loop,
+    prompt,
+    relative_error,
+    require_grad,
+    small_model,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from looped_fast import ops, reference
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(inputs, **changes):
+    settings = {"n_heads": 2, "n_loops": 3, "window": 2, **changes}
+    return ops.loop(**inputs, **settings)
+
+
+def raw_args(inputs, n_loops, window, injection="add", precision="fp32"):
+    tensors = inputs["embeddings"], inputs["positions"], inputs["state"], inputs["weights"]
+    return (*tensors, 2, n_loops, window, injection, precision, "auto")
+
+
+@pytest.mark.parametrize("injection", ["add", "every_block"])
+def test_the_op_equals_its_formulas(injection):
+    inputs = loop_inputs(n_layer=2)
+    expected = naive_loop(inputs, 2, 3, 2, injection)
+    torch.testing.assert_close(run(inputs, injection=injection), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("injection", ["add", "mul", "none", "every_block"])
+def test_gradients_equal_finite_differences(injection):
+    inputs = require_grad(loop_inputs(B=1, S=3, D=4, n_layer=1))
+    names = list(leaves(inputs))
+
+    def of_leaves(*tensors):
+        e, p, z, *weights = tensors
+        return ops.loop(e, p, z, weights, n_heads=2, n_loops=2, window=2, injection=injection)
+
+    assert names[:3] == ["embeddings", "positions", "state"]
+    assert torch.autograd.gradcheck(of_leaves, tuple(leaves(inputs).values()), fast_mode=True)
+
+
+def test_one_step_gradients_equal_finite_differences_from_the_state_before():
+    """A window of 1 in 3 loops: the derivative of the last step, its input state held still."""
+    inputs = require_grad(loop_inputs(B=1, S=3, D=4))
+    state = ops.loop(**inputs, n_heads=2, n_loops=2, window=1)[0].detach()
+    direction = torch.randn(1, 1, 3, 4, dtype=torch.float64)
+    run(inputs, n_loops=3, window=1).backward(direction)
+    step = 1e-6
+    for name in ("embeddings", "positions"):
+        values = inputs[name].detach()
+        numeric = torch.zeros_like(values)
+        for i in range(values.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = values.clone()
+                moved.view(-1)[i] += sign * step
+                with torch.no_grad():
+                    out = run({**inputs, "state": state, name: moved}, n_loops=1, window=1)
+                ends.append((out * direction).sum())
+            numeric.view(-1)[i] = (ends[0] - ends[1]) / (2 * step)
+        torch.testing.assert_close(inputs[name].grad, numeric, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "n_loops", "window", "injection", "precision", "dtype"),
+    [
+        (1, 2, 2, "add", "fp32", torch.float64),
+        (2, 2, 1, "every_block", "fp32", torch.float32),
+        (1, 2, 1, "mul", "bf16", torch.float32),
+    ],
+)
+def test_the_op_passes_opcheck(n_layer, n_loops, window, injection, precision, dtype):
+    inputs = require_grad(loop_inputs(S=5, D=8, n_layer=n_layer, dtype=dtype))
+    args = raw_args(inputs, n_loops, window, injection, precision)
+    torch.library.opcheck(torch.ops.looped_fast.loop.default, args)
+
+
+def test_the_op_passes_opcheck_without_gradient():
+    args = raw_args(loop_inputs(S=5, D=8), 2, 1)
+    torch.library.opcheck(torch.ops.looped_fast.loop.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fake_op_knows_shape_and_dtype(dtype):
+    with FakeTensorMode():
+        states = run(loop_inputs(B=3, S=5, D=8, dtype=dtype))
+    assert (tuple(states.shape), states.dtype) == ((2, 3, 5, 8), dtype)
+
+
+def test_the_op_runs_on_the_meta_device():
+    with torch.device("meta"):
+        inputs = loop_inputs(B=3, S=5, D=8, dtype=torch.float32)
+    states = run(inputs)
+    assert (tuple(states.shape), states.device.type) == ((2, 3, 5, 8), "meta")
+
+
+def compare_compiled(compiler, autocast_dtype=None, n_loops=3, window=2, ulps=64):
+    """Loss and gradients of a training step, compiled in one graph, against eager ones."""
+    model = small_model()
+    xs, ys = prompt(B=3, n=6)
+
+    def loss():
+        with torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            predictions = model(xs, ys, n_loops, window)
+        return (predictions - ys).square().mean()
+
+    results = []
+    for compute in (loss, torch.compile(loss, backend=compiler, fullgraph=True)):
+        model.zero_grad()
+        value = compute()
+        value.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        results.append({"loss": value.detach(), **gradients})
+    for name, eager in results[0].items():
+        assert relative_error(results[1][name], eager) <= ulps * FP32_EPS, name
+
+
+@pytest.mark.parametrize(("n_loops", "window"), [(2, 2), (4, 2)])
+def test_a_compiled_training_step_is_one_graph_with_the_same_numbers(n_loops, window):
+    counter = CompileCounterWithBackend("aot_eager")
+    compare_compiled(counter, n_loops=n_loops, window=window)
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_training_step_follows_autocast():
+    # The same bf16 products, in the same order: what differs is fp32 rounding.
+    compare_compiled("aot_eager", torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_a_training_step_compiled_by_inductor_has_the_same_numbers():
+    compare_compiled("inductor", n_loops=2, window=1, ulps=128)
+
+
+def test_a_model_call_has_no_graph_break():
+    model = small_model()
+    explanation = torch._dynamo.explain(model)(*prompt())
+    assert explanation.graph_break_count == 0
+    assert explanation.graph_count == 1
+
+
+def replaced(**changes):
+    return {**loop_inputs(dtype=torch.float32), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embeddings": torch.zeros(6, 16)}, r"embeddings have shape (6, 16); [B, S, D]"),
+        ({"positions": torch.zeros(5, 16)}, r"positions has shape (5, 16); (6, 16) is needed"),
+        ({"positions": torch.zeros(6, 8)}, r"positions has shape (6, 8); (6, 16) is needed"),
+        ({"state": torch.zeros(3, 6, 16)}, r"state has shape (3, 6, 16); (2, 6, 16) is needed"),
+        ({"state": torch.zeros(2, 6, 16).half()}, "state is torch.float16 on cpu"),
+        ({"positions": torch.zeros(6, 16).double()}, "positions is torch.float64 on cpu"),
+        ({"state": torch.zeros(2, 6, 16, device="meta")}, "state is torch.float32 on meta"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(replaced(**changes))
+
+
+@pytest.mark.parametrize("index", range(26))
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+def test_a_weight_that_does_not_fit_is_named(index, change):
+    inputs = loop_inputs(n_layer=2, dtype=torch.float32)
+    weight = inputs["weights"][index]
+    inputs["weights"][index] = weight.double() if change == "dtype" else weight[1:]
+    if index < 24:
+        name = f"block {index // 12} {reference.Block._fields[index % 12]}"
+    else:
+        name = ("ln_f weight", "ln_f bias")[index - 24]
+    expected = "is torch.float64" if change == "dtype" else f"has shape {tuple(weight[1:].shape)}"
+    with pytest.raises(ValueError, match=re.escape(f"{name} {expected}")):
+        run(inputs)
+
+
+@pytest.mark.parametrize("count", [0, 2, 13, 15, 25])
+def test_a_wrong_number_of_weights_is_refused(count):
+    weights = loop_inputs(n_layer=2)["weights"][:count]
+    with pytest.raises(ValueError, match=f"{count} weights; 12 per block and 2 for the final"):
+        run({**loop_inputs(), "weights": weights})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 3}, "D = 16 is not divisible by n_heads = 3"),
+        ({"n_heads": 0}, "D = 16 is not divisible by n_heads = 0"),
+        ({"n_loops": 0}, "n_loops = 0: at least 1"),
+        ({"window": 0}, "window = 0 is outside 1..3 (n_loops); lower window or raise n_loops"),
+        ({"window": 4}, "window = 4 is outside 1..3 (n_loops); lower window or raise n_loops"),
+        ({"injection": "multiply"}, "unknown injection 'multiply'"),
+        ({"injection": "everyblock"}, "did you mean 'every_block'?"),
+        ({"precision": "bf61"}, "unknown precision 'bf61'; did you mean 'bf16'?"),
+        ({"backend": "refrence"}, "unknown backend 'refrence'; did you mean 'reference'?"),
+        ({"precision": "bf16"}, "precision 'bf16' needs float32 tensors, not torch.float64"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_a_remedy(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(loop_inputs(), **changes)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_forced_backend_that_can_not_run_says_why(backend):
+    inputs = loop_inputs(dtype=torch.float64)  # neither engine takes float64
+    with pytest.raises(ValueError, match=rf"backend '{backend}' can't run this: .+ backend='auto'"):
+        run(inputs, backend=backend)
