@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ["ops.cpp", "threads.cpp"]
+SOURCES = ["ops.cpp", "memory.cpp", "threads.cpp"]
 # Kernels are compiled once per instruction set. Never -march=native: the wheel would not travel.
 AVX512_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS = {
@@ -90,6 +90,7 @@ def engine_build():
     extension = CppExtension(
         "looped_fast._C",
         [f"csrc/{name}" for name in (*SOURCES, *ISA_FLAGS)],
+        depends=[str(header) for header in Path("csrc").glob("*.h")],
         extra_compile_args=[
             "-O3", "-fopenmp", "-DLOOPED_FAST_X86", "-g0", "-Wall",
             # ATen headers: pragmas for clang; gcc 12's own AVX-512 headers: false positives

@@ -1,7 +1,8 @@
 // Causal softmax(q k^T / sqrt(head_dim)) v of one head of one sequence: forward.
 //
-// A tile of queries meets all keys it may see, in chunks that stay in cache: one chunk up to
-// S = 256, and the running maximum and sum of an online softmax beyond.
+// A tile of queries meets all keys that it may see, in chunks that stay in cache: one chunk up to
+// S = 256, and the running maximum and sum of an online softmax beyond. Scores are computed
+// transposed, so that a lane is a query and no sum or maximum runs across lanes.
 #pragma once
 
 #include <cmath>
@@ -14,7 +15,7 @@ namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kQueryTile = 32;
-constexpr int64_t kChunk = 256;  // a multiple of kQueryTile
+constexpr int64_t kChunk = 256;
 static_assert(kChunk % kQueryTile == 0);
 
 // One head's q, k, v: [S, head_dim] each, rows `ld` apart inside qkv [rows, 3 D].
@@ -33,56 +34,74 @@ struct Head {
 
 template <class T>
 struct AttentionScratch {
-  int64_t ld_keys;  // S rounded up to 16
-  T* k_t;           // [head_dim / kPack][ld_keys][kPack], right-hand matrix of q k^T
-  T* v;             // [round_up(S) / kPack][head_dim][kPack], right-hand matrix of p v
-  float* scores;    // [kQueryTile][kChunk]
-  T* probs;         // [kQueryTile][kChunk]
-  float* out;       // [kQueryTile][head_dim]
+  int64_t ld;      // S rounded up to 16, stride of what has a column per position
+  T* q_t;          // [head_dim / kPack][ld][kPack], right-hand matrix of k q^T
+  T* v_t;          // [head_dim][ld], left-hand matrix of v^T p^T
+  float* scores;   // [kChunk][kQueryTile], k q^T
+  T* probs;        // [kChunk / kPack][kQueryTile][kPack], p^T as a right-hand matrix
+  float* out_t;    // [head_dim][kQueryTile]
+  float* out;      // [kQueryTile][head_dim]
 
   AttentionScratch(Arena& arena, int64_t seq_len, int64_t head_dim)
-      : ld_keys((seq_len + 15) / 16 * 16),
-        k_t(arena.take<T>(ld_keys * head_dim)),
-        v(arena.take<T>(ld_keys * head_dim)),
-        scores(arena.take<float>(kQueryTile * kChunk)),
-        probs(arena.take<T>(kQueryTile * kChunk)),
+      : ld((seq_len + 15) / 16 * 16),
+        q_t(arena.take<T>(ld * head_dim)),
+        v_t(arena.take<T>(ld * head_dim)),
+        scores(arena.take<float>(kChunk * kQueryTile)),
+        probs(arena.take<T>(kChunk * kQueryTile)),
+        out_t(arena.take<float>(head_dim * kQueryTile)),
         out(arena.take<float>(kQueryTile * head_dim)) {}
 };
 
-// Largest of the first n scores.
-inline float max_of(const float* scores, int64_t n) {
-  Vec result(-std::numeric_limits<float>::infinity());
-  int64_t j = 0;
-  for (; j + kVec <= n; j += kVec) result = at::vec::maximum(result, Vec::loadu(scores + j));
-  if (j < n) {
-    const Vec tail = at::vec::maximum(result, Vec::loadu(scores + j));
-    result = Vec::set(result, tail, n - j);
-  }
-  return max(result);
-}
+// Online softmax of a tile of queries, a lane each.
+struct SoftmaxState {
+  static constexpr int64_t kVecs = kQueryTile / kVec;
 
-// Softmax numerators of a row: probs[j] = 2^(scale * scores[j] - log_max) for the first n_visible,
-// and zero up to n. Returns their sum.
+  Vec log_max[kVecs];  // base 2
+  Vec total[kVecs];    // of 2^(scale * score - log_max)
+};
+
+// Scores of n keys, first_key.., to numerators of the softmax, for queries first_query... Keys
+// that a query does not see get zero; a missing last row of a pair too. Returns in `correction`
+// what is to be multiplied to results of earlier chunks.
 template <class T>
-inline float softmax_row(const float* scores, int64_t n_visible, int64_t n, float scale,
-                         float log_max, T* probs) {
-  const Vec scale_vec(scale), shift(-log_max);
-  Vec total(0.f);
-  int64_t j = 0;
-  for (; j + kVec <= n_visible; j += kVec) {
-    const Vec p = exp2<T>(at::vec::fmadd(Vec::loadu(scores + j), scale_vec, shift));
-    total = total + p;
-    Operand<T>::store(probs + j, p);
+inline void softmax_chunk(const float* scores, int64_t first_key, int64_t n, int64_t first_query,
+                          float scale, bool first_chunk, SoftmaxState& state, T* probs,
+                          Vec* correction) {
+  const int64_t first_masked = std::max<int64_t>(0, first_query + 1 - first_key);
+  for (int64_t q = 0; q < SoftmaxState::kVecs; ++q) {
+    const float* column = scores + q * kVec;
+    // Lane of the first query that sees key k.
+    const auto first_lane = [&](int64_t k) { return first_key + k - first_query - q * kVec; };
+    const Vec lowest(-std::numeric_limits<float>::infinity());
+    Vec max = lowest;
+    int64_t k = 0;
+    for (; k < std::min(n, first_masked); ++k) {
+      max = at::vec::maximum(max, Vec::loadu(column + k * kQueryTile));
+    }
+    for (; k < n && first_lane(k) < kVec; ++k) {
+      const Vec score = Vec::loadu(column + k * kQueryTile);
+      max = at::vec::maximum(max, keep_lanes(score, lowest, first_lane(k), kVec));
+    }
+    Vec log_max = max * Vec(scale);
+    if (!first_chunk) {
+      log_max = at::vec::maximum(log_max, state.log_max[q]);
+      correction[q] = exp2<float>(state.log_max[q] - log_max);
+    }
+    Vec total(0.f);
+    for (k = 0; k < n; k += 2) {
+      Vec p[2] = {Vec(0.f), Vec(0.f)};
+      for (int64_t e = 0; e < 2 && k + e < n && first_lane(k + e) < kVec; ++e) {
+        const Vec score = Vec::loadu(column + (k + e) * kQueryTile);
+        p[e] = exp2<T>(at::vec::fmsub(score, Vec(scale), log_max));
+        if (first_lane(k + e) > 0) p[e] = keep_lanes(p[e], Vec(0.f), first_lane(k + e), kVec);
+      }
+      total = total + (p[0] + p[1]);
+      Operand<T>::store_rows(probs + packed_offset<T>(k, q * kVec, kQueryTile), kQueryTile, p[0],
+                             p[1]);
+    }
+    state.total[q] = first_chunk ? total : at::vec::fmadd(state.total[q], correction[q], total);
+    state.log_max[q] = log_max;
   }
-  if (j < n_visible) {
-    Vec p = exp2<T>(at::vec::fmadd(Vec::loadu(scores + j), scale_vec, shift));
-    p = Vec::set(Vec(0.f), p, n_visible - j);
-    total = total + p;
-    Operand<T>::store(probs + j, p);
-    j += kVec;
-  }
-  for (; j < n; j += kVec) Operand<T>::store(probs + j, Vec(0.f));
-  return sum(total);
 }
 
 // out: [S, head_dim] at stride ld_out. log_sum_exp: [S], log2 of the softmax denominators; null
@@ -91,47 +110,41 @@ template <class T>
 inline void attention_forward(const Head<T>& head, T* out, int64_t ld_out, float* log_sum_exp,
                               const AttentionScratch<T>& scratch) {
   constexpr int64_t kPack = Operand<T>::kPack;
-  const int64_t S = head.seq_len, head_dim = head.head_dim;
-  const float scale = head.scale() * kLog2E;
-  transpose_words(head.k, head.ld / kPack, scratch.k_t, scratch.ld_keys, S, head_dim / kPack);
-  pack_rows(head.v, head.ld, S, head_dim, scratch.v, head_dim);
+  const int64_t S = head.seq_len, head_dim = head.head_dim, ld = scratch.ld;
+  transpose_words(head.q, head.ld / kPack, scratch.q_t, ld, S, head_dim / kPack);
+  transpose_rows(head.v, head.ld, S, head_dim, scratch.v_t, ld);
   for (int64_t i = 0; i < S; i += kQueryTile) {
     const int64_t m = std::min(kQueryTile, S - i), n_keys = i + m;
-    alignas(64) float log_max[kQueryTile], total[kQueryTile];  // online softmax of each query
+    SoftmaxState state;
     for (int64_t c = 0; c < n_keys; c += kChunk) {
-      const int64_t n = std::min(kChunk, n_keys - c), depth = round_up_to_pack<T>(n);
-      brgemm(m, n, head_dim, head.q + i * head.ld, head.ld, scratch.k_t + c * kPack,
-             scratch.ld_keys, scratch.scores, kChunk, false);
-      for (int64_t r = 0; r < m; ++r) {
-        const float* scores = scratch.scores + r * kChunk;
-        const int64_t n_visible = std::min(n, i + r + 1 - c);
-        float new_max = max_of(scores, n_visible) * scale;
-        if (c > 0) {
-          new_max = std::max(new_max, log_max[r]);
-          const float correction = std::exp2(log_max[r] - new_max);
-          total[r] *= correction;
-          for (int64_t j = 0; j < head_dim; ++j) scratch.out[r * head_dim + j] *= correction;
-        } else {
-          total[r] = 0.f;
+      const int64_t n = std::min(kChunk, n_keys - c);
+      brgemm(n, m, head_dim, head.k + c * head.ld, head.ld, scratch.q_t + i * kPack, ld,
+             scratch.scores, kQueryTile, false);
+      Vec correction[SoftmaxState::kVecs];
+      softmax_chunk(scratch.scores, c, n, i, head.scale() * kLog2E, c == 0, state, scratch.probs,
+                    correction);
+      for (int64_t j = 0; c > 0 && j < head_dim; ++j) {
+        for (int64_t q = 0; q < SoftmaxState::kVecs; ++q) {
+          float* p = scratch.out_t + j * kQueryTile + q * kVec;
+          (Vec::loadu(p) * correction[q]).store(p);
         }
-        log_max[r] = new_max;
-        total[r] += softmax_row(scores, n_visible, depth, scale, new_max, scratch.probs + r * kChunk);
       }
-      brgemm(m, head_dim, depth, scratch.probs, kChunk, scratch.v + c * head_dim, head_dim,
-             scratch.out, head_dim, c > 0);
+      brgemm(head_dim, m, round_up_to_pack<T>(n), scratch.v_t + c, ld, scratch.probs, kQueryTile,
+             scratch.out_t, kQueryTile, c > 0);
     }
-    for (int64_t r = 0; r < m; ++r) {
-      const Vec inverse(1.f / total[r]);
-      for (int64_t j = 0; j < head_dim; j += kVec) {
-        const int64_t count = std::min(kVec, head_dim - j);
-        Operand<T>::store(out + (i + r) * ld_out + j,
-                          Vec::loadu(scratch.out + r * head_dim + j, count) * inverse, count);
+    for (int64_t q = 0; q < SoftmaxState::kVecs; ++q) {
+      const Vec inverse = Vec(1.f) / state.total[q];
+      for (int64_t j = 0; j < head_dim; ++j) {
+        float* p = scratch.out_t + j * kQueryTile + q * kVec;
+        (Vec::loadu(p) * inverse).store(p);
+      }
+      if (log_sum_exp && q * kVec < m) {
+        (state.log_max[q] + state.total[q].log2())
+            .store(log_sum_exp + i + q * kVec, static_cast<int>(std::min(kVec, m - q * kVec)));
       }
     }
-    for (int64_t r = 0; log_sum_exp && r < m; r += kVec) {
-      const Vec lse = Vec::loadu(log_max + r) + Vec::loadu(total + r).log2();
-      lse.store(log_sum_exp + i + r, static_cast<int>(std::min(kVec, m - r)));
-    }
+    transpose_words(scratch.out_t, kQueryTile, scratch.out, head_dim, head_dim, m);
+    store_as_operands(scratch.out, m, head_dim, out + i * ld_out, ld_out);
   }
 }
 

@@ -73,8 +73,8 @@ inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const He
           p = exp2<T>(at::vec::fmsub(Vec::loadu(scratch.scores + at), log_scale, lse));
           ds[e] = p * (Vec::loadu(scratch.d_probs + at) - delta) * scale;
           if (first_seen > 0 || n - j < kVec) {
-            p = keep_lanes(p, first_seen, n - j);
-            ds[e] = keep_lanes(ds[e], first_seen, n - j);
+            p = keep_lanes(p, Vec(0.f), first_seen, n - j);
+            ds[e] = keep_lanes(ds[e], Vec(0.f), first_seen, n - j);
           }
         }
         Operand<T>::store(scratch.probs + at, p);
@@ -84,17 +84,6 @@ inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const He
         Operand<T>::store_rows(scratch.d_scores_rhs + packed_offset<T>(r, j, kChunk), kChunk,
                                ds[0], ds[1]);
       }
-    }
-  }
-}
-
-// Rows of floats to operands. src: [m, n], contiguous; dst at stride ld.
-template <class T>
-inline void store_rows_as_operands(const float* src, int64_t m, int64_t n, T* dst, int64_t ld) {
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; j += kVec) {
-      const int64_t count = std::min(kVec, n - j);
-      Operand<T>::store(dst + i * ld + j, Vec::loadu(src + i * n + j, count), count);
     }
   }
 }
@@ -138,11 +127,11 @@ inline void attention_backward(const Head<T>& head, const T* out, const T* d_out
       brgemm(head_dim, n, round_up_to_pack<T>(m), scratch.k_t + k, ld, scratch.d_scores_rhs,
              kChunk, scratch.dq_t + c, ld, true);
     }
-    store_rows_as_operands(scratch.dv_tile, m, head_dim, dv + k * head.ld, head.ld);
-    store_rows_as_operands(scratch.dk_tile, m, head_dim, dk + k * head.ld, head.ld);
+    store_as_operands(scratch.dv_tile, m, head_dim, dv + k * head.ld, head.ld);
+    store_as_operands(scratch.dk_tile, m, head_dim, dk + k * head.ld, head.ld);
   }
   transpose_words(scratch.dq_t, ld, scratch.dq, head_dim, head_dim, S);
-  store_rows_as_operands(scratch.dq, S, head_dim, dq, head.ld);
+  store_as_operands(scratch.dq, S, head_dim, dq, head.ld);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -17,15 +17,13 @@ inline namespace CPU_CAPABILITY {
 // Buffers that the team of an item shares. All fp32 ones are gradients of the residual stream.
 template <class T>
 struct BackwardBuffers {
-  float* dz;      // [rows, D], of the step's output
   float* dx;      // [rows, D], of the point that the backward has reached
   float* dx_sum;  // [rows, D], of x0, summed over steps
   T* d_attn;      // [rows, D], of attention before its output projection
   T* d_qkv;       // [rows, 3 D]
 
   BackwardBuffers(Arena& arena, const Problem& p)
-      : dz(arena.take<float>(rows_per_item(p) * p.n_embd)),
-        dx(arena.take<float>(rows_per_item(p) * p.n_embd)),
+      : dx(arena.take<float>(rows_per_item(p) * p.n_embd)),
         dx_sum(arena.take<float>(rows_per_item(p) * p.n_embd)),
         d_attn(arena.take<T>(rows_per_item(p) * p.n_embd)),
         d_qkv(arena.take<T>(rows_per_item(p) * p.n_embd * 3)) {}
@@ -81,12 +79,12 @@ class BackwardStep {
         rows_(team.share(item.rows(), 2)) {}
 
   void begin_item() const {
-    clear_rows(buffers_.dz);
+    clear_rows(buffers_.dx);
     clear_rows(buffers_.dx_sum);
     if (has_embedding_sums()) clear_rows(gradients_.embeddings + first());
   }
 
-  // From the gradient of z', which is dz + grad_state, to that of z, which becomes dz.
+  // Takes dx from the gradient of z', to which grad_state is added, to that of z.
   // grad_state, z: [rows, D], the item's.
   void run(const float* grad_state, const float* z, const StepActivations<T>& saved) const {
     final_norm(grad_state, saved.final());
@@ -105,7 +103,7 @@ class BackwardStep {
       }
     }
     add_rows(buffers_.dx, buffers_.dx_sum);
-    inject(z);
+    if (problem_.injection == Injection::kMul) multiply_by_embeddings(z);
   }
 
   void end_item() const {
@@ -117,7 +115,7 @@ class BackwardStep {
     if (problem_.injection == Injection::kAdd) {
       copy_rows(buffers_.dx_sum, gradients_.embeddings + first());
     }
-    if (gradients_.state) copy_rows(buffers_.dz, gradients_.state + first());
+    if (gradients_.state) copy_rows(buffers_.dx, gradients_.state + first());
     sums_.end_item();
   }
 
@@ -137,7 +135,7 @@ class BackwardStep {
     }
   }
 
-  void final_norm(const float* grad_state, const FinalActivations& final) const {
+  [[gnu::flatten]] void final_norm(const float* grad_state, const FinalActivations& final) const {
     const LayerNormBackward<float> ln{final.x_hat,
                                       final.rstd,
                                       inputs_.ln_f_weight,
@@ -145,12 +143,12 @@ class BackwardStep {
                                       sums_.item_vectors.ln_f_weight(),
                                       sums_.item_vectors.ln_f_bias()};
     layer_norm_backward<false>(ln, D_, rows_, [&](int64_t i, int64_t j) {
-      return Vec::loadu(buffers_.dz + i * D_ + j) + Vec::loadu(grad_state + i * D_ + j);
+      return Vec::loadu(buffers_.dx + i * D_ + j) + Vec::loadu(grad_state + i * D_ + j);
     });
   }
 
   // x2 = x1 + Wproj gelu(fc) + bias, fc = Wfc LN2(x1) + bias: dx of x2 to dx of x1.
-  void mlp(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  [[gnu::flatten]] void mlp(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
     const BlockSums& sums = sums_.blocks[layer];
@@ -175,7 +173,7 @@ class BackwardStep {
   }
 
   // x1 = x0 + Wo attn + bias: d_attn, as operand.
-  void attention_projection(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  [[gnu::flatten]] void attention_projection(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     dx_to_operand(chunk, sums_.item_vectors.block(layer).attn_c_proj_bias);
     const PackedMatrix<T> attn{scratch_.right, scratch_.max_rows, D_};
     pack_rows(block.attn + chunk.begin * D_, D_, chunk.size(), attn);
@@ -192,7 +190,7 @@ class BackwardStep {
              });
   }
 
-  void attention(const BlockActivations<T>& block) const {
+  [[gnu::flatten]] void attention(const BlockActivations<T>& block) const {
     const int64_t S = problem_.seq_len, H = problem_.n_heads, head_dim = problem_.head_dim();
     const Range heads = team_.share(item_.n_sequences * H);
     for (int64_t index = heads.begin; index < heads.end; ++index) {
@@ -207,7 +205,7 @@ class BackwardStep {
   }
 
   // qkv = Wqkv LN1(x0) + bias: dx of x1 to dx of x0.
-  void qkv(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  [[gnu::flatten]] void qkv(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
     const int64_t width = 3 * D_, m = chunk.size();
@@ -221,18 +219,12 @@ class BackwardStep {
     norm(block.x_hat_1, block.rstd_1, w.ln_1_weight, grad.ln_1_weight, grad.ln_1_bias, chunk);
   }
 
-  // x0 = inject(z, e) + p: dx to dz, and to the gradient of e where that is not dx_sum.
-  void inject(const float* z) const {
-    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
-      for (int64_t j = 0; j < D_; j += kVec) {
-        const int64_t at = i * D_ + j;
-        Vec dz = Vec::loadu(buffers_.dx + at);
-        if (problem_.injection == Injection::kMul) {
-          add_to(gradients_.embeddings + first() + at, dz * Vec::loadu(z + at));
-          dz = dz * Vec::loadu(inputs_.embeddings + first() + at);
-        }
-        dz.store(buffers_.dz + at);
-      }
+  // x0 = z e + p: dx of x0 to that of z, and the gradient of e.
+  void multiply_by_embeddings(const float* z) const {
+    for (int64_t at = rows_.begin * D_; at < rows_.end * D_; at += kVec) {
+      const Vec dx = Vec::loadu(buffers_.dx + at);
+      add_to(gradients_.embeddings + first() + at, dx * Vec::loadu(z + at));
+      (dx * Vec::loadu(inputs_.embeddings + first() + at)).store(buffers_.dx + at);
     }
   }
 
@@ -241,24 +233,24 @@ class BackwardStep {
   static void gelu_tile(const Tile& tile, const T* fc, T* d_fc, int64_t ld, T* d_fc_right,
                         T* hidden_right, float* bias_sum) {
     const int64_t m = tile.rows.size();
-    for (int64_t j = 0; j < kPanel; j += kVec) {
-      Vec total(0.f);
-      for (int64_t r = 0; r < m; r += 2) {
+    Vec total[kPanel / kVec];
+    for (Vec& t : total) t = Vec(0.f);
+    for (int64_t r = 0; r < m; r += 2) {
+      for (int64_t j = 0; j < kPanel; j += kVec) {
         Vec d[2] = {Vec(0.f), Vec(0.f)}, hidden[2] = {Vec(0.f), Vec(0.f)};
         for (int64_t e = 0; e < 2 && r + e < m; ++e) {
-          const auto gelu =
-              gelu_and_derivative<T>(Operand<T>::load(fc + (r + e) * kPanel + j));
+          const auto gelu = gelu_and_derivative<T>(Operand<T>::load(fc + (r + e) * kPanel + j));
           hidden[e] = gelu.value;
           d[e] = gelu.derivative * Vec::loadu(tile.data + (r + e) * kPanel + j);
           Operand<T>::store(d_fc + (r + e) * ld + j, d[e]);
         }
-        total = total + (d[0] + d[1]);
-        Operand<T>::store_rows(d_fc_right + packed_offset<T>(r, j, kPanel), kPanel, d[0], d[1]);
-        Operand<T>::store_rows(hidden_right + packed_offset<T>(r, j, kPanel), kPanel, hidden[0],
-                               hidden[1]);
+        total[j / kVec] = total[j / kVec] + (d[0] + d[1]);
+        const int64_t packed = packed_offset<T>(r, j, kPanel);
+        Operand<T>::store_rows(d_fc_right + packed, kPanel, d[0], d[1]);
+        Operand<T>::store_rows(hidden_right + packed, kPanel, hidden[0], hidden[1]);
       }
-      add_to(bias_sum + j, total);
     }
+    for (int64_t j = 0; j < kPanel; j += kVec) add_to(bias_sum + j, total[j / kVec]);
   }
 
   // dx_operand = dx of the chunk; column_sums += its sum over rows.

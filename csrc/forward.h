@@ -48,17 +48,6 @@ struct ForwardScratch {
         attention(arena, p.seq_len, p.head_dim()) {}
 };
 
-// x of one row at the start of a step, before positions of every_block's first block.
-inline void inject_row(Injection injection, int64_t D, const float* z, const float* e,
-                       const float* p, float* x) {
-  for (int64_t j = 0; j < D; j += kVec) {
-    Vec v = Vec::loadu(z + j);
-    if (injection == Injection::kAdd) v = v + Vec::loadu(e + j);
-    if (injection == Injection::kMul) v = v * Vec::loadu(e + j);
-    (v + Vec::loadu(p + j)).store(x + j);
-  }
-}
-
 // One loop step on one item, by one member of its team.
 template <class T>
 class ForwardStep {
@@ -95,32 +84,57 @@ class ForwardStep {
 
  private:
   // x0 and h = LN1(x0).
-  void enter_block(int64_t layer, const float* z, const BlockActivations<T>& block) const {
-    const Block<const float>& w = inputs_.blocks[layer];
-    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
-      float* x = buffers_.x + i * D_;
-      const float* e = inputs_.embeddings + (item_.first_token() + i) * D_;
-      if (layer == 0) {
-        const float* p = inputs_.positions + i % problem_.seq_len * D_;
-        inject_row(problem_.injection, D_, z + i * D_, e, p, x);
-      } else {
-        add_row(x, inputs_.blocks[layer - 1].mlp_c_proj_bias);
-      }
-      if (problem_.injection == Injection::kEveryBlock) add_row(x, e);
-      norm_row(i, w.ln_1_weight, w.ln_1_bias, block.x_hat_1, block.rstd_1);
+  [[gnu::flatten]] void enter_block(int64_t layer, const float* z, const BlockActivations<T>& block) const {
+    const bool every_block = problem_.injection == Injection::kEveryBlock;
+    if (layer > 0) {
+      const float* bias = inputs_.blocks[layer - 1].mlp_c_proj_bias;
+      norm_1(layer, block, [&](int64_t i, int64_t j) {
+        const Vec x = Vec::loadu(buffers_.x + i * D_ + j) + Vec::loadu(bias + j);
+        return every_block ? x + embedding(i, j) : x;
+      });
+      return;
+    }
+    const auto z_at = [&](int64_t i, int64_t j) { return Vec::loadu(z + i * D_ + j); };
+    switch (problem_.injection) {
+      case Injection::kAdd:
+      case Injection::kEveryBlock:  // the same in the first block
+        norm_1(layer, block, [&](int64_t i, int64_t j) {
+          return z_at(i, j) + embedding(i, j) + position(i, j);
+        });
+        break;
+      case Injection::kMul:
+        norm_1(layer, block, [&](int64_t i, int64_t j) {
+          return at::vec::fmadd(z_at(i, j), embedding(i, j), position(i, j));
+        });
+        break;
+      case Injection::kNone:
+        norm_1(layer, block, [&](int64_t i, int64_t j) { return z_at(i, j) + position(i, j); });
+        break;
     }
   }
 
+  template <class Load>
+  void norm_1(int64_t layer, const BlockActivations<T>& block, Load&& load) const {
+    const Block<const float>& w = inputs_.blocks[layer];
+    norm(load, w.ln_1_weight, w.ln_1_bias, block.x_hat_1, block.rstd_1);
+  }
+
+  Vec embedding(int64_t i, int64_t j) const {
+    return Vec::loadu(inputs_.embeddings + (item_.first_token() + i) * D_ + j);
+  }
+  Vec position(int64_t i, int64_t j) const {
+    return Vec::loadu(inputs_.positions + i % problem_.seq_len * D_ + j);
+  }
+
   // x1 = x0 + Wo attn(h), but for the bias, and h = LN2(x1).
-  void attention(int64_t layer, const BlockActivations<T>& block) const {
+  [[gnu::flatten]] void attention(int64_t layer, const BlockActivations<T>& block) const {
     const Block<const float>& w = inputs_.blocks[layer];
     multiply(buffers_.h, D_, weights_.c_attn(layer), rows_, scratch_.tile, [&](const Tile& tile) {
-      for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
-        const int64_t column = tile.columns.begin + j;
-        const Vec bias = Vec::loadu(w.c_attn_bias + column);
-        for (int64_t r = 0; r < tile.rows.size(); ++r) {
-          Operand<T>::store(block.qkv + (tile.rows.begin + r) * 3 * D_ + column,
-                            Vec::loadu(tile.data + r * kPanel + j) + bias);
+      const float* bias = w.c_attn_bias + tile.columns.begin;
+      for (int64_t r = 0; r < tile.rows.size(); ++r) {
+        T* row = block.qkv + (tile.rows.begin + r) * 3 * D_ + tile.columns.begin;
+        for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
+          Operand<T>::store(row + j, Vec::loadu(tile.data + r * kPanel + j) + Vec::loadu(bias + j));
         }
       }
     });
@@ -137,14 +151,14 @@ class ForwardStep {
     }
     team_.wait();  // all heads' outputs are there
     multiply_into(block.attn, D_, weights_.attn_c_proj(layer), rows_, buffers_.x, true);
-    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
-      add_row(buffers_.x + i * D_, w.attn_c_proj_bias);
-      norm_row(i, w.ln_2_weight, w.ln_2_bias, block.x_hat_2, block.rstd_2);
-    }
+    const auto x_1 = [&](int64_t i, int64_t j) {
+      return Vec::loadu(buffers_.x + i * D_ + j) + Vec::loadu(w.attn_c_proj_bias + j);
+    };
+    norm(x_1, w.ln_2_weight, w.ln_2_bias, block.x_hat_2, block.rstd_2);
   }
 
   // x2 = x1 + Wproj gelu(Wfc h), but for the last bias.
-  void mlp(int64_t layer, const BlockActivations<T>& block) const {
+  [[gnu::flatten]] void mlp(int64_t layer, const BlockActivations<T>& block) const {
     const float* bias = inputs_.blocks[layer].c_fc_bias;
     const int64_t width = 4 * D_;
     for (int64_t i = rows_.begin; i < rows_.end; i += ForwardScratch<T>::kMlpRows) {
@@ -166,51 +180,43 @@ class ForwardStep {
 
   // hidden = gelu(tile + bias), and its argument to fc [rows][kPanel] unless that is null.
   static void gelu_tile(const Tile& tile, const float* bias, T* fc, T* hidden, int64_t ld) {
-    for (int64_t j = 0; j < kPanel; j += kVec) {
-      const Vec bias_vec = Vec::loadu(bias + j);
-      for (int64_t r = 0; r < tile.rows.size(); ++r) {
-        const Vec x = Vec::loadu(tile.data + r * kPanel + j) + bias_vec;
+    for (int64_t r = 0; r < tile.rows.size(); ++r) {
+      for (int64_t j = 0; j < kPanel; j += kVec) {
+        const Vec x = Vec::loadu(tile.data + r * kPanel + j) + Vec::loadu(bias + j);
         if (fc) Operand<T>::store(fc + r * kPanel + j, x);
         Operand<T>::store(hidden + r * ld + j, gelu<T>(x));
       }
     }
   }
 
-  void final_norm(float* z_next, const StepActivations<T>* saved) const {
+  [[gnu::flatten]] void final_norm(float* z_next, const StepActivations<T>* saved) const {
     const float* bias = inputs_.blocks[problem_.n_layer - 1].mlp_c_proj_bias;
     const FinalActivations final = saved ? saved->final() : FinalActivations{};
-    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
-      float* x = buffers_.x + i * D_;
-      add_row(x, bias);
-      float* z = z_next + i * D_;
-      float* x_hat = final.x_hat ? final.x_hat + i * D_ : nullptr;
-      const float rstd = normalize_row(
-          D_, x, [&](int64_t j) { return Vec::loadu(x + j); },
-          [&](int64_t j, Vec v) {
-            at::vec::fmadd(v, Vec::loadu(inputs_.ln_f_weight + j),
-                           Vec::loadu(inputs_.ln_f_bias + j)).store(z + j);
-            if (x_hat) v.store(x_hat + j);
-          });
-      if (x_hat) final.rstd[i] = rstd;
-    }
+    normalize(
+        rows_, D_, buffers_.x,
+        [&](int64_t i, int64_t j) {
+          return Vec::loadu(buffers_.x + i * D_ + j) + Vec::loadu(bias + j);
+        },
+        [&](int64_t i, int64_t j, Vec x_hat) {
+          at::vec::fmadd(x_hat, Vec::loadu(inputs_.ln_f_weight + j),
+                         Vec::loadu(inputs_.ln_f_bias + j))
+              .store(z_next + i * D_ + j);
+          if (final.x_hat) x_hat.store(final.x_hat + i * D_ + j);
+        },
+        final.rstd);
   }
 
-  // h = LN(x) at row i.
-  void norm_row(int64_t i, const float* weight, const float* bias, T* x_hat, float* rstd) const {
-    float* x = buffers_.x + i * D_;
-    T* h = buffers_.h + i * D_;
-    T* row = x_hat ? x_hat + i * D_ : nullptr;
-    const float r = normalize_row(
-        D_, x, [&](int64_t j) { return Vec::loadu(x + j); },
-        [&](int64_t j, Vec v) {
-          Operand<T>::store(h + j, at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j)));
-          if (row) Operand<T>::store(row + j, v);
-        });
-    if (row) rstd[i] = r;
-  }
-
-  void add_row(float* x, const float* y) const {
-    for (int64_t j = 0; j < D_; j += kVec) add_to(x + j, Vec::loadu(y + j));
+  // x = load(row, column) and h = LN(x).
+  template <class Load>
+  void norm(Load&& load, const float* weight, const float* bias, T* x_hat, float* rstd) const {
+    normalize(
+        rows_, D_, buffers_.x, load,
+        [&](int64_t i, int64_t j, Vec v) {
+          const Vec y = at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j));
+          Operand<T>::store(buffers_.h + i * D_ + j, y);
+          if (x_hat) Operand<T>::store(x_hat + i * D_ + j, v);
+        },
+        rstd);
   }
 
   const Problem& problem_;

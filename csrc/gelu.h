@@ -19,7 +19,7 @@ inline Vec gelu_denominator(Vec x, Vec x_squared) {
 
 template <class T>
 inline Vec gelu(Vec x) {
-  return x / gelu_denominator<T>(x, x * x);
+  return quotient<T>(x, gelu_denominator<T>(x, x * x));
 }
 
 struct GeluAndDerivative {
@@ -30,7 +30,7 @@ struct GeluAndDerivative {
 template <class T>
 inline GeluAndDerivative gelu_and_derivative(Vec x) {
   const Vec x_squared = x * x;
-  const Vec sigmoid = Vec(1.f) / gelu_denominator<T>(x, x_squared);
+  const Vec sigmoid = quotient<T>(Vec(1.f), gelu_denominator<T>(x, x_squared));
   const Vec value = x * sigmoid;
   const Vec slope = at::vec::fmadd(x_squared, Vec(3 * kGeluSlope * kGeluCubic), Vec(kGeluSlope));
   return {value, at::vec::fmadd(value * (Vec(1.f) - sigmoid), slope, sigmoid)};

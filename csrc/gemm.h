@@ -15,7 +15,7 @@ inline namespace CPU_CAPABILITY {
 // Columns of a packed matrix that are stored together. A tile of kTileRows x kPanel floats and
 // its operands stay in the first-level cache between the product and what is done to it next.
 constexpr int64_t kPanel = 64;
-constexpr int64_t kTileRows = 48;
+constexpr int64_t kTileRows = 96;
 
 // c (+)= a b; a: [m, k] row-major, b: [k, n] packed, c: [m, n] row-major floats.
 template <class T>

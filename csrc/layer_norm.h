@@ -13,28 +13,53 @@ inline namespace CPU_CAPABILITY {
 
 constexpr float kLayerNormEps = 1e-5f;  // config.LAYER_NORM_EPS
 
-// Normalises one row: x[j] = load(j) first, then emit(j, x_hat) for every vector. Returns 1 / std.
+// Normalises rows i..i + kRows - 1 together: sums of one row alone would wait for each other.
+template <int kRows, class Load, class Emit>
+inline void normalize_rows(int64_t i, int64_t D, float* x, Load&& load, Emit&& emit,
+                           float* rstd_out) {
+  Vec sum_0[kRows], sum_1[kRows], mean[kRows], rstd[kRows];
+  for (int r = 0; r < kRows; ++r) sum_0[r] = sum_1[r] = Vec(0.f);
+  for (int64_t j = 0; j < D; j += kStride) {
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x_0 = load(i + r, j), x_1 = load(i + r, j + kVec);
+      x_0.store(x + (i + r) * D + j);
+      x_1.store(x + (i + r) * D + j + kVec);
+      sum_0[r] = sum_0[r] + x_0;
+      sum_1[r] = sum_1[r] + x_1;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    mean[r] = Vec(sum(sum_0[r] + sum_1[r]) / static_cast<float>(D));
+    sum_0[r] = sum_1[r] = Vec(0.f);
+  }
+  for (int64_t j = 0; j < D; j += kStride) {
+    for (int r = 0; r < kRows; ++r) {
+      const float* row = x + (i + r) * D + j;
+      const Vec d_0 = Vec::loadu(row) - mean[r], d_1 = Vec::loadu(row + kVec) - mean[r];
+      sum_0[r] = at::vec::fmadd(d_0, d_0, sum_0[r]);
+      sum_1[r] = at::vec::fmadd(d_1, d_1, sum_1[r]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const float variance = sum(sum_0[r] + sum_1[r]) / static_cast<float>(D);
+    const float value = 1.f / std::sqrt(variance + kLayerNormEps);
+    if (rstd_out) rstd_out[i + r] = value;
+    rstd[r] = Vec(value);
+  }
+  for (int64_t j = 0; j < D; j += kVec) {
+    for (int r = 0; r < kRows; ++r) {
+      emit(i + r, j, (Vec::loadu(x + (i + r) * D + j) - mean[r]) * rstd[r]);
+    }
+  }
+}
+
+// Normalises rows of x [., D]: x = load(row, column) first, then emit(row, column, x_hat) for
+// every vector. rstd: 1 / std of each row; null where it is not wanted.
 template <class Load, class Emit>
-inline float normalize_row(int64_t D, float* x, Load&& load, Emit&& emit) {
-  Vec sum_0(0.f), sum_1(0.f);
-  for (int64_t j = 0; j < D; j += kStride) {
-    const Vec x_0 = load(j), x_1 = load(j + kVec);
-    x_0.store(x + j);
-    x_1.store(x + j + kVec);
-    sum_0 = sum_0 + x_0;
-    sum_1 = sum_1 + x_1;
-  }
-  const Vec mean(sum(sum_0 + sum_1) / static_cast<float>(D));
-  Vec squares_0(0.f), squares_1(0.f);
-  for (int64_t j = 0; j < D; j += kStride) {
-    const Vec d_0 = Vec::loadu(x + j) - mean, d_1 = Vec::loadu(x + j + kVec) - mean;
-    squares_0 = at::vec::fmadd(d_0, d_0, squares_0);
-    squares_1 = at::vec::fmadd(d_1, d_1, squares_1);
-  }
-  const float variance = sum(squares_0 + squares_1) / static_cast<float>(D);
-  const float rstd = 1.f / std::sqrt(variance + kLayerNormEps);
-  for (int64_t j = 0; j < D; j += kVec) emit(j, (Vec::loadu(x + j) - mean) * Vec(rstd));
-  return rstd;
+inline void normalize(Range rows, int64_t D, float* x, Load&& load, Emit&& emit, float* rstd) {
+  int64_t i = rows.begin;
+  for (; i + 2 <= rows.end; i += 2) normalize_rows<2>(i, D, x, load, emit, rstd);
+  if (i < rows.end) normalize_rows<1>(i, D, x, load, emit, rstd);
 }
 
 // What a LayerNorm's backward reads and writes, at row 0 of an item. X: what x_hat was saved as.

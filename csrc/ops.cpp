@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "memory.h"
 #include "schedule.h"
 #include "threads.h"
 
@@ -146,7 +147,7 @@ float* data_or_null(const Tensor& tensor) {
 
 // Memory for the length of a call.
 Tensor workspace(size_t n_bytes) {
-  return at::empty({static_cast<int64_t>(n_bytes)}, at::kByte);
+  return empty_recycled({static_cast<int64_t>(n_bytes)}, at::kByte);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
@@ -157,13 +158,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const Engine& engine = engine_for(precision);
   const Problem& p = call.problem();
   const auto floats = embeddings.options().requires_grad(false);
-  const auto operands = floats.dtype(precision == "bf16" ? at::kBFloat16 : at::kFloat);
+  const auto operand = precision == "bf16" ? at::kBFloat16 : at::kFloat;
   const int64_t B = p.batch, S = p.seq_len, D = p.n_embd, L = p.n_layer, H = p.n_heads;
   Tensor states = at::empty({window, B, S, D}, floats);
-  Tensor activations =
-      save_activations ? at::empty({window, 10 * L, B, S, D}, operands) : at::empty({0}, operands);
-  Tensor statistics = save_activations ? at::empty({window, (H + 2) * L + 1 + D, B, S}, floats)
-                                       : at::empty({0}, floats);
+  Tensor activations = at::empty({0}, floats.dtype(operand)), statistics = at::empty({0}, floats);
+  if (save_activations) {
+    activations = empty_recycled({window, 10 * L, B, S, D}, operand);
+    statistics = empty_recycled({window, (H + 2) * L + 1 + D, B, S}, at::kFloat);
+  }
   Tensor start = save_start ? at::empty({B, S, D}, floats) : at::empty({0}, floats);
   if (states.numel() > 0) {
     const ForwardOutputs outputs{

@@ -84,6 +84,17 @@ inline void transpose_rows(const T* src, int64_t ld, int64_t n_rows, int64_t n_c
   }
 }
 
+// Rows of floats to operands. src: [m, n], contiguous; dst at stride ld.
+template <class T>
+inline void store_as_operands(const float* src, int64_t m, int64_t n, T* dst, int64_t ld) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; j += kVec) {
+      const int64_t count = std::min(kVec, n - j);
+      Operand<T>::store(dst + i * ld + j, Vec::loadu(src + i * n + j, count), count);
+    }
+  }
+}
+
 // Weights w of a Linear, [n_out, n_in] floats, as the right-hand matrix [n_in, n_out] of x w^T:
 // panel `p` of dst.
 template <class T>

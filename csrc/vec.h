@@ -24,18 +24,13 @@ inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, v);
 }
 
-inline float max(Vec v) {
-  return at::vec::vec_reduce_all<float>(
-      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, v);
-}
-
 inline void add_to(float* p, Vec v) { (Vec::loadu(p) + v).store(p); }
 
-// `v` in lanes begin..end-1, zero in the others.
-inline Vec keep_lanes(Vec v, int64_t begin, int64_t end) {
+// `v` in lanes begin..end-1, `other` outside.
+inline Vec keep_lanes(Vec v, Vec other, int64_t begin, int64_t end) {
   const Vec lane = Vec::arange(0.f, 1.f);
   const Vec inside = (lane >= Vec(static_cast<float>(begin))) & (lane < Vec(static_cast<float>(end)));
-  return Vec::blendv(Vec(0.f), v, inside);
+  return Vec::blendv(other, v, inside);
 }
 
 // An operand type T of matrix products. The right-hand matrix [k, n] is stored as brgemm wants
@@ -107,15 +102,22 @@ inline int64_t round_up_to_pack(int64_t n) {
   return (n + Operand<T>::kPack - 1) / Operand<T>::kPack * Operand<T>::kPack;
 }
 
-// 2^t, relative error 1e-7 for float operands and 1e-4 for bf16. Below 2^-126: 2^-126.
+// p(r) * 2^n. AVX-512 has an instruction, which also covers overflow and underflow.
+inline Vec scale_by_power(Vec p, Vec n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  // Adding 1.5 * 2^23 leaves n in the low mantissa bits; a shift moves it to p's exponent.
+  n = at::vec::clamp(n, Vec(-126.f), Vec(126.f));
+  const IntVec exponent = at::vec::cast<int32_t>(n + Vec(12582912.f)) << IntVec(23);
+  return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+#endif
+}
+
+// 2^t, relative error 1e-7 for float operands and 1e-4 for bf16, for t > -126.
 template <class T>
 inline Vec exp2(Vec t) {
-  // Adding 1.5 * 2^23 leaves round(t) in the low mantissa bits, from where a shift moves it
-  // to the exponent of p.
-  const Vec magic(12582912.f);
-  t = at::vec::clamp(t, Vec(-126.f), Vec(126.f));
-  const Vec shifted = t + magic;
-  const Vec r = t - (shifted - magic);  // -0.5 .. 0.5
+  const Vec n = t.round(), r = t - n;  // -0.5 .. 0.5
   Vec p;
   if constexpr (Operand<T>::kPack == 2) {
     p = at::vec::fmadd(Vec(0.0551710934f), r, Vec(0.2426111253f));
@@ -129,8 +131,16 @@ inline Vec exp2(Vec t) {
     p = at::vec::fmadd(p, r, Vec(0.6931472057f));
     p = at::vec::fmadd(p, r, Vec(1.f));
   }
-  const IntVec exponent = at::vec::cast<int32_t>(shifted) << IntVec(23);
-  return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+  return scale_by_power(p, n);
+}
+
+// a / b, as accurately as operands of products need.
+template <class T>
+inline Vec quotient(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (Operand<T>::kPack == 2) return a * Vec(_mm512_rcp14_ps(b));
+#endif
+  return a / b;
 }
 
 constexpr float kLog2E = 1.4426950408889634f;

@@ -1,0 +1,92 @@
+#include "memory.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <deque>
+#include <mutex>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace looped_fast {
+
+namespace {
+
+// Of a step, in turn: the forward's workspace, activations, statistics, the backward's workspace.
+constexpr size_t kKept = 4;
+
+class Recycler {
+ public:
+  c10::DataPtr take(size_t n_bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (auto it = free_.begin(); it != free_.end(); ++it) {
+        if (it->n_bytes == n_bytes) {
+          c10::DataPtr data = std::move(it->data);
+          free_.erase(it);
+          return data;
+        }
+      }
+    }
+    c10::DataPtr data = c10::GetCPUAllocator()->allocate(n_bytes);
+    use_huge_pages(data.get(), n_bytes);
+    return data;
+  }
+
+  void give(c10::DataPtr data, size_t n_bytes) {
+    c10::DataPtr oldest;  // is freed after the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back({std::move(data), n_bytes});
+    if (free_.size() > kKept) {
+      oldest = std::move(free_.front().data);
+      free_.pop_front();
+    }
+  }
+
+ private:
+  struct Buffer {
+    c10::DataPtr data;
+    size_t n_bytes;
+  };
+
+  static void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t n_bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + n_bytes) / kHuge * kHuge;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  }
+
+  std::mutex mutex_;
+  std::deque<Buffer> free_;  // oldest first
+};
+
+Recycler& recycler() {
+  static auto* instance = new Recycler;  // outlives tensors that die at exit
+  return *instance;
+}
+
+}  // namespace
+
+at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype) {
+  const auto& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    return at::empty(sizes, dtype);
+  }
+  const size_t n_bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  auto* data = new c10::DataPtr(recycler().take(n_bytes));
+  return at::from_blob(
+      data->get(), sizes,
+      [data, n_bytes](void*) {
+        recycler().give(std::move(*data), n_bytes);
+        delete data;
+      },
+      dtype);
+}
+
+}  // namespace looped_fast
