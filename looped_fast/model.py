@@ -62,19 +62,20 @@ class _Backbone(nn.Module):
                 "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
             }
         )
-        self._init_weights(config.n_layer)
+        self._init_weights(config)
 
-    def _init_weights(self, n_layer: int) -> None:
+    def _init_weights(self, config: ModelConfig) -> None:
         """GPT-2's initialisation, drawn in the official order (``nano_gpt.py``)."""
+        std = config.init_std
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))
 
     def op_weights(self) -> list[Tensor]:
         """``weights`` of ``ops.loop``."""

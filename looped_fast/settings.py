@@ -72,6 +72,8 @@ class TrainConfig:
     """Blocks in one loop step."""
     injection: Literal["add", "mul", "none", "every_block"] = "add"
     """How the prompt enters a loop step; see ModelConfig."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
     n_loops: int = 30
     """Loop steps b, at the end of the curriculum."""
     window: int = 15
@@ -96,6 +98,8 @@ class TrainConfig:
     """Prompts of a step, on each device."""
     lr: float = 1e-4
     """Adam's learning rate."""
+    beta2: float = 0.999
+    """Adam's decay rate of squared gradients."""
     weight_decay: float = 0.0
     """Adam's weight decay."""
     warmup_steps: int = 0
@@ -150,6 +154,8 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "warmup_steps", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 0 is needed")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 = {self.beta2}: at least 0 and less than 1 is needed")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm = {self.clip_grad_norm}: more than 0, or None")
         if self.backend not in ("auto", *BACKENDS):

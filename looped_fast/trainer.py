@@ -67,6 +67,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
             lr=config.lr,
+            betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
