@@ -31,6 +31,7 @@ ISA_FLAGS = {
 
 
 def warn(reason):
+    """Say on stderr why there will be no engine."""
     print(f"looped_fast: building without the CPU engine: {reason}", file=sys.stderr)
 
 

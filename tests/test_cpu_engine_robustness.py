@@ -1,0 +1,295 @@
+"""The CPU engine among threads, processes, instruction sets and builds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cast, leaves, loop_inputs, require_grad
+from torch.utils.data import DataLoader, Dataset
+
+from looped_fast import backends, cpu_engine, explain_backend, ops
+from looped_fast.model import LoopedTransformer, ModelConfig
+
+needs_engine = pytest.mark.skipif(
+    cpu_engine.why_not_precision("fp32") is not None,
+    reason=f"no CPU engine: {cpu_engine.why_not_precision('fp32')}",
+)
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = {"n_heads": 4, "n_loops": 3, "window": 2, "backend": "cpu"}
+
+
+def results(inputs, **changes):
+    """States and gradients of a pass on the engine."""
+    tensors = list(leaves(require_grad(cast(inputs, torch.float32))).values())
+    e, p, z, *weights = tensors
+    states = ops.loop(e, p, z, weights, **{**ARGUMENTS, **changes})
+    grads = torch.autograd.grad(states.square().sum(), tensors, allow_unused=True)
+    return [states.detach(), *(g for g in grads if g is not None)]
+
+
+def equal(left, right):
+    return all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
+
+
+@pytest.fixture
+def inputs():
+    return loop_inputs(B=5, S=23, D=64, dtype=torch.float32)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; restored after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_engine
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
+def test_results_repeat_bit_by_bit_and_agree_between_thread_counts(inputs, threads, n_threads):
+    threads(1)
+    alone = results(inputs)
+    threads(n_threads)
+    first = results(inputs)
+    for _ in range(3):
+        assert equal(first, results(inputs))
+    for one, several in zip(alone, first, strict=True):
+        assert (one - several).norm() <= 1e-5 * one.norm()
+
+
+@needs_engine
+def test_the_number_of_threads_may_change_before_the_backward(inputs, threads):
+    threads(3)
+    tensors = list(leaves(require_grad(inputs)).values())
+    states = ops.loop(**inputs, **ARGUMENTS)
+    threads(1)
+    grads = torch.autograd.grad(states.square().sum(), tensors, allow_unused=True)
+    for value, expected in zip(
+        [g for g in grads if g is not None], results(inputs)[1:], strict=True
+    ):
+        assert (value - expected).norm() <= 1e-5 * expected.norm()
+
+
+@needs_engine
+def test_two_python_threads_at_once(inputs, threads):
+    threads(2)
+    expected = results(inputs)
+    outcomes = []
+
+    def work():
+        torch.set_num_threads(2)
+        outcomes.extend(equal(expected, results(inputs)) for _ in range(5))
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert not worker.is_alive()
+    assert outcomes == [True] * 10
+
+
+def _in_child(inputs, expected, queue):
+    # Filling poisoned memory is torch's own parallel code, which does hang after a fork.
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        states = ops.loop(**inputs, **ARGUMENTS)
+    queue.put(bool((states - expected).norm() <= 1e-5 * expected.norm()))
+
+
+@needs_engine
+def test_a_forked_child_computes(inputs, threads):
+    """The child has no OpenMP pool, though the parent had one: it must not wait for it."""
+    threads(2)
+    expected = results(inputs)[0]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(inputs, expected, queue), daemon=True)
+    child.start()
+    assert queue.get(timeout=30)
+    child.join(30)
+    assert child.exitcode == 0
+
+
+class _States(Dataset):
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        with torch.no_grad():
+            return ops.loop(**self.inputs, **ARGUMENTS)
+
+
+@needs_engine
+def test_a_data_loader_worker_computes(inputs, threads):
+    threads(2)
+    expected = results(inputs)[0]
+    loader = DataLoader(_States(inputs), batch_size=1, num_workers=2, timeout=60)
+    for batch in loader:
+        assert (batch[0] - expected).norm() <= 1e-5 * expected.norm()
+
+
+def run_python(code, **environment):
+    """Run in a fresh interpreter, with the tests' helpers at hand; its output."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+ACCURACY = """
+    import torch
+    from conftest import loop_inputs
+    from test_cpu_engine import check
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    check(loop_inputs(B=3, S=23, D=64), "fp32", n_heads=4, n_loops=3, window=2)
+    check(loop_inputs(B=1, S=37, D=96), "fp32", n_heads=4, n_loops=2, window=2, injection="mul",
+          checkpoint="state")
+    from looped_fast import cpu_engine
+    print(cpu_engine.why_not_precision("bf16"))
+"""
+
+
+@needs_engine
+@pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])
+def test_fp32_is_right_and_bf16_refused_where_products_are_limited(limit):
+    reason = run_python(ACCURACY, ONEDNN_MAX_CPU_ISA=limit)
+    assert "bf16" in reason
+
+
+@needs_engine
+def test_the_avx2_kernels_are_right():
+    reason = run_python(ACCURACY, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert "AVX512_BF16" in reason
+
+
+@needs_engine
+def test_without_avx2_the_reference_runs_and_says_why():
+    code = """
+        from looped_fast import LoopedTransformer, ModelConfig, explain_backend
+        print(explain_backend(LoopedTransformer(ModelConfig()), 2, 5))
+    """
+    text = run_python(code, ATEN_CPU_CAPABILITY="default")
+    assert "backend: reference" in text
+    assert "not cpu: it needs AVX2" in text
+
+
+def test_without_the_extension_the_reference_runs_and_says_why(tmp_path):
+    """As after a build without a compiler."""
+    package = tmp_path / "looped_fast"
+    shutil.copytree(ROOT / "looped_fast", package, ignore=shutil.ignore_patterns("*.so", "__py*"))
+    code = """
+        import torch
+        from looped_fast import LoopedTransformer, ModelConfig, explain_backend
+        model = LoopedTransformer(ModelConfig(n_dims=3, n_positions=4, n_embd=32, n_head=2))
+        print(explain_backend(model, 2, 4), model(torch.randn(2, 4, 3), torch.randn(2, 4)).shape)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "backend: reference" in done.stdout
+    assert "not cpu: the C++ extension was not built" in done.stdout
+
+
+def problem(**changes):
+    settings = dict(
+        device="cpu", dtype=torch.float32, precision="fp32", batch=2, seq_len=10, n_embd=64,
+        n_heads=4, n_layer=1, n_loops=2, window=1, injection="add",
+    )  # fmt: skip
+    return backends.Problem(**{**settings, **changes})
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"n_embd": 48}, "D = 48 is not a multiple of 32"),
+        ({"n_embd": 2048}, "D = 2048 is not a multiple of 32 up to 1024"),
+        ({"n_embd": 96, "n_heads": 8}, "head_dim = 12 is not a multiple of 8"),
+        ({"dtype": torch.float64}, "float32"),
+        ({"precision": "fp16"}, "not fp16"),
+        ({"device": "cuda"}, "cuda"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_with_the_reason(changes, reason):
+    assert reason in backends.BACKENDS["cpu"](problem(**changes))
+    assert backends.explain(problem(**changes)).chosen == "reference"
+    with pytest.raises(ValueError, match="can't run this"):
+        backends.explain(problem(**changes), "cpu")
+
+
+@needs_engine
+def test_it_is_the_default_on_a_cpu():
+    model = LoopedTransformer(ModelConfig(n_dims=3, n_positions=4, n_embd=32, n_head=2))
+    assert explain_backend(model, batch_size=2, n_points=4).chosen == "cpu"
+
+
+@needs_engine
+def test_phases_show_in_a_profile(inputs):
+    with torch.profiler.profile() as profile:
+        results(inputs)
+    names = {event.key for event in profile.key_averages()}
+    phases = {"pack_weights", "loop_steps", "loop_steps_backward", "reduce_gradients"}
+    assert {f"looped_fast::{phase}" for phase in phases} <= names
+
+
+MEMORY = """
+    import resource, sys, torch
+    from types import SimpleNamespace
+    from golden_cases import plain_predictions
+    from looped_fast import LoopedTransformer, ModelConfig
+    torch.set_num_threads(2)
+    backend, precision = sys.argv[1:]
+    model = LoopedTransformer(ModelConfig(n_loops=6, window=5), backend="cpu")
+    official = SimpleNamespace(config={
+        "n_embd": 256, "n_head": 8, "n_layer": 1, "family": "gpt2_loop", "loop_func": "z=f(x+z)",
+        "n_loops": 6, "n_loop_start": 1, "pred_type": "regression"})
+    def step(B):
+        xs, ys = torch.randn(B, 41, 20), torch.randn(B, 41)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            if backend == "cpu":
+                predictions = model(xs, ys)
+            else:
+                predictions = plain_predictions(official, dict(model.named_parameters()), xs, ys)
+            (predictions - ys).square().mean().backward()
+    step(1)  # libraries, compiled kernels
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(32)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@needs_engine
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_adds_little_of_the_memory_of_the_official_arithmetic(precision):
+    if cpu_engine.why_not_precision(precision):
+        pytest.skip(cpu_engine.why_not_precision(precision))
+    added = {}
+    for backend in ("official", "cpu"):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(MEMORY), backend, precision],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        added[backend] = int(done.stdout)
+    assert added["cpu"] <= added["official"] / 3, added
