@@ -1,7 +1,15 @@
 """Looped transformers, fast. See README.md; importing this has no side effects."""
 
 from looped_fast.config import ModelConfig
+from looped_fast.dropin import UnsupportedModel, accelerate, restore
 from looped_fast.model import LoopedTransformer, explain_backend
 
 __version__ = "0.1.0"
-__all__ = ["LoopedTransformer", "ModelConfig", "explain_backend"]
+__all__ = [
+    "LoopedTransformer",
+    "ModelConfig",
+    "UnsupportedModel",
+    "accelerate",
+    "explain_backend",
+    "restore",
+]

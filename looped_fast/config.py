@@ -36,6 +36,8 @@ class ModelConfig:
             ``every_block`` as ``none``, and e is added before each block
             (official ``add_inputs_embeds``).
         pred_type: ``regression`` (one output) or ``classification`` (two logits).
+        init_std: standard deviation of initial weights. GPT-2's 0.02 suits a wide model; a narrow
+            one starts nearly linear with it, and learns sooner from about 1 / sqrt(n_embd).
 
     Raises:
         ValueError: a setting out of its range; the message names value, limit and remedy.
@@ -50,6 +52,7 @@ class ModelConfig:
     window: int = 15
     injection: str = "add"
     pred_type: str = "regression"
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("n_dims", "n_positions", "n_embd", "n_layer", "n_head", "n_loops", "window"):
@@ -62,6 +65,8 @@ class ModelConfig:
                 f"choose n_embd as a multiple of {self.n_head}, or another n_head"
             )
         check_window(self.n_loops, self.window)
+        if not self.init_std > 0:
+            raise ValueError(f"init_std = {self.init_std}: more than 0 is needed")
         if self.injection not in INJECTIONS:
             raise unknown_name("injection", self.injection, INJECTIONS)
         if self.pred_type not in PRED_TYPES:

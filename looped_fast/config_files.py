@@ -61,6 +61,10 @@ def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
     task = OFFICIAL_TASK_NAMES[training["task_name"]]
     if model["pred_type"] != "regression":
         raise ValueError(f"{path}: pred_type = {model['pred_type']!r}; training is regression only")
+    if task == "relu_2nn" and training["sparsity"] < 100:
+        raise ValueError(
+            f"{path}: sparsity = {training['sparsity']}; only dense networks (100) train here"
+        )
     curriculum = training["curriculum"]
     # Where a schedule ends at the final value, that value alone says so: --n-loops changes both.
     growths = {

@@ -32,13 +32,13 @@ class MetricsLog:
         # Here, not above: TensorBoard takes a second to import, and evaluation does not need it.
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / METRICS_FILE
+        self._wandb = _start_wandb(wandb_project, run_dir.name, config) if wandb_project else None
+        path, rewritten = run_dir / METRICS_FILE, run_dir / f".{METRICS_FILE}"
         earlier = [line for line in read_metrics(path) if line["step"] <= first_step]
-        with path.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in earlier)
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in earlier))
+        rewritten.replace(path)  # in one step: a kill loses no line
         self._file = path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self._wandb = _start_wandb(wandb_project, run_dir.name, config) if wandb_project else None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line: ``step`` completed steps, numbers, and lists of numbers by position."""

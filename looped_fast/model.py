@@ -7,6 +7,8 @@ Parameters carry the official state-dict names (``_read_in.weight``,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,25 +62,32 @@ class _Backbone(nn.Module):
                 "ln_f": nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS),
             }
         )
-        self._init_weights(config.n_layer)
+        self._init_weights(config)
 
-    def _init_weights(self, n_layer: int) -> None:
+    def _init_weights(self, config: ModelConfig) -> None:
         """GPT-2's initialisation, drawn in the official order (``nano_gpt.py``)."""
+        std = config.init_std
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))
 
     def op_weights(self) -> list[Tensor]:
         """``weights`` of ``ops.loop``."""
-        ln_f = self.transformer["ln_f"]
-        weights = [w for block in self.transformer["h"] for w in block.op_weights()]
+        blocks = cast(Iterable[_Block], self.transformer["h"])
+        ln_f = cast(nn.LayerNorm, self.transformer["ln_f"])
+        weights = [w for block in blocks for w in block.op_weights()]
         return [*weights, ln_f.weight, ln_f.bias]
+
+    @property
+    def positions(self) -> Tensor:
+        """The learned positions, [2 * n_positions + 1, D]."""
+        return cast(nn.Embedding, self.transformer["wpe"]).weight
 
 
 def interleave(xs: Tensor, ys: Tensor) -> Tensor:
@@ -159,7 +168,7 @@ class LoopedTransformer(nn.Module):
             state = embeddings
         states = ops.loop(
             embeddings,
-            self._backbone.transformer["wpe"].weight[: embeddings.shape[1]],
+            self._backbone.positions[: embeddings.shape[1]],
             state,
             self._backbone.op_weights(),
             n_heads=self.config.n_head,

@@ -141,7 +141,9 @@ def _check(embeddings, positions, state, weights, n_heads) -> None:
         raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; [B, S, D] is needed")
     B, S, D = embeddings.shape
     if n_heads < 1 or D % n_heads:
-        raise ValueError(f"D = {D} is not divisible by n_heads = {n_heads}")
+        raise ValueError(
+            f"D = {D} is not divisible by n_heads = {n_heads}; choose n_heads as a divisor of {D}"
+        )
     n_fields = len(reference.Block._fields)
     if len(weights) < n_fields + 2 or (len(weights) - 2) % n_fields:
         raise ValueError(

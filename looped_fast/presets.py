@@ -20,7 +20,8 @@ Settings = dict[str, Any]
 _SHORT_PROMPTS = {"n_points": 41, "curriculum": {"points": {"start": 11, "inc": 2}}}
 _LONG_PROMPTS = {"n_points": 101, "curriculum": {"points": {"start": 26, "inc": 5}}}
 
-# For each size: settings of all tasks, of one task, of one task's looped model, of other models.
+# For each size: settings of all tasks; of one task; of one task's looped model; of the others
+# (standard and tied) with their number of layers.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "all": {
@@ -51,6 +52,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
             "dt": {"n_loops": 70, "window": 15},
             "relu_2nn": {"n_loops": 12, "window": 5},
         },
+        "others": {},
         "depth": 12,
     },
     "small": {
@@ -60,7 +62,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
             "n_embd": 128,
             "n_head": 4,
             "batch_size": 64,
-            "lr": 5e-4,
+            "lr": 1e-3,
+            "beta2": 0.98,
+            "init_std": 0.08,
             "warmup_steps": 500,
             "lr_decay": "cosine",
             "clip_grad_norm": 1.0,
@@ -87,6 +91,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
             "dt": {"n_loops": 16, "window": 6},
             "relu_2nn": {"n_loops": 12, "window": 5},
         },
+        "others": {"lr": 5e-4},
         "depth": 12,
     },
     "tiny": {
@@ -96,12 +101,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
             "n_positions": 16,
             "n_embd": 64,
             "n_head": 4,
-            "batch_size": 128,
-            "lr": 1e-3,
-            "warmup_steps": 100,
+            "batch_size": 64,
+            "lr": 3e-3,
+            "beta2": 0.98,
+            "init_std": 0.1,
+            "warmup_steps": 300,
             "lr_decay": "cosine",
             "clip_grad_norm": 1.0,
-            "steps": 4000,
+            "steps": 8000,
             "log_every": 50,
             "eval_every": 1000,
             "save_every": 500,
@@ -111,10 +118,20 @@ _PRESETS: dict[str, dict[str, Any]] = {
             "lr": {},
             "noisy_lr": {},
             "sparse_lr": {},
-            "dt": {"n_dims": 4, "depth": 2, "n_points": 32, "n_positions": 32, "batch_size": 64},
+            "dt": {
+                "n_dims": 4,
+                "depth": 2,
+                "n_points": 32,
+                "n_positions": 32,
+                "lr": 1e-3,
+            },
             "relu_2nn": {},
         },
-        "looped": {task: {"n_loops": 8, "window": 4} for task in TASKS},
+        "looped": {
+            **{task: {"n_loops": 12, "window": 6} for task in TASKS},
+            "dt": {"n_loops": 8, "window": 4},
+        },
+        "others": {"lr": 1e-3},
         "depth": 8,
     },
 }
@@ -146,7 +163,7 @@ def _model_settings(size: dict[str, Any], task: str, model: str) -> Settings:
         looped = size["looped"][task]
         # As the official scripts do: the loop count starts at the window.
         return _merge({"curriculum": {"loops": {"start": looped["window"]}}}, looped)
-    once = {"curriculum": {"loops": no_growth}, "injection": "none"}
+    once = {"curriculum": {"loops": no_growth}, "injection": "none", **size["others"]}
     if model == "standard":
         return {**once, "n_layer": size["depth"], "n_loops": 1, "window": 1}
     return {**once, "n_loops": size["depth"], "window": size["depth"]}

@@ -118,7 +118,7 @@ def loop(
     dtype = AUTOCAST_DTYPES[precision]
     device = embeddings.device.type
     states = []
-    # Without the cache: a cast made under no_grad would be reused, and its gradient lost.
+    # No cache, as in the official code: it would sum the steps' gradients in low precision.
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         for i in range(n_loops):
             with torch.no_grad() if i < n_loops - window else nullcontext():

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from looped_fast.backends import BACKENDS
 from looped_fast.config import ModelConfig
 from looped_fast.curriculum import Curriculum, Schedule
 from looped_fast.errors import unknown_name
@@ -71,6 +72,8 @@ class TrainConfig:
     """Blocks in one loop step."""
     injection: Literal["add", "mul", "none", "every_block"] = "add"
     """How the prompt enters a loop step; see ModelConfig."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
     n_loops: int = 30
     """Loop steps b, at the end of the curriculum."""
     window: int = 15
@@ -95,6 +98,8 @@ class TrainConfig:
     """Prompts of a step, on each device."""
     lr: float = 1e-4
     """Adam's learning rate."""
+    beta2: float = 0.999
+    """Adam's decay rate of squared gradients."""
     weight_decay: float = 0.0
     """Adam's weight decay."""
     warmup_steps: int = 0
@@ -134,12 +139,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise unknown_name("task", self.task, TASKS)
-        for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "keep"):
+        whole = (
+            "steps",
+            "batch_size",
+            "log_every",
+            "eval_every",
+            "eval_prompts",
+            "save_every",
+            "keep",
+        )
+        for name in whole:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
         for name in ("lr", "weight_decay", "warmup_steps", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 0 is needed")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 = {self.beta2}: at least 0 and less than 1 is needed")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm = {self.clip_grad_norm}: more than 0, or None")
+        if self.backend not in ("auto", *BACKENDS):
+            raise unknown_name("backend", self.backend, ["auto", *BACKENDS])
         if self.n_points > self.n_positions:
             raise ValueError(
                 f"n_points = {self.n_points} exceeds n_positions = {self.n_positions}; "

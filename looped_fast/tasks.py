@@ -84,6 +84,11 @@ class NoisyLinearRegression(LinearRegression):
 
     noise_std: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.noise_std >= 0:
+            raise ValueError(f"noise_std = {self.noise_std}: at least 0 is needed")
+
     @property
     def variance(self) -> float:
         """E[y^2] = d + noise_std^2."""
@@ -183,11 +188,12 @@ class DecisionTree(Task):
         """The value of the leaf that each x reaches."""
         coordinates, leaf_values = function["coordinates"], function["leaf_values"]
         depth = leaf_values.shape[1].bit_length() - 1
-        node = torch.zeros(xs.shape[:2], dtype=torch.int64, device=xs.device)  # within its level
-        for level in range(depth):
-            asked = coordinates.gather(1, node + (2**level - 1))  # [B, n]
+        root = coordinates[:, :1].expand(-1, xs.shape[1])  # [B, n]
+        node = (xs.gather(2, root.unsqueeze(-1)).squeeze(-1) > 0).long()  # number in its level
+        for level in range(1, depth):
+            asked = coordinates[:, 2**level - 1 :].gather(1, node)
             is_positive = xs.gather(2, asked.unsqueeze(-1)).squeeze(-1) > 0
-            node = is_positive + 2 * node
+            node = torch.add(is_positive, node, alpha=2)
         return leaf_values.gather(1, node)
 
 
@@ -323,7 +329,15 @@ class FixedPrompts:
         self._xs, self._function = _draw(task, n_prompts, n_points, generator)
 
     def batch(self, n_points: int, *, step: int, rank: int = 0, n_dims: int | None = None) -> Batch:
-        """The batch of a training step; arguments as in ``sample_batch``."""
+        """The batch of a training step; arguments as in ``sample_batch``.
+
+        Raises:
+            ValueError: more points than the prompts have.
+        """
+        if n_points > self._xs.shape[1]:
+            raise ValueError(
+                f"n_points = {n_points} exceeds the {self._xs.shape[1]} points of these prompts"
+            )
         epoch, position = divmod(step, self._steps_per_epoch)
         order = torch.randperm(
             self._n_prompts,

@@ -176,12 +176,14 @@ def announce(trainer: Trainer) -> None:
     """Say what is about to run, with its estimated time."""
     config, device = trainer.config, trainer.device
     print("\n" + describe(config))
-    precision = "fp32" if config.amp == "off" else config.amp
+    precision = "fp32" if trainer.amp == "off" else trainer.amp
     explanation = explain_backend(trainer.model, config.batch_size, config.n_points, precision)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"{parameters / 1e6:.2f}M parameters on {hardware}{threads}; {explanation}")
+    if trainer.amp_note:
+        print(trainer.amp_note)
     minutes = estimate_seconds(trainer) / 60
     time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
     print(

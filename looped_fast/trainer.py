@@ -18,7 +18,7 @@ from looped_fast import checkpoint
 from looped_fast.compat import load_official_checkpoint
 from looped_fast.evaluation import model_errors
 from looped_fast.metrics import MetricsLog
-from looped_fast.model import LoopedTransformer
+from looped_fast.model import LoopedTransformer, explain_backend
 from looped_fast.reference import AUTOCAST_DTYPES
 from looped_fast.settings import TrainConfig
 from looped_fast.tasks import Batch, FixedPrompts, sample_batch
@@ -67,9 +67,11 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
             lr=config.lr,
+            betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+        self.amp, self.amp_note = self._available_amp()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.step = 0  # completed steps
         if config.init_from is not None and resume is None:
@@ -90,6 +92,18 @@ class Trainer:
         self._sums = torch.zeros(3, device=self.device)  # of loss, mean y^2, gradient norm
         self._steps_in_sums = 0
 
+    def _available_amp(self) -> tuple[str, str]:
+        """``config.amp``, or "off" on a CPU where fp32 is the faster choice; and a note if so."""
+        if self.device.type != "cpu" or self.config.amp == "off":
+            return self.config.amp, ""
+        size = (self.model, self.config.batch_size, self.config.n_points)
+        asked = explain_backend(*size, precision=self.config.amp)
+        if self.config.amp == "bf16" and asked.chosen != "cpu":
+            fp32 = explain_backend(*size, precision="fp32")
+            if fp32.chosen == "cpu":
+                return "off", f"amp bf16 runs in fp32 here: {asked.reasons['cpu']}"
+        return self.config.amp, ""
+
     def _init_from(self, path: Path) -> None:
         """Start from a checkpoint of ours (weights) or an official one (and where it stopped)."""
         if path.suffix != ".pt":
@@ -109,8 +123,8 @@ class Trainer:
             self.step = official.train_step + 1
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of matrix products that the settings ask for."""
-        dtype = AUTOCAST_DTYPES["fp32" if self.config.amp == "off" else self.config.amp]
+        """The precision of matrix products: what the settings ask for, if this machine has it."""
+        dtype = AUTOCAST_DTYPES["fp32" if self.amp == "off" else self.amp]
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def fit(self) -> None:
@@ -250,7 +264,7 @@ class Trainer:
         when = f"step {self.step}" if first == self.step else f"steps {first} to {self.step}"
         good = checkpoint.latest(self.run_dir)
         remedies = ["a lower --lr", "--clip-grad-norm 1", "--warmup-steps 1000"]
-        if self.config.amp != "off":
+        if self.amp != "off":
             remedies.append("--amp off")
         return (
             f"loss {loss}, gradient norm {norm} at {when}. No checkpoint was written of it; "

@@ -68,7 +68,7 @@ def test_a_forced_backend_is_taken_over_an_earlier_one(three_backends):
 
 
 def test_forcing_an_unable_backend_says_why(three_backends):
-    with pytest.raises(ValueError, match="backend 'triton' can't run this: no GPU here.*'auto'"):
+    with pytest.raises(ValueError, match=r"'triton' can't run this: no GPU here.*'auto'"):
         backends.explain(PROBLEM, "triton")
 
 

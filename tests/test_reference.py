@@ -16,7 +16,7 @@ from looped_fast import reference
 from looped_fast.config import INJECTIONS
 
 
-def run(inputs, n_heads, n_loops, window, injection="add", precision="fp32"):
+def run(inputs, n_heads, n_loops, window, injection="add", precision="fp32", **other):
     return reference.loop(
         **inputs,
         n_heads=n_heads,
@@ -24,6 +24,7 @@ def run(inputs, n_heads, n_loops, window, injection="add", precision="fp32"):
         window=window,
         injection=injection,
         precision=precision,
+        **other,
     )
 
 
@@ -119,3 +120,17 @@ def test_ambient_autocast_does_not_lower_fp32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = run(inputs, 2, 3, 1)
     assert torch.equal(states, run(inputs, 2, 3, 1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("n_loops", "window"), [(3, 3), (4, 2)])
+def test_recomputed_activations_give_the_same_gradients(precision, n_loops, window):
+    kept = require_grad(loop_inputs(dtype=torch.float32))
+    recomputed = require_grad(cast(kept, torch.float32))
+    for inputs, checkpoint in ((kept, "none"), (recomputed, "state")):
+        states = run(inputs, 2, n_loops, window, precision=precision, checkpoint=checkpoint)
+        states.square().mean().backward()
+    pairs = zip(leaves(kept).items(), leaves(recomputed).values(), strict=True)
+    for (name, expected), tensor in pairs:
+        if name != "state" or window == n_loops:
+            assert relative_error(tensor.grad, expected.grad) <= 8 * FP32_EPS, name

@@ -6,8 +6,9 @@ import textwrap
 import pytest
 import yaml
 
+from looped_fast.config_files import load_config
 from looped_fast.presets import preset_config
-from looped_fast.settings import Growth, TrainConfig, config_from_dict, load_config
+from looped_fast.settings import Growth, TrainConfig, config_from_dict
 
 OFFICIAL_BASE = """
     wandb: {project: Lets_Loop2, notes: , log_every_steps: 100}
@@ -83,7 +84,8 @@ def same_run(config):
 )
 def test_an_official_file_is_the_papers_preset(tmp_path, task, model, family, n_layer):
     path = official_files(tmp_path, task, family, n_layer)
-    config = load_config(path, TrainConfig(steps=7))
+    config, origin = load_config(path, TrainConfig(steps=7))
+    assert origin.startswith(f"official settings of {path}")
     assert same_run(config) == same_run(preset_config("paper", task, model))
     assert config.preset == str(path)
 
@@ -97,7 +99,7 @@ def official_with(tmp_path, changes):
         for name in sections:
             section = section[name]
         section[leaf] = value
-    return load_config(write(base, yaml.safe_dump(content)), TrainConfig())
+    return load_config(write(base, yaml.safe_dump(content)), TrainConfig())[0]
 
 
 @pytest.mark.parametrize(
@@ -143,14 +145,14 @@ def test_an_official_classification_is_refused(tmp_path):
 def test_settings_survive_yaml(tmp_path, preset, model):
     config = preset_config(preset, "sparse_lr", model)
     path = write(tmp_path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-    assert load_config(path, TrainConfig()) == config
+    assert load_config(path, TrainConfig()) == (config, f"settings of {path}")
     assert config_from_dict(config.to_dict(), preset_config("small", "dt")) == config
 
 
 def test_a_file_changes_only_what_it_says(tmp_path):
     path = write(tmp_path / "mine.yaml", "lr: 1e-3\nn_layer: 2\ncurriculum:\n  dims: {start: 3}\n")
     base = preset_config("tiny")
-    config = load_config(path, base)
+    config, _ = load_config(path, base)
     assert (config.lr, config.n_layer, config.preset) == (1e-3, 2, str(path))
     assert config.curriculum.dims == Growth(start=3, inc=1, interval=400)
     assert config.batch_size == base.batch_size

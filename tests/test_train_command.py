@@ -1,5 +1,6 @@
 """``python -m looped_fast.train`` as its users run it."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,9 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from looped_fast import checkpoint, compat
+from looped_fast import backends, checkpoint, compat
 from looped_fast.metrics import read_metrics
+from looped_fast.presets import preset_config
 from looped_fast.train import main
+from looped_fast.trainer import Trainer
 
 # As small as a run can be that still has a curriculum, several loops and clipping.
 MINI = [
@@ -90,13 +93,26 @@ def test_every_kind_of_run_trains(tmp_path, settings):
     assert train("--steps", 3, "--out", tmp_path / "run", *settings) == 0
 
 
+def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch):
+    def why_not_cpu(problem):
+        return "this CPU has no bf16" if problem.precision == "bf16" else None
+
+    monkeypatch.setitem(backends.BACKENDS, "cpu", why_not_cpu)
+    config = preset_config("tiny")
+    trainer = Trainer(dataclasses.replace(config, amp="bf16"), tmp_path)
+    assert trainer.amp == "off"
+    assert "this CPU has no bf16" in trainer.amp_note
+    with trainer.autocast():
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def test_training_learns(tmp_path):
     out = tmp_path / "run"
     # Four prompts, over and over: a model that learns anything at all memorises them.
-    few = ("--train-prompts", 4, "--curriculum.dims.start", 5, "--lr", 3e-3, "--log-every", 20)
-    assert train("--steps", 100, "--out", out, *few) == 0
+    few = ("--train-prompts", 4, "--curriculum.dims.start", 5, "--warmup-steps", 10)
+    assert train("--steps", 100, "--log-every", 20, "--out", out, *few) == 0
     errors = [x["relative_error"] for x in read_metrics(out / "metrics.jsonl") if "loss" in x]
-    assert errors[0] > 0.5
+    assert errors[0] > 0.2
     assert errors[-1] < 0.05
 
 

@@ -1,0 +1,84 @@
+"""What is measured (cases) and who takes part (contenders), as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from looped_fast import ModelConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """One looped model and the size of its batch."""
+
+    batch: int  # B
+    n_points: int  # n; S = 2n tokens
+    n_loops: int  # b
+    window: int  # T, in training; inference asks for the last prediction alone
+    n_dims: int = 20  # d
+    n_embd: int = 256  # D
+    n_head: int = 8
+    modes: tuple[str, ...] = ("training", "inference")
+
+    def config(self) -> ModelConfig:
+        """The model of this case."""
+        return ModelConfig(
+            n_dims=self.n_dims,
+            n_embd=self.n_embd,
+            n_head=self.n_head,
+            n_loops=self.n_loops,
+            window=self.window,
+        )
+
+
+# LR and DT: arXiv 2311.12424, appendix; official configs/linear_regression, decision_tree.
+CASES = {
+    "lr": Case(batch=64, n_points=41, n_loops=20, window=15),
+    "dt": Case(batch=64, n_points=101, n_loops=70, window=15),
+    "small": Case(
+        batch=64, n_points=21, n_loops=12, window=10, n_dims=10, n_embd=128, n_head=4
+    ),
+    "lr_b1": Case(batch=1, n_points=41, n_loops=20, window=15, modes=("inference",)),
+    "dt_b1": Case(batch=1, n_points=101, n_loops=70, window=15, modes=("inference",)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run the loop."""
+
+    backend: str  # of LoopedTransformer
+    precision: str  # fp32, or bf16 by autocast
+    compiled: str | None = None  # what torch.compile gets: one loop "step", or the whole "model"
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether this is the project's own; the others are opponents."""
+        return self.backend != "reference"
+
+
+# Opponents are plain PyTorch. A compiled step takes the same time to compile for any number of
+# loops; a compiled model takes minutes for many, but may fuse across steps.
+CONTENDERS = {
+    "eager fp32": Contender("reference", "fp32"),
+    "eager bf16": Contender("reference", "bf16"),
+    "compiled step fp32": Contender("reference", "fp32", "step"),
+    "compiled step bf16": Contender("reference", "bf16", "step"),
+    "compiled model fp32": Contender("reference", "fp32", "model"),
+    "compiled model bf16": Contender("reference", "bf16", "model"),
+    "engine fp32": Contender("cpu", "fp32"),
+    "engine bf16": Contender("cpu", "bf16"),
+}
+
+
+def flops(case: Case, mode: str) -> float:
+    """Floating-point operations of the matrix products in the loop of one training step or call.
+
+    Per token and step 24 D^2 in the linear layers (QKV 6, out-projection 2, MLP 16) and 4 D per
+    query and visible key in causal attention; the backward through the window costs twice its
+    forward. Read-in and read-out (under 0.1 %) and element-wise work are left out.
+    """
+    S, D = 2 * case.n_points, case.n_embd
+    forward_step = case.batch * (24 * S * D**2 + 4 * D * S * (S + 1) / 2)
+    backward_steps = 2 * case.window if mode == "training" else 0
+    return forward_step * (case.n_loops + backward_steps)

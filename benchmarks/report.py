@@ -1,0 +1,114 @@
+"""Measurements as a table, a chart, and JSON with the machine and versions they came from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from benchmarks.cases import CASES, CONTENDERS
+
+Row = dict[str, Any]  # what benchmarks.measure prints, one per case, mode and contender
+HEADERS = (
+    "contender", "ms", "x eager fp32", "x best opponent", "GFLOP/s", "% of peak", "MB added",
+    "threads", "runs", "compile s",
+)  # fmt: skip
+
+
+def provenance() -> dict[str, Any]:
+    """Where, when, from which code and by which command the figures come."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def _git(*args: str) -> str:
+    root = Path(__file__).parent
+    done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or ("" if done.returncode == 0 else "unknown")
+
+
+def _cpu_model() -> str:
+    models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return models[0] if models else platform.processor()
+
+
+def add_ratios(rows: list[Row], peak: dict[str, float]) -> None:
+    """Add to each row its share of the peak, and its speed against opponents (None if absent).
+
+    ``best_opponent_ratio``: against the faster of eager and torch.compile at the same precision.
+    """
+    for row in rows:
+        contender = CONTENDERS[row["contender"]]
+        others = [r for r in rows if (r["case"], r["mode"]) == (row["case"], row["mode"])]
+        eager = [r["ms"] for r in others if r["contender"] == "eager fp32"]
+        opponents = [
+            r["ms"]
+            for r in others
+            if not CONTENDERS[r["contender"]].is_engine
+            and CONTENDERS[r["contender"]].precision == contender.precision
+        ]
+        row["share_of_peak"] = row["gflops"] / peak[contender.precision]
+        row["eager_fp32_ratio"] = eager[0] / row["ms"] if eager else None
+        row["best_opponent_ratio"] = min(opponents) / row["ms"] if opponents else None
+
+
+def tables(rows: list[Row]) -> str:
+    """One table for each case and mode."""
+    parts = []
+    for case, mode in dict.fromkeys((row["case"], row["mode"]) for row in rows):
+        c = CASES[case]
+        lines = [
+            (r["contender"], r["ms"], r["eager_fp32_ratio"], r["best_opponent_ratio"], r["gflops"],
+             100 * r["share_of_peak"], r["memory_mb"], r["threads"], r["repeats"], r["compile_s"])
+            for r in rows if (r["case"], r["mode"]) == (case, mode)
+        ]  # fmt: skip
+        formats = ("", ".1f", ".2f", ".2f", ".0f", ".0f", ".0f", "", "", ".0f")
+        parts.append(
+            f"{case}, {mode}: B={c.batch} S={2 * c.n_points} D={c.n_embd} H={c.n_head} "
+            f"b={c.n_loops} T={c.window}\n"
+            + tabulate(lines, headers=HEADERS, floatfmt=formats, missingval="-")
+        )
+    return "\n\n".join(parts)
+
+
+def chart(rows: list[Row], path: Path, caption: str) -> None:
+    """Write bars of milliseconds, one panel for each case and mode, as PNG."""
+    panels = list(dict.fromkeys((row["case"], row["mode"]) for row in rows))
+    columns = min(3, len(panels))
+    height = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3 * height + 0.5))
+    grid = figure.subplots(height, columns, squeeze=False)
+    for axes, (case, mode) in zip(grid.flat, panels, strict=False):
+        shown = [r for r in rows if (r["case"], r["mode"]) == (case, mode)]
+        names = [r["contender"] for r in shown]
+        colours = ["tab:orange" if CONTENDERS[name].is_engine else "tab:gray" for name in names]
+        bars = axes.barh(names, [r["ms"] for r in shown], color=colours)
+        axes.bar_label(bars, fmt="{:,.1f}", padding=2)
+        axes.margins(x=0.2)
+        axes.invert_yaxis()
+        axes.set(title=f"{case}, {mode}", xlabel="milliseconds (median)")
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel(caption, fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,249 @@
+"""Speed up a model of the official code, of nanoGPT, or of this package, where it stands.
+
+``accelerate`` puts a faster forward on one instance; parameters, state dict, class and modules
+stay what they are, so checkpoints and optimizers made before or after keep working. ``restore``
+takes it off again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from looped_fast import architectures, ops, probe
+from looped_fast.architectures import ARCHITECTURES, Architecture, Model
+from looped_fast.backends import BACKENDS
+from looped_fast.errors import unknown_name
+from looped_fast.model import LoopedTransformer, ambient_precision
+from looped_fast.reference import AUTOCAST_DTYPES, PRECISIONS
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+class UnsupportedModel(ValueError):
+    """A model that can't be accelerated.
+
+    Attributes:
+        reasons: each thing that stands against it; the message lists them all.
+    """
+
+    def __init__(self, model_name: str, reasons: Iterable[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__(model_name, self.reasons)
+
+    def __str__(self) -> str:
+        return "\n  - ".join([f"can't accelerate {self.args[0]}:", *self.reasons])
+
+
+def accelerate(model: AnyModule, backend: str = "auto", precision: str | None = None) -> AnyModule:
+    """Make ``model`` run its loop as one fast op, in training and inference. Changes it in place.
+
+    Known are the official ``TransformerModelLooped``, ``TransformerModel`` and
+    ``TransformerModelTying``, nanoGPT's ``GPT`` (with GELU in its tanh form), and
+    ``LoopedTransformer``: recognised by their attributes, and then by their numbers, on tiny
+    random inputs (see ``looped_fast.probe``). A second call changes the settings.
+
+    Args:
+        model: a module with parameters in float32, or in float64 for the reference backend.
+        backend: ``auto``, or one of ``reference``, ``cpu``, ``triton`` to force it.
+        precision: operands of matrix products: ``fp32``, ``bf16``, ``fp16``; None follows
+            ``torch.autocast`` around the call.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        UnsupportedModel: with every reason. Raised by a call of the model too, if it was put in
+            training mode with dropout, or got hooks that would not run, after all.
+        ValueError: an unknown backend or precision.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise unknown_name("backend", backend, ["auto", *BACKENDS])
+    if precision is not None and precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+    replacement: _FastForward | _OwnForward
+    if isinstance(model, LoopedTransformer):
+        replacement = _OwnForward(model, backend, precision)
+    else:
+        replacement = _FastForward(model, _supported(model), backend, precision)
+    if _replaced(model) is not None:
+        restore(model)
+    replacement.install()
+    return model
+
+
+def restore(model: AnyModule) -> AnyModule:
+    """Undo ``accelerate``, in place, and return ``model``.
+
+    Raises:
+        ValueError: the model is not accelerated.
+    """
+    replacement = _replaced(model)
+    if replacement is None:
+        raise ValueError(f"this {type(model).__name__} is not accelerated; nothing to restore")
+    replacement.remove()
+    return model
+
+
+class _FastForward:
+    """Called in place of the forward of a foreign model."""
+
+    def __init__(
+        self, model: Model, architecture: Architecture, backend: str, precision: str | None
+    ) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.backend = backend
+        self.precision = precision
+
+    def install(self) -> None:
+        self.model.forward = self
+
+    def remove(self) -> None:
+        del self.model.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stack = self.architecture.stack(self.model)
+        reasons = [*_dropout(stack), *_hooks(stack)]
+        if reasons:
+            raise UnsupportedModel(type(self.model).__name__, reasons)
+        with _autocast(stack.wpe.weight.device.type, self.precision):
+            return self.architecture.forward(self.model, self.loop, *args, **kwargs)
+
+    def loop(
+        self, embeddings: Tensor, state: Tensor, *, n_loops: int, window: int, injection: str
+    ) -> Tensor:
+        """``ops.loop`` with the model's present parameters: see ``architectures.Loop``."""
+        stack = self.architecture.stack(self.model)
+        return ops.loop(
+            embeddings,
+            stack.wpe.weight[: embeddings.shape[1]],
+            state,
+            architectures.stack_weights(stack),
+            n_heads=stack.h[0].attn.n_head,
+            n_loops=n_loops,
+            window=window,
+            injection=injection,
+            precision=ambient_precision(embeddings.device.type),
+            backend=self.backend,
+        )
+
+
+class _OwnForward:
+    """Called in place of ``LoopedTransformer.forward``, which is fast already: adds settings."""
+
+    def __init__(self, model: LoopedTransformer, backend: str, precision: str | None) -> None:
+        self.model = model
+        self.backend = backend
+        self.precision = precision
+
+    def install(self) -> None:
+        self.original_backend = self.model.backend
+        self.model.backend = self.backend
+        self.model.forward = self  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        self.model.backend = self.original_backend
+        del self.model.forward
+
+    def __call__(self, xs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with _autocast(xs.device.type, self.precision):
+            return type(self.model).forward(self.model, xs, *args, **kwargs)
+
+
+def _replaced(model: nn.Module) -> _FastForward | _OwnForward | None:
+    forward = vars(model).get("forward")
+    return forward if isinstance(forward, _FastForward | _OwnForward) else None
+
+
+def _autocast(device_type: str, precision: str | None) -> contextlib.AbstractContextManager:
+    """The ambient one if ``precision`` is None."""
+    if precision is None:
+        return contextlib.nullcontext()
+    dtype = AUTOCAST_DTYPES[precision]
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
+
+
+def _supported(model: nn.Module) -> Architecture:
+    """The architecture of ``model``, sure to compute what ``model`` computes.
+
+    Raises:
+        UnsupportedModel: cheap checks first; the numerical ones only if those pass.
+    """
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel(name, ["it is compiled; accelerate the model, then compile it"])
+    if "forward" in vars(model) and _replaced(model) is None:
+        raise UnsupportedModel(name, ["its forward was replaced on this instance"])
+    architecture = architectures.recognise(model)
+    if architecture is None:
+        known = ", ".join(a.name for a in ARCHITECTURES)
+        raise UnsupportedModel(name, [f"it has the structure of none of: {known}"])
+    reasons = list(_missing(model, architecture))
+    if reasons:
+        raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
+    stack = architecture.stack(model)
+    on_reference = _FastForward(model, architecture, "reference", "fp32")
+    reasons = [*_unfit_parameters(stack, on_reference), *_dropout(stack), *_hooks(stack)]
+    reasons = reasons or probe.differences(model, architecture, on_reference.loop)
+    if reasons:
+        raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
+    return architecture
+
+
+def _missing(model: Model, architecture: Architecture) -> Iterator[str]:
+    """Attributes that the fast forward reads and ``model`` lacks."""
+    of_block = ("ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight", "attn.n_head",
+                "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # fmt: skip
+    for path in architecture.needs:
+        if not architectures.has(model, path):
+            yield f"it has no {path}"
+    stack = architecture.stack(model)
+    for path in ("wpe.weight", "h", "ln_f.weight"):
+        if not architectures.has(stack, path):
+            yield f"its stack has no {path}"
+    blocks = list(getattr(stack, "h", []))
+    if not blocks:
+        yield "its stack h holds no blocks"
+    for i, block in enumerate(blocks):
+        for path in of_block:
+            if not architectures.has(block, path):
+                yield f"h.{i} has no {path}"
+
+
+def _unfit_parameters(stack: Model, forward: _FastForward) -> Iterator[str]:
+    """What the op says against dtypes and shapes."""
+    wpe = stack.wpe.weight
+    if wpe.dtype not in (torch.float32, torch.float64):
+        yield (
+            f"its parameters are {wpe.dtype}; keep them in torch.float32, and choose the "
+            f"precision of matrix products by torch.autocast, or precision='bf16'"
+        )
+        return
+    embeddings = wpe.new_zeros(1, 1, wpe.shape[1])
+    try:
+        with torch.no_grad(), torch.autocast(wpe.device.type, enabled=False):
+            forward.loop(embeddings, embeddings, n_loops=1, window=1, injection="none")
+    except ValueError as error:
+        yield str(error)
+
+
+def _dropout(stack: Model) -> Iterator[str]:
+    """Dropout that is active: the fast forward has none."""
+    for name, module in stack.named_modules():
+        p = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
+        if module.training and isinstance(p, int | float) and p > 0:
+            yield f"{name} drops out with p = {p} while training; set it to 0, or call eval()"
+
+
+def _hooks(stack: Model) -> Iterator[str]:
+    """Hooks on modules that the fast forward does not call."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    for name, module in architectures.replaced_modules(stack):
+        for kind in kinds:
+            if getattr(module, kind):
+                yield f"{kind.strip('_')} of {name or 'the stack'} would not run; remove them"

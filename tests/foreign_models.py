@@ -1,0 +1,197 @@
+"""Models written against the structure that drop-in acceleration knows, for its tests.
+
+They share attribute names with the official code and with nanoGPT, and nothing else. Every
+deviation that a lookalike may have is a setting.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class Settings:
+    D: int = 32
+    n_head: int = 4
+    n_layer: int = 1
+    positions: int = 23
+    bias: bool = True
+    eps: float = 1e-5
+    gelu: str = "tanh"
+    causal: bool = True
+    scale: float | None = None  # of attention scores; 1/sqrt(head_dim) if None
+    p: float = 0.0  # dropout
+    post_norm: bool = False
+    detach: bool = False  # cut the gradient between blocks
+
+
+class Norm(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(s.D))
+        self.bias = nn.Parameter(torch.zeros(s.D)) if s.bias else None
+        self.eps = s.eps
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.settings, self.n_head = s, s.n_head
+        self.c_attn = nn.Linear(s.D, 3 * s.D, bias=s.bias)
+        self.c_proj = nn.Linear(s.D, s.D, bias=s.bias)
+        self.attn_dropout = nn.Dropout(s.p)
+
+    def forward(self, x):
+        B, S, D = x.shape
+        q, k, v = (
+            t.view(B, S, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1)
+        )
+        scores = q @ k.mT * (self.settings.scale or 1 / math.sqrt(D // self.n_head))
+        if self.settings.causal:
+            future = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        y = self.attn_dropout(scores.softmax(-1)) @ v
+        return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.gelu = s.gelu
+        self.c_fc = nn.Linear(s.D, 4 * s.D, bias=s.bias)
+        self.c_proj = nn.Linear(4 * s.D, s.D, bias=s.bias)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+
+
+class Block(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.settings = s
+        self.ln_1, self.attn, self.ln_2, self.mlp = Norm(s), Attention(s), Norm(s), MLP(s)
+
+    def forward(self, x):
+        if self.settings.detach:
+            x = x.detach()
+        if self.settings.post_norm:
+            x = self.ln_1(x + self.attn(x))
+            return self.ln_2(x + self.mlp(x))
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+def stack(s):
+    return nn.ModuleDict(
+        {
+            "wpe": nn.Embedding(s.positions, s.D),
+            "drop": nn.Dropout(s.p),
+            "h": nn.ModuleList(Block(s) for _ in range(s.n_layer)),
+            "ln_f": Norm(s),
+        }
+    )
+
+
+class Backbone(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.transformer = stack(s)
+
+    def forward(self, embeddings, add_inputs_embeds=False):
+        parts = self.transformer
+        x = parts.drop(embeddings + parts.wpe.weight[: embeddings.shape[1]])
+        for block in parts.h:
+            x = block(x + embeddings if add_inputs_embeds else x)
+        return parts.ln_f(x)
+
+
+class Standard(nn.Module):
+    """Like ``TransformerModel``."""
+
+    def __init__(self, settings=None, n_dims=5, pred_type="regression"):
+        super().__init__()
+        s = settings or Settings()
+        self.freq, self.ind, self.n_layer, self._pred_type = 2, 0, s.n_layer, pred_type
+        self._read_in = nn.Linear(n_dims, s.D)
+        self._backbone = Backbone(s)
+        self._read_out = nn.Linear(s.D, 1 if pred_type == "regression" else 2)
+        self.calls = 0  # the official model keeps such a mark, and prints
+
+    def _embed(self, xs, ys):
+        tokens = xs.new_zeros(xs.shape[0], 2 * xs.shape[1], xs.shape[2])
+        tokens[:, ::2], tokens[:, 1::2, 0] = xs, ys
+        return self._read_in(tokens)
+
+    def _predict(self, state):
+        out = self._read_out(state)[:, self.ind :: self.freq]
+        return out.squeeze(-1) if self._pred_type == "regression" else out
+
+    def forward(self, xs, ys, add_inputs_embeds=False):
+        self.calls += 1
+        print("a call")
+        return self._predict(self._backbone(self._embed(xs, ys), add_inputs_embeds))
+
+
+class Tied(Standard):
+    """Like ``TransformerModelTying``."""
+
+    def __init__(self, settings=None, steps=3, **kwargs):
+        super().__init__(settings, **kwargs)
+        self.n_layer = steps
+
+    def f(self, state):
+        return self._backbone(state)
+
+    def forward(self, xs, ys, add_inputs_embeds):
+        state = self._embed(xs, ys)
+        for _ in range(self.n_layer):
+            state = self.f(state)
+        return self._predict(state)
+
+
+class Looped(Standard):
+    """Like ``TransformerModelLooped``."""
+
+    def __init__(self, settings=None, loop_func="z=f(x+z)", **kwargs):
+        super().__init__(settings, **kwargs)
+        self.loop_func = loop_func
+
+    def forward(self, xs, ys, n_loop_start, n_loops):
+        e = self._embed(xs, ys)
+        add = self.loop_func == "z=f(x+z)"
+        z = torch.zeros_like(e) if add else torch.ones_like(e)
+        predictions = []
+        for i in range(n_loops):
+            with torch.set_grad_enabled(i >= n_loop_start and torch.is_grad_enabled()):
+                z = self._backbone(z + e if add else z * e)
+            if i >= n_loop_start:
+                predictions.append(self._predict(z))
+        return predictions
+
+
+class GPT(nn.Module):
+    """Like nanoGPT's ``GPT``, with tied token embedding and output."""
+
+    def __init__(self, settings=None, vocabulary=17):
+        super().__init__()
+        s = settings or Settings(n_layer=2)
+        self.transformer = stack(s)
+        self.transformer["wte"] = nn.Embedding(vocabulary, s.D)
+        self.lm_head = nn.Linear(s.D, vocabulary, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, idx, targets=None):
+        parts = self.transformer
+        x = parts.drop(parts.wte(idx) + parts.wpe.weight[: idx.shape[1]])
+        for block in parts.h:
+            x = block(x)
+        logits = self.lm_head(parts.ln_f(x))
+        if targets is None:
+            return logits[:, -1:], None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

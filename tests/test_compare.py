@@ -1,0 +1,172 @@
+"""The benchmark program: counts right, refuses wrong results, reports what it can't measure."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import compare, measure, report
+from benchmarks.cases import CASES, CONTENDERS, Case, flops
+from benchmarks.correctness import WrongResult, check
+from benchmarks.workload import Workload, fresh_compiler
+from looped_fast import backends, reference
+
+TINY = Case(batch=2, n_points=4, n_loops=3, window=2, n_dims=3, n_embd=32, n_head=4)
+EAGER, EAGER_BF16 = CONTENDERS["eager fp32"], CONTENDERS["eager bf16"]
+PEAK = {"fp32": 100.0, "bf16": 200.0}
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_flops_are_those_of_the_matrix_products(mode, monkeypatch):
+    def visible_scores(q, k, v, is_causal):  # the counter counts all scores, flops() the visible
+        assert is_causal
+        return (q @ k.mT).softmax(-1) @ v
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", visible_scores)
+    with FlopCounterMode(display=False) as counter:
+        Workload(TINY, EAGER, mode)()
+    S, D, B = 2 * TINY.n_points, TINY.n_embd, TINY.batch
+    passes = TINY.n_loops + (2 * TINY.window if mode == "training" else 0)
+    hidden = passes * B * 4 * D * (S**2 - S * (S + 1) / 2)
+    assert counter.get_total_flops() == pytest.approx(flops(TINY, mode) + hidden, rel=0.02)
+
+
+def test_flops_reproduce_the_feasibility_study():
+    # prototypes/cpu/README.md: LR training in 1.05 s at 405 GFLOP/s, DT inference 3.36 s at 452.
+    assert flops(CASES["lr"], "training") == pytest.approx(1.05 * 405e9, rel=0.02)
+    assert flops(CASES["dt"], "inference") == pytest.approx(3.36 * 452e9, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+@pytest.mark.parametrize("contender", [EAGER, EAGER_BF16], ids=["fp32", "bf16"])
+def test_right_results_pass_the_check(contender, mode):
+    check(TINY, contender, mode)
+
+
+# Steps with something wrong, in place of a compiled one.
+WRONG_STEPS = {
+    "predictions": lambda step: lambda *args: 1.001 * step(*args),
+    "predictions: error nan": lambda step: lambda *args: torch.nan * step(*args),
+    "gradient of ": lambda step: lambda *args: _scaled_gradient(step(*args)),
+}
+
+
+def _scaled_gradient(x):
+    return x + 0.01 * (x - x.detach())
+
+
+@pytest.mark.parametrize(("message", "wrong"), WRONG_STEPS.items(), ids=WRONG_STEPS)
+def test_wrong_results_are_not_timed(message, wrong, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: wrong(step))
+    monkeypatch.setattr(measure, "seconds_of", lambda run: pytest.fail("timed"))
+    with pytest.raises(WrongResult, match=f"{message}.*is right"):
+        measure.measure(TINY, CONTENDERS["compiled step fp32"], "training", [1], 2, 0.1)
+
+
+def test_a_measurement_holds_time_rate_memory_and_threads():
+    threads = torch.get_num_threads()
+    row = measure.measure(TINY, EAGER, "training", [1], repeats=3, seconds=10)
+    torch.set_num_threads(threads)
+    assert row["threads"] == 1
+    assert row["repeats"] == 3
+    assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+    assert row["gflops"] == pytest.approx(flops(TINY, "training") / row["ms"] / 1e6)
+    assert row["compile_s"] is None
+
+
+def test_slow_contenders_are_repeated_twice_at_least(monkeypatch):
+    monkeypatch.setattr(measure, "seconds_of", lambda run: 30.0)
+    assert measure.measure(TINY, EAGER, "inference", [1], repeats=50, seconds=20)["repeats"] == 2
+
+
+def test_memory_added_is_the_peak_of_this_run_alone():
+    torch.ones(50_000_000)  # 200 MB, freed at once: an earlier peak
+    added = measure.memory_added_by(lambda: torch.ones(20_000_000))  # 80 MB, freed at once
+    assert added == pytest.approx(80, rel=0.1)
+
+
+def test_the_step_is_compiled_only_inside_its_contender(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: "compiled")
+    step = reference.step
+    with fresh_compiler(CONTENDERS["compiled step bf16"]):
+        assert reference.step == "compiled"
+    assert reference.step is step
+
+
+def rows(**ms):
+    return [
+        {"case": "lr", "mode": "inference", "contender": name.replace("_", " "), "ms": value,
+         "gflops": 50.0, "memory_mb": 1.0, "threads": 2, "repeats": 3, "compile_s": None}
+        for name, value in ms.items()
+    ]  # fmt: skip
+
+
+def test_ratios_are_against_eager_fp32_and_the_best_opponent_of_the_precision():
+    measured = rows(
+        eager_fp32=100.0, compiled_step_fp32=80.0, eager_bf16=40.0, compiled_step_bf16=60.0,
+        engine_fp32=20.0, engine_bf16=10.0,
+    )  # fmt: skip
+    report.add_ratios(measured, PEAK)
+    engine_fp32, engine_bf16 = measured[-2:]
+    assert (engine_fp32["eager_fp32_ratio"], engine_bf16["eager_fp32_ratio"]) == (5, 10)
+    assert (engine_fp32["best_opponent_ratio"], engine_bf16["best_opponent_ratio"]) == (4, 4)
+    assert (engine_fp32["share_of_peak"], engine_bf16["share_of_peak"]) == (0.5, 0.25)
+
+
+def test_without_opponents_there_are_no_ratios():
+    measured = rows(engine_bf16=10.0)
+    report.add_ratios(measured, PEAK)
+    assert measured[0]["eager_fp32_ratio"] is None
+    assert measured[0]["best_opponent_ratio"] is None
+    assert re.search(r"engine bf16 +10\.0 +- +- +50 +25", report.tables(measured))
+
+
+def test_main_writes_json_with_provenance_and_a_chart(tmp_path, monkeypatch, capsys):
+    def measured(arguments):
+        if "--case" not in arguments:
+            return PEAK
+        if "eager bf16" in arguments:
+            raise RuntimeError("benchmarks.correctness.WrongResult: predictions: error 1e-2")
+        return rows(eager_fp32=100.0)
+
+    monkeypatch.setattr(compare, "measured_in_subprocess", measured)
+    compare.main(
+        ["--cases", "lr", "--contenders", "eager fp32", "eager bf16", "--out", str(tmp_path)]
+    )
+    result = json.loads((tmp_path / "compare_cpu.json").read_text())
+    assert {"cpu", "cores", "torch", "commit", "command", "date"} <= result["provenance"].keys()
+    assert result["peak_gflops"] == PEAK
+    assert [row["contender"] for row in result["rows"]] == ["eager fp32"]
+    assert "WrongResult" in result["not_measured"][0]["reason"]
+    assert (tmp_path / "compare_cpu.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "lr, inference: B=64 S=82 D=256" in printed
+    assert "not measured: lr, eager bf16: benchmarks.correctness.WrongResult" in printed
+
+
+def test_an_engine_that_can_not_run_is_explained_and_not_started(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda problem: "no compiler was found")
+    monkeypatch.setattr(compare, "measured_in_subprocess", lambda arguments: PEAK)
+    result = compare.compare(["lr"], ["engine fp32"], repeats=1, seconds=1)
+    assert result["not_measured"] == [
+        {"case": "lr", "contender": "engine fp32", "reason": "no compiler was found"}
+    ]
+
+
+def test_a_failing_process_gives_its_last_line_as_the_reason():
+    with pytest.raises(RuntimeError, match="invalid choice: 'nobody'"):
+        compare.measured_in_subprocess(["--contender", "nobody"])
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    with pytest.raises(RuntimeError, match="not done after 0 s"):
+        compare.measured_in_subprocess(["--help"], timeout=0.01)
+
+
+def test_quick_leaves_out_large_cases_and_compilation():
+    args = compare.parse_arguments(["--quick"])
+    assert args.cases == ["small", "lr_b1"]
+    assert args.contenders == ["eager fp32", "eager bf16", "engine fp32", "engine bf16"]
+    assert compare.parse_arguments([]).cases == list(CASES)

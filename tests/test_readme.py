@@ -1,0 +1,38 @@
+"""The README's examples run, and its commands parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from looped_fast.train import parse
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = [
+    shlex.split(line, comments=True)[3:]
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("python -m looped_fast.train")
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["api", "accelerate", "official"])
+def test_the_examples_run(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "command",
+    [c for c in COMMANDS if not {"--resume", "--config", "--help"} & set(c)],
+    ids=" ".join,
+)
+def test_the_commands_parse(command):
+    parse(command)
+
+
+def test_there_are_examples_and_commands():
+    assert len(EXAMPLES) == 3
+    assert len(COMMANDS) == 6
