@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ MAX_WIDTH = 1024  # widest D that the engine is tested at
 @functools.cache
 def why_not_loaded() -> str | None:
     """Load the extension, once; the reason where there is none."""
-    spec = importlib.util.find_spec("looped_fast._C")
+    # Beside this file: an editable install would find another copy's.
+    spec = PathFinder.find_spec("looped_fast._C", [str(Path(__file__).parent)])
     if spec is None or spec.origin is None:
         return (
             "the C++ extension was not built; with torch and a C++ compiler installed, run "
