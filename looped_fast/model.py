@@ -114,12 +114,17 @@ class LoopedTransformer(nn.Module):
     Args:
         config: shapes and recurrence.
         backend: ``auto``, ``reference``, ``cpu`` or ``triton``; see ``explain_backend``.
+        checkpoint: ``state`` recomputes activations in the backward, which takes longer and needs
+            memory for the states alone; ``none`` keeps them. See ``ops.loop``.
     """
 
-    def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, backend: str = "auto", checkpoint: str = "none"
+    ) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
+        self.checkpoint = checkpoint
         self._read_in = nn.Linear(config.n_dims, config.n_embd)
         self._backbone = _Backbone(config)
         self._read_out = nn.Linear(config.n_embd, config.n_outputs)
@@ -176,6 +181,7 @@ class LoopedTransformer(nn.Module):
             window=window,
             injection=injection,
             precision=precision,
+            checkpoint=self.checkpoint,
             backend=self.backend,
         )  # [W, B, 2n, D]
         with torch.autocast(device, enabled=False):

@@ -121,6 +121,9 @@ class TrainConfig:
     backend: str = "auto"
     """What runs the loop: auto, reference, cpu, triton."""
 
+    recompute: bool = False
+    """Recompute activations in the backward: less memory, more time."""
+
     out: str | None = None
     """Folder of the run; none: runs/<task>-<model>-<preset>-<time>."""
     log_every: int = 100
@@ -279,6 +282,6 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    elif isinstance(value, kind) and not isinstance(value, bool):
+    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
     raise ValueError(f"setting {name} = {value!r}: {kind.__name__} is needed")

@@ -63,7 +63,9 @@ class Trainer:
         self.task = config.make_task()
         self.curriculum = config.make_curriculum()
         torch.manual_seed(config.seed)
-        self.model = LoopedTransformer(config.model_config(), config.backend).to(self.device)
+        kept = "state" if config.recompute else "none"
+        model = LoopedTransformer(config.model_config(), config.backend, checkpoint=kept)
+        self.model = model.to(self.device)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),
             lr=config.lr,

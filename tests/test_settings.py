@@ -274,3 +274,9 @@ def test_a_growth_that_starts_beyond_its_end_is_held_to_it():
 @pytest.mark.parametrize(("model", "count"), [("looped", 15), ("standard", 1), ("tied", 1)])
 def test_the_loss_takes_the_window_of_looped_models_only(model, count):
     assert preset_config("paper", "lr", model).supervised_window == count
+
+
+def test_a_switch_takes_true_or_false_alone():
+    assert config_from_dict({"recompute": True}, TrainConfig()).recompute
+    with pytest.raises(ValueError, match=r"recompute = 1: bool is needed"):
+        config_from_dict({"recompute": 1}, TrainConfig())

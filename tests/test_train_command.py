@@ -85,6 +85,7 @@ def test_every_task_trains(tmp_path, task):
         ("--train-prompts", 9),
         ("--amp", "bf16"),
         ("--amp", "fp16"),
+        ("--recompute",),
         ("--injection", "mul", "--n-layer", 2),
     ],
     ids=lambda s: "-".join(map(str, s[:2])).strip("-"),
