@@ -5,11 +5,12 @@
 // time. Everything but attention is again a matter of rows.
 #pragma once
 
-#include <optional>
-
 #include "attention_backward.h"
-#include "forward.h"
+#include "activations.h"
+#include "gelu.h"
+#include "layer_norm.h"
 #include "weight_gradients.h"
+#include "weights.h"
 
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
@@ -333,98 +334,6 @@ class BackwardStep {
   const int64_t D_;
   const Range rows_;
 };
-
-// Memory of a backward on n_threads threads.
-template <class T>
-struct BackwardPlan {
-  PackedWeights<T> weights;
-  std::vector<BackwardBuffers<T>> buffers;  // per thread, as owner of an item
-  std::vector<BackwardScratch<T>> scratch;  // per thread
-  std::vector<ThreadSums> sums;             // per thread
-  // To recompute activations, else empty:
-  std::optional<ForwardPlan<T>> forward;
-  std::vector<StepActivations<T>> activations;  // per thread, as owner of an item
-
-  BackwardPlan(Arena& arena, const Problem& problem, bool recompute, int n_threads)
-      : weights(arena, problem, PackedWeights<T>::kBackward) {
-    for (int i = 0; i < n_threads; ++i) {
-      buffers.emplace_back(arena, problem);
-      scratch.emplace_back(arena, problem);
-      sums.emplace_back(arena, problem);
-      if (recompute) activations.push_back(scratch_step<T>(problem, arena));
-    }
-    if (recompute) forward.emplace(arena, problem, n_threads);
-  }
-};
-
-template <class T>
-inline void loop_backward(const Problem& problem, const Inputs& inputs,
-                          const BackwardInputs& outer, const Gradients& gradients,
-                          void* workspace, int n_threads) {
-  const bool recompute = outer.saved.activations == nullptr;
-  Arena arena(workspace);
-  BackwardPlan<T> plan(arena, problem, recompute, n_threads);
-  parallel(n_threads, [&](int thread, int n) {
-    const Phase phase("looped_fast::pack_weights", thread);
-    plan.weights.pack(inputs.blocks, thread, n);
-    if (recompute) plan.forward->weights.pack(inputs.blocks, thread, n);
-    if (thread == 0) plan.sums.erase(plan.sums.begin() + n, plan.sums.end());  // threads we got
-  });
-  Barrier barrier;
-  parallel(n_threads, [&](int thread, int n) {
-    const BrgemmScope<T> brgemm_scope;
-    const ThreadSums& sums = plan.sums[thread];
-    sums.clear();
-    for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
-      const Phase phase("looped_fast::loop_steps_backward", thread);
-      const int64_t D = problem.n_embd, offset = item.first_token() * D;
-      const int64_t step_size = problem.n_tokens() * D;
-      const BackwardStep<T> step(problem, inputs, plan.weights, gradients, plan.buffers[owner],
-                                 plan.scratch[thread], sums, item, team);
-      step.begin_item();
-      for (int64_t w = problem.window - 1; w >= 0; --w) {
-        const float* z = w > 0               ? outer.states + (w - 1) * step_size
-                         : outer.saved.start ? outer.saved.start
-                                             : inputs.state;
-        z += offset;
-        const float* grad_state = outer.grad_states + w * step_size + offset;
-        if (recompute) {
-          const ForwardPlan<T>& forward = *plan.forward;
-          const StepActivations<T>& activations = plan.activations[owner];
-          ForwardStep<T>(problem, inputs, forward.weights, forward.buffers[owner],
-                         forward.scratch[thread], item, team)
-              .run(z, forward.buffers[owner].x, &activations);
-          step.run(grad_state, z, activations);
-        } else {
-          step.run(grad_state, z, saved_step<T>(problem, outer.saved, w, item));
-        }
-      }
-      step.end_item();
-    });
-  });
-  parallel(n_threads, [&](int thread, int n) {
-    const Phase phase("looped_fast::reduce_gradients", thread);
-    reduce(plan.sums, problem, gradients, thread, n);
-  });
-}
-
-template <class T>
-constexpr Engine make_engine() {
-  return {
-      [](const Problem& problem, int n_threads) {
-        Arena arena(nullptr);
-        ForwardPlan<T>(arena, problem, n_threads);
-        return arena.size();
-      },
-      loop_forward<T>,
-      [](const Problem& problem, bool recompute, int n_threads) {
-        Arena arena(nullptr);
-        BackwardPlan<T>(arena, problem, recompute, n_threads);
-        return arena.size();
-      },
-      loop_backward<T>,
-  };
-}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace looped_fast

@@ -7,8 +7,6 @@
 // Every phase but attention works on rows, and a thread does its own rows of the team's item.
 #pragma once
 
-#include <vector>
-
 #include "activations.h"
 #include "attention.h"
 #include "gelu.h"
@@ -245,60 +243,6 @@ class ForwardStep {
   const int64_t D_;
   const Range rows_;
 };
-
-// Memory of a forward on n_threads threads.
-template <class T>
-struct ForwardPlan {
-  PackedWeights<T> weights;
-  std::vector<ForwardBuffers<T>> buffers;  // per thread, as owner of an item
-  std::vector<ForwardScratch<T>> scratch;  // per thread
-
-  ForwardPlan(Arena& arena, const Problem& problem, int n_threads)
-      : weights(arena, problem, PackedWeights<T>::kForward) {
-    for (int i = 0; i < n_threads; ++i) {
-      buffers.emplace_back(arena, problem);
-      scratch.emplace_back(arena, problem);
-    }
-  }
-};
-
-template <class T>
-inline void loop_forward(const Problem& problem, const Inputs& inputs,
-                         const ForwardOutputs& outputs, void* workspace, int n_threads) {
-  Arena arena(workspace);
-  const ForwardPlan<T> plan(arena, problem, n_threads);
-  parallel(n_threads, [&](int thread, int n) {
-    const Phase phase("looped_fast::pack_weights", thread);
-    plan.weights.pack(inputs.blocks, thread, n);
-  });
-  Barrier barrier;
-  parallel(n_threads, [&](int thread, int n) {
-    const BrgemmScope<T> brgemm_scope;
-    for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
-      const Phase phase("looped_fast::loop_steps", thread);
-      const int64_t D = problem.n_embd, offset = item.first_token() * D;
-      const ForwardStep<T> step(problem, inputs, plan.weights, plan.buffers[owner],
-                                plan.scratch[thread], item, team);
-      const float* z = inputs.state + offset;
-      for (int64_t i = 0; i < problem.n_loops; ++i) {
-        const int64_t w = i - (problem.n_loops - problem.window);  // step of the window
-        float* z_next = plan.buffers[owner].x;
-        if (w >= 0) {
-          z_next = outputs.states + w * problem.n_tokens() * D + offset;
-        } else if (w == -1 && outputs.saved.start) {
-          z_next = outputs.saved.start + offset;
-        }
-        if (w >= 0 && outputs.saved.activations) {
-          const StepActivations<T> saved = saved_step<T>(problem, outputs.saved, w, item);
-          step.run(z, z_next, &saved);
-        } else {
-          step.run(z, z_next, nullptr);
-        }
-        z = z_next;
-      }
-    });
-  });
-}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace looped_fast

@@ -1,5 +1,5 @@
 // Compiled with flags of its own: see ISA_FLAGS in setup.py.
-#include "backward.h"
+#include "loop.h"
 
 namespace looped_fast {
 

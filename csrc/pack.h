@@ -20,8 +20,9 @@ inline void transpose_words(const void* src, int64_t ld_src, void* dst, int64_t 
       if (m - i >= kBlock && n - j >= kBlock) {
         at::vec::transpose_mxn<float, kBlock, kBlock>(s, ld_src, d, ld_dst);
       } else {
-        at::vec::transpose_mxn<float>(s, ld_src, d, ld_dst, static_cast<int>(std::min(kBlock, m - i)),
-                                      static_cast<int>(std::min(kBlock, n - j)));
+        const int64_t height = std::min(kBlock, m - i), width = std::min(kBlock, n - j);
+        at::vec::transpose_mxn<float>(s, ld_src, d, ld_dst, static_cast<int>(height),
+                                      static_cast<int>(width));
       }
     }
   }

@@ -29,7 +29,8 @@ inline void add_to(float* p, Vec v) { (Vec::loadu(p) + v).store(p); }
 // `v` in lanes begin..end-1, `other` outside.
 inline Vec keep_lanes(Vec v, Vec other, int64_t begin, int64_t end) {
   const Vec lane = Vec::arange(0.f, 1.f);
-  const Vec inside = (lane >= Vec(static_cast<float>(begin))) & (lane < Vec(static_cast<float>(end)));
+  const Vec first(static_cast<float>(begin)), last(static_cast<float>(end));
+  const Vec inside = (lane >= first) & (lane < last);
   return Vec::blendv(other, v, inside);
 }
 
