@@ -10,9 +10,14 @@ from torch import Tensor
 
 
 def error_table(errors: dict[str, Tensor]) -> str:
-    """Rows of ``errors`` (name -> error by position [n]) as text: mean and last position."""
-    rows = [(name, e.mean().item(), e[-1].item()) for name, e in errors.items()]
-    headers = ["squared error / variance", "mean over positions", "last position"]
+    """Rows of ``errors`` (name -> error by position [n]) as text: half-way, and at the end.
+
+    A mean over positions would say little: least squares errs without bound where it has as many
+    examples as dimensions.
+    """
+    n = len(next(iter(errors.values())))
+    rows = [(name, e[n // 2].item(), e[-1].item()) for name, e in errors.items()]
+    headers = ["squared error / variance", f"after {n // 2} examples", f"after {n - 1}"]
     return tabulate(rows, headers, floatfmt=".4f")
 
 
@@ -37,6 +42,7 @@ def plot(path: Path, history: list[dict[str, Any]], errors: dict[str, Tensor], t
         # An exact fit, as of least squares on linear data, has no place on a log axis.
         right.plot(range(len(error)), error.clamp(min=1e-5), style, label=name)
     right.set(xlabel="in-context examples", ylabel="squared error / variance", yscale="log")
+    right.set_ylim(top=3)  # least squares may be far beyond
     right.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -140,7 +141,12 @@ class Trainer:
         log = MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with tqdm(total=config.steps, initial=self.step, unit="step", smoothing=0.05) as bar:
+            # A log file gets a line every half minute, a terminal a live bar.
+            interval = 0.1 if sys.stderr.isatty() else 30
+            with tqdm(
+                total=config.steps, initial=self.step, unit="step", smoothing=0.05,
+                mininterval=interval, maxinterval=2 * interval,
+            ) as bar:  # fmt: skip
                 self._fit(log, bar)
         finally:
             for signum, handler in handlers.items():
@@ -165,7 +171,8 @@ class Trainer:
                     self._reset_sums()
                     bar.set_postfix_str(
                         f"loss {values['loss']:.4g}, error/zero {values['relative_error']:.3f}, "
-                        f"{values['tokens_per_s']:.0f} tokens/s"
+                        f"{values['tokens_per_s']:.0f} tokens/s",
+                        refresh=False,
                     )
             if self._is_due(config.eval_every):
                 log.write(self.step, {"errors": self.evaluate(config.eval_prompts)})

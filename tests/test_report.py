@@ -11,13 +11,13 @@ ERRORS = {
 }
 
 
-def test_the_table_shows_mean_and_last_position_of_each():
+def test_the_table_shows_middle_and_last_position_of_each():
     header, rule, *rows = error_table(ERRORS).splitlines()
     assert header.split("  ")[0] == "squared error / variance"
-    assert "mean over positions" in header
-    assert header.rstrip().endswith("last position")
+    assert "after 1 examples" in header
+    assert header.rstrip().endswith("after 2")
     assert set(rule) <= set("- ")
-    assert [row.split()[-2:] for row in rows] == [["0.5833", "0.2500"], ["0.3333", "0.0000"]]
+    assert [row.split()[-2:] for row in rows] == [["0.5000", "0.2500"], ["0.0000", "0.0000"]]
     assert [row.startswith(name) for row, name in zip(rows, ERRORS, strict=True)] == [True, True]
 
 
