@@ -132,11 +132,12 @@ def prepare_run_dir(config: TrainConfig, resume: Path | None) -> Path:
         run_dir = resume
     elif config.out is not None:
         run_dir = Path(config.out)
-        if (run_dir / CONFIG_FILE).exists() or checkpoint.latest(run_dir) is not None:
-            raise ValueError(
-                f"{run_dir} already holds a run; continue it with --resume {run_dir}, "
-                f"or choose another --out"
+        saved = checkpoint.latest(run_dir) is not None
+        if saved or (run_dir / CONFIG_FILE).exists():
+            way_on = (
+                f"continue it with --resume {run_dir}" if saved else "it saved nothing: delete it"
             )
+            raise ValueError(f"{run_dir} already holds a run; {way_on}, or choose another --out")
     else:
         kind = Path(config.preset).stem
         stamp = time.strftime("%Y%m%d-%H%M%S")

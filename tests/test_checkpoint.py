@@ -19,15 +19,6 @@ from looped_fast.checkpoint import CheckpointError
 CONFIG = ModelConfig(n_dims=3, n_positions=4, n_embd=8, n_head=2, n_loops=3, window=2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors here are so small that waiting for a second thread costs ten times the work."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def start(config=CONFIG, seed=0, **adam):
     torch.manual_seed(seed)
     model = LoopedTransformer(config)

@@ -22,15 +22,6 @@ from looped_fast import LoopedTransformer, ModelConfig, compat
 from looped_fast.checkpoint import CheckpointError
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors here are so small that waiting for a second thread costs ten times the work."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def conf(family="gpt2_loop", n_layer=1, **other):
     sizes = {"n_dims": 5, "n_positions": 11, "n_embd": 64, "n_head": 4}
     return SimpleNamespace(family=family, n_layer=n_layer, **{**sizes, **other})

@@ -345,6 +345,12 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path, capsys):
     assert (out / "metrics.jsonl").read_text() == before
 
 
+def test_a_folder_of_a_run_that_saved_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("task: lr\n")
+    assert train("--steps", 1, "--out", tmp_path) == 2
+    assert "it saved nothing: delete it" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert train("--steps", 1, "--out", tmp_path / "file" / "run") == 1
