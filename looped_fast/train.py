@@ -31,7 +31,6 @@ from looped_fast.trainer import (
     Interrupted,
     NonFiniteError,
     Trainer,
-    estimate_seconds,
     resolve_device,
 )
 
@@ -185,7 +184,7 @@ def announce(trainer: Trainer) -> None:
     print(f"{parameters / 1e6:.2f}M parameters on {hardware}{threads}; {explanation}")
     if trainer.amp_note:
         print(trainer.amp_note)
-    minutes = estimate_seconds(trainer) / 60
+    minutes = trainer.estimate_seconds() / 60
     time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
     print(
         f"estimated time: {time_left}. Shorter: --preset tiny (minutes) or --steps N; "

@@ -77,11 +77,11 @@ class Trainer:
         self.amp, self.amp_note = self._available_amp()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
         self.step = 0  # completed steps
-        if config.init_from is not None and resume is None:
-            self._init_from(Path(config.init_from))
         if resume is not None:
             checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler)
             self.step = resume.step
+        elif config.init_from is not None:
+            self._init_from(Path(config.init_from))
         self._fixed_prompts = (
             FixedPrompts(
                 self.task, config.train_prompts, config.n_points, config.batch_size,
@@ -183,12 +183,8 @@ class Trainer:
 
     def training_step(self) -> None:
         """One optimizer step on the next batch."""
-        config, stage = self.config, self.curriculum.at(self.step)
-        xs, ys = self._batch()
-        window = min(config.window, stage.n_loops)
-        with self.autocast():
-            predictions = self.model(xs, ys, stage.n_loops, window)  # [W, B, n]
-        loss = (predictions[-config.supervised_window :] - ys).square().mean()
+        config = self.config
+        loss, zero = self._loss()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
@@ -200,7 +196,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():  # it skipped this step if the gradient overflowed
             norm = norm.nan_to_num(posinf=0.0)
-        self._sums += torch.stack((loss.detach(), ys.square().mean(), norm))
+        self._sums += torch.stack((loss.detach(), zero, norm))
         self._steps_in_sums += 1
         self.step += 1
 
@@ -240,6 +236,40 @@ class Trainer:
             keep=self.config.keep,
         )
         self._saved_step = self.step
+
+    def estimate_seconds(self) -> float:
+        """Seconds that the rest of the run will take, from two trial steps and a count of FLOPs.
+
+        The trial is on the next batch, and changes nothing.
+        """
+        config = self.config
+
+        def flops(step: int) -> float:
+            stage, D = self.curriculum.at(step), config.n_embd
+            S = 2 * stage.n_points
+            passes = stage.n_loops + 2 * min(config.window, stage.n_loops)  # backward counts twice
+            return passes * config.n_layer * S * (24 * D * D + 2 * S * D)
+
+        seconds = math.inf
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            loss, _ = self._loss()
+            gradient, *_ = torch.autograd.grad(loss, list(self.model.parameters()))
+            gradient.sum().item()  # waits for a GPU
+            seconds = min(seconds, time.perf_counter() - started)
+        stride = max(1, (config.steps - self.step) // 1000)
+        work = sum(flops(step) for step in range(self.step, config.steps, stride)) * stride
+        return seconds * work / flops(self.step)
+
+    def _loss(self) -> tuple[Tensor, Tensor]:
+        """Of the next batch, with that of predicting zero."""
+        xs, ys = self._batch()
+        n_loops = self.curriculum.at(self.step).n_loops
+        with self.autocast():
+            window = min(self.config.window, n_loops)
+            predictions = self.model(xs, ys, n_loops, window)  # [W, B, n]
+        errors = predictions[-self.config.supervised_window :] - ys
+        return errors.square().mean(), ys.square().mean()
 
     def _batch(self) -> Batch:
         config, stage = self.config, self.curriculum.at(self.step)
@@ -313,34 +343,3 @@ def resolve_device(name: str) -> torch.device:
             f"CUDA devices here; use --device cpu"
         )
     return device
-
-
-def estimate_seconds(trainer: Trainer) -> float:
-    """Seconds that the rest of the run will take, from two trial steps and a count of FLOPs.
-
-    The trial runs on a copy of the first stage's batch, and changes nothing.
-    """
-    config = trainer.config
-
-    def flops(step: int) -> float:
-        stage, D = trainer.curriculum.at(step), config.n_embd
-        S = 2 * stage.n_points
-        passes = stage.n_loops + 2 * min(config.window, stage.n_loops)  # backward counts twice
-        return passes * config.n_layer * S * (24 * D * D + 2 * S * D)
-
-    seconds = math.inf
-    for _ in range(2):  # the first warms up
-        started = time.perf_counter()
-        xs, ys = trainer._batch()
-        stage = trainer.curriculum.at(trainer.step)
-        with trainer.autocast():
-            window = min(config.window, stage.n_loops)
-            predictions = trainer.model(xs, ys, stage.n_loops, window)
-        gradients: list[Tensor] = list(
-            torch.autograd.grad(predictions.sum(), list(trainer.model.parameters()))
-        )
-        gradients[0].sum().item()  # waits for a GPU
-        seconds = min(seconds, time.perf_counter() - started)
-    stride = max(1, (config.steps - trainer.step) // 1000)
-    work = sum(flops(step) for step in range(trainer.step, config.steps, stride)) * stride
-    return seconds * work / flops(trainer.step)
