@@ -20,10 +20,13 @@ test: $(READY)  ## all tests that need no GPU, with coverage
 bench: $(READY)  ## pytest-benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-gpu-check: $(READY)  ## tests that need a GPU
+gpu-check: $(READY)  ## all that needs a GPU: tests, then a comparison, in ten minutes or so
 	@$(BIN)/python -c "import torch; raise SystemExit(0 if torch.cuda.is_available() else 2)" || \
 		{ echo "gpu-check: PyTorch sees no CUDA device here; run it on a machine with one"; exit 2; }
-	$(BIN)/python -m pytest -m gpu tests $(ARGS)
+	TRITON_INTERPRET=0 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
+		$(BIN)/python -m pytest -m gpu tests --durations=10 $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/python -m benchmarks.compare --device cuda --cases lr lr_b1 dt \
+		--repeats 10 --seconds 2 --timeout 120 --budget 300
 
 lint: $(READY)  ## ruff, and types of the public API
 	$(BIN)/ruff check .

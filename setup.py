@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ["ops.cpp", "memory.cpp", "threads.cpp"]
+SOURCES = ["ops.cpp", "memory.cpp", "threads.cpp", "trees.cpp"]
 # Kernels are compiled once per instruction set. Never -march=native: the wheel would not travel.
 AVX512_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS = {
@@ -105,7 +105,8 @@ def engine_build():
 
 
 setup(
-    packages=["looped_fast", "looped_fast.kernels"],
+    packages=["looped_fast", "looped_fast.kernels", "looped_fast.pretrained"],
     package_dir={"looped_fast": "looped_fast", "looped_fast.kernels": "kernels"},
+    package_data={"looped_fast.kernels": ["candidates.json"]},
     **engine_build(),
 )

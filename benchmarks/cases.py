@@ -50,6 +50,10 @@ class Contender:
     backend: str  # of LoopedTransformer
     precision: str  # fp32, or bf16 by autocast
     compiled: str | None = None  # what torch.compile gets: one loop "step", or the whole "model"
+    compile_mode: str | None = None  # of torch.compile
+    attention: str = "auto"  # of LoopedTransformer
+    graphs: bool = False  # whether training steps and calls are replayed as CUDA graphs
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def is_engine(self) -> bool:
@@ -58,16 +62,29 @@ class Contender:
 
 
 # Opponents are plain PyTorch. A compiled step takes the same time to compile for any number of
-# loops; a compiled model takes minutes for many, but may fuse across steps.
+# loops; a compiled model takes minutes for many, but may fuse across steps, and is what
+# reduce-overhead can make one CUDA graph of. Those that take longest come last.
+_ON_GPU = {"devices": ("cuda",)}
 CONTENDERS = {
     "eager fp32": Contender("reference", "fp32"),
     "eager bf16": Contender("reference", "bf16"),
+    "engine fp32": Contender("cpu", "fp32", devices=("cpu",)),
+    "engine bf16": Contender("cpu", "bf16", devices=("cpu",)),
+    "triton fp32": Contender("triton", "fp32", **_ON_GPU),
+    "triton bf16": Contender("triton", "bf16", **_ON_GPU),
+    "triton fp32 graphs": Contender("triton", "fp32", graphs=True, **_ON_GPU),
+    "triton bf16 graphs": Contender("triton", "bf16", graphs=True, **_ON_GPU),
+    **{
+        f"triton bf16 graphs {name}": Contender(
+            "triton", "bf16", attention=name, graphs=True, **_ON_GPU
+        )
+        for name in ("triton", "sdpa", "flash_attn")
+    },
     "compiled step fp32": Contender("reference", "fp32", "step"),
     "compiled step bf16": Contender("reference", "bf16", "step"),
+    "reduce-overhead bf16": Contender("reference", "bf16", "model", "reduce-overhead", **_ON_GPU),
     "compiled model fp32": Contender("reference", "fp32", "model"),
     "compiled model bf16": Contender("reference", "bf16", "model"),
-    "engine fp32": Contender("cpu", "fp32"),
-    "engine bf16": Contender("cpu", "bf16"),
 }
 
 

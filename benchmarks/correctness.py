@@ -17,21 +17,23 @@ class WrongResult(RuntimeError):
     """A contender's numbers are off by more than the rule allows."""
 
 
-def check(case: Case, contender: Contender, mode: str) -> None:
+def check(case: Case, contender: Contender, mode: str, device: str = "cpu") -> None:
     """Compare with float64, as plain PyTorch at the same precision compares with it.
 
     An error may be twice that of plain PyTorch, a gradient's three times, plus ``FLOOR``; on a
     batch of at most 4, and the case's own length and loop counts. Gradients of the read-out are
-    left out: they do not pass through the loop, and the bias's nearly cancels.
+    left out: they do not pass through the loop, and the bias's nearly cancels. Of a contender
+    with CUDA graphs a replay is checked.
 
     Raises:
         WrongResult: names the tensor, its error and the limit.
     """
     case = dataclasses.replace(case, batch=min(case.batch, 4))
     eager = Contender("reference", contender.precision)
-    exact = _results(case, dataclasses.replace(eager, precision="fp32"), mode, torch.float64)
-    plain = _results(case, eager, mode)
-    results = _results(case, contender, mode)
+    exact_eager = dataclasses.replace(eager, precision="fp32")
+    exact = _results(case, exact_eager, mode, device, torch.float64)
+    plain = _results(case, eager, mode, device)
+    results = _results(case, contender, mode, device)
     for name, truth in exact.items():
         factor = 2 if name == "predictions" else 3
         limit = factor * _error(plain[name], truth) + FLOOR
@@ -41,13 +43,19 @@ def check(case: Case, contender: Contender, mode: str) -> None:
 
 
 def _results(
-    case: Case, contender: Contender, mode: str, dtype: torch.dtype = torch.float32
+    case: Case,
+    contender: Contender,
+    mode: str,
+    device: str,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     with fresh_compiler(contender):
-        run = Workload(case, contender, mode, dtype)
-        if mode == "inference":
-            return {"predictions": run.forward()}
-        results = {"predictions": run.forward_backward()}
+        run = Workload(case, contender, mode, dtype, device)
+        predict = run.forward if mode == "inference" else run.forward_backward
+        if contender.graphs:
+            predict()  # warms up
+            predict()  # captures
+        results = {"predictions": predict()}
     for name, parameter in run.model.named_parameters():
         if parameter.grad is not None and not name.startswith("_read_out"):
             results[f"gradient of {name}"] = parameter.grad

@@ -13,7 +13,7 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,37 @@ from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops
 from benchmarks.correctness import check
 from benchmarks.workload import Workload, fresh_compiler
 
+# Between two looks at the clock. Steps of a training on a GPU are enqueued ahead of it; a user of
+# inference waits for each result.
+CALLS = {"cpu": {"training": 1, "inference": 1}, "cuda": {"training": 10, "inference": 1}}
+
 
 def measure(
-    case: Case, contender: Contender, mode: str, threads: list[int], repeats: int, seconds: float
+    case: Case,
+    contender: Contender,
+    mode: str,
+    threads: list[int],
+    repeats: int,
+    seconds: float,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Check, then time at the best of ``threads``, ``repeats`` times or ``seconds`` long.
 
     Raises:
         benchmarks.correctness.WrongResult: nothing was timed.
     """
-    check(case, contender, mode)
+    check(case, contender, mode, device)
     best_threads, first = _best_threads(case, contender, mode, threads)
     torch.set_num_threads(best_threads)
     with fresh_compiler(contender):
-        run = Workload(case, contender, mode)
+        run = Workload(case, contender, mode, device=device)
         if contender.compiled:
             first = max(first, seconds_of(run))
-        memory = memory_added_by(run)  # warms up, too
-        times: list[float] = []
-        while len(times) < 2 or (len(times) < repeats and sum(times) < seconds):
-            times.append(seconds_of(run))
+        memory = memory_added_by(run, device)  # warms up, too
+        kernels = launches(run) if device == "cuda" else None
+        calls, times = CALLS[device][mode], []
+        while len(times) < 2 or (len(times) < repeats and sum(times) * calls < seconds):
+            times.append(seconds_of(run, calls))
     median = statistics.median(times)
     return {
         "ms": 1e3 * median,
@@ -52,6 +63,7 @@ def measure(
         "threads": best_threads,
         "gflops": flops(case, mode) / median / 1e9,
         "memory_mb": memory,
+        "launches": kernels,
         "compile_s": first - median if contender.compiled else None,
     }
 
@@ -63,6 +75,8 @@ def _best_threads(
 
     A full run may take half a minute, and threads do not gain from a larger number of steps.
     """
+    if len(threads) == 1:
+        return threads[0], 0.0
     case = dataclasses.replace(case, n_loops=2, window=2)
     first, times = 0.0, {}
     for n in threads:
@@ -74,15 +88,30 @@ def _best_threads(
     return min(times, key=lambda n: times[n]), first
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
+def seconds_of(run: Callable[[], object], calls: int = 1) -> float:
+    """Wall time of one call, in the mean of some in a row, until a GPU is done with them."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        run()
+    wait()
+    return (time.perf_counter() - start) / calls
 
 
-def memory_added_by(run: Callable[[], object]) -> float:
-    """Peak resident memory during ``run`` above what was resident before, in MB. Linux only."""
+def memory_added_by(run: Callable[[], object], device: str = "cpu") -> float:
+    """Peak memory during ``run`` above what was in use before, in MB.
+
+    On a GPU what PyTorch's allocator has given out, over three calls: the second may capture a
+    CUDA graph. On a CPU the process's resident memory, on Linux only.
+    """
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
+            run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back: its reuse would not show
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = _status_mb("VmRSS")
@@ -90,21 +119,48 @@ def memory_added_by(run: Callable[[], object]) -> float:
     return _status_mb("VmHWM") - before
 
 
+# Calls of the CUDA runtime and driver by which the host starts work on the GPU.
+LAUNCHES = re.compile(r"(cuda|cu|hip|hipModule|hipExtModule)(Launch|GraphLaunch|Memcpy|Memset)\w*")
+
+
+def launches(run: Callable[[], object]) -> int:
+    """How often the host starts work on the GPU in one call: kernels, copies, whole graphs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return count_launches((event.key, event.count) for event in profiler.key_averages())
+
+
+def count_launches(calls: Iterable[tuple[str, int]]) -> int:
+    """Those of ``LAUNCHES`` among (name, count) of a profile."""
+    return sum(count for name, count in calls if LAUNCHES.fullmatch(name))
+
+
 def _status_mb(field: str) -> float:
     status = Path("/proc/self/status").read_text()
     return int(re.findall(rf"{field}:\s+(\d+) kB", status)[0]) * 1024 / 1e6
 
 
-def peak_gflops(dtype: torch.dtype, seconds: float) -> float:
+PEAK_SHAPES = {  # (m, k, n) of torch.mm
+    "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (8192, 512, 2048)),
+    "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096)),
+}
+
+
+def peak_gflops(dtype: torch.dtype, seconds: float, device: str = "cpu") -> float:
     """The best rate of ``torch.mm`` on this machine, over several shapes, ``seconds`` for each."""
     best = 0.0
-    for m, k, n in ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (8192, 512, 2048)):
-        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    for m, k, n in PEAK_SHAPES[device]:
+        a, b = (
+            torch.randn(m, k, device=device).to(dtype),
+            torch.randn(k, n, device=device).to(dtype),
+        )
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            start = time.perf_counter()
-            torch.mm(a, b)
-            best = max(best, 2 * m * k * n / (time.perf_counter() - start) / 1e9)
+            rate = 2 * m * k * n / seconds_of(lambda a=a, b=b: torch.mm(a, b)) / 1e9
+            best = max(best, rate)
     return best
 
 
@@ -112,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--contender", choices=CONTENDERS, help="the peak is measured without one")
     parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--device", choices=CALLS, default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", required=True, help="settings to try")
     parser.add_argument("--repeats", type=int, required=True, help="timings, at most")
     parser.add_argument("--seconds", type=float, required=True, help="stop repeating after these")
@@ -119,12 +176,16 @@ def main() -> None:
     if args.contender is None:
         torch.set_num_threads(max(args.threads))
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        print(json.dumps({name: peak_gflops(d, args.seconds / 8) for name, d in dtypes.items()}))
+        peaks = {
+            name: peak_gflops(dtype, args.seconds / 8, args.device)
+            for name, dtype in dtypes.items()
+        }
+        print(json.dumps(peaks))
         return
     case, contender = CASES[args.case], CONTENDERS[args.contender]
     rows = [
         {"case": args.case, "mode": mode, "contender": args.contender}
-        | measure(case, contender, mode, args.threads, args.repeats, args.seconds)
+        | measure(case, contender, mode, args.threads, args.repeats, args.seconds, args.device)
         for mode in case.modes
     ]
     print(json.dumps(rows))

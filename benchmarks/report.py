@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from benchmarks.cases import CASES, CONTENDERS
 Row = dict[str, Any]  # what benchmarks.measure prints, one per case, mode and contender
 HEADERS = (
     "contender", "ms", "x eager fp32", "x best opponent", "GFLOP/s", "% of peak", "MB added",
-    "threads", "runs", "compile s",
+    "launches", "threads", "runs", "compile s",
 )  # fmt: skip
 
 
-def provenance() -> dict[str, Any]:
+def provenance(device: str = "cpu") -> dict[str, Any]:
     """Where, when, from which code and by which command the figures come."""
-    return {
+    gpu = _gpu() if device == "cuda" else {}
+    return gpu | {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
@@ -39,6 +41,25 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gb": properties.total_memory / 1e9,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda or torch.version.hip,
+        **{name: _version(name) for name in ("triton", "flash-attn")},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*args: str) -> str:
@@ -72,23 +93,50 @@ def add_ratios(rows: list[Row], peak: dict[str, float]) -> None:
         row["best_opponent_ratio"] = min(opponents) / row["ms"] if opponents else None
 
 
-def tables(rows: list[Row]) -> str:
-    """One table for each case and mode."""
+def tables(rows: list[Row], style: str = "simple") -> str:
+    """One table for each case and mode, in a ``style`` of tabulate."""
     parts = []
     for case, mode in dict.fromkeys((row["case"], row["mode"]) for row in rows):
         c = CASES[case]
         lines = [
             (r["contender"], r["ms"], r["eager_fp32_ratio"], r["best_opponent_ratio"], r["gflops"],
-             100 * r["share_of_peak"], r["memory_mb"], r["threads"], r["repeats"], r["compile_s"])
+             100 * r["share_of_peak"], r["memory_mb"], r["launches"], r["threads"], r["repeats"],
+             r["compile_s"])
             for r in rows if (r["case"], r["mode"]) == (case, mode)
         ]  # fmt: skip
-        formats = ("", ".1f", ".2f", ".2f", ".0f", ".0f", ".0f", "", "", ".0f")
+        formats = ("", ".2f", ".2f", ".2f", ".0f", ".0f", ".0f", "", "", "", ".0f")
         parts.append(
             f"{case}, {mode}: B={c.batch} S={2 * c.n_points} D={c.n_embd} H={c.n_head} "
-            f"b={c.n_loops} T={c.window}\n"
-            + tabulate(lines, headers=HEADERS, floatfmt=formats, missingval="-")
+            f"b={c.n_loops} T={c.window}\n\n"
+            + tabulate(lines, HEADERS, style, floatfmt=formats, missingval="-")
         )
     return "\n\n".join(parts)
+
+
+def caption(result: dict[str, Any]) -> str:
+    """The machine in one line, with the rates that shares of the peak refer to."""
+    origin, peak = result["provenance"], result["peak_gflops"]
+    machine = origin.get("gpu") or f"{origin['cpu']}, {origin['cores']} cores"
+    return (
+        f"{machine}, torch {origin['torch']}; "
+        f"peak {peak['fp32']:.0f} (fp32) and {peak['bf16']:.0f} (bf16) GFLOP/s"
+    )
+
+
+def not_measured(result: dict[str, Any]) -> str:
+    """A line for each contender that has no figure."""
+    return "\n".join(
+        f"not measured: {entry['case']}, {entry['contender']}: {entry['reason']}"
+        for entry in result["not_measured"]
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The whole result as a page."""
+    origin = "\n".join(f"- {name}: {value}" for name, value in result["provenance"].items())
+    missing = "\n".join(f"- {line}" for line in not_measured(result).splitlines())
+    parts = ["# Comparison", caption(result), origin, tables(result["rows"], "github"), missing]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def chart(rows: list[Row], path: Path, caption: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Contender
 from looped_fast import LoopedTransformer, reference
+from looped_fast.graphs import graphs_on
 
 
 class Workload:
@@ -20,40 +21,68 @@ class Workload:
     """
 
     def __init__(
-        self, case: Case, contender: Contender, mode: str, dtype: torch.dtype = torch.float32
+        self,
+        case: Case,
+        contender: Contender,
+        mode: str,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         torch.manual_seed(0)
         self.mode = mode
+        self.device = device
         self.bf16 = contender.precision == "bf16"
-        self.model = LoopedTransformer(case.config(), backend=contender.backend).to(dtype)
-        self.optimizer = torch.optim.Adam(self.model.parameters())
+        cuda_graphs = "on" if contender.graphs else "off"
+        model = LoopedTransformer(
+            case.config(),
+            contender.backend,
+            attention=contender.attention,
+            cuda_graphs=cuda_graphs,
+        )
+        xs, ys = (
+            torch.randn(case.batch, case.n_points, case.n_dims),
+            torch.randn(case.batch, case.n_points),
+        )
+        self.model = model.to(device, dtype)
+        self.xs, self.ys = xs.to(device, dtype), ys.to(device, dtype)
+        self.graphs = graphs_on(torch.device(device), cuda_graphs)
+        fused = device == "cuda" or contender.graphs
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), fused=fused or None, capturable=contender.graphs
+        )
         self.predict: Callable[..., Tensor] = self.model
         if contender.compiled == "model":
-            self.predict = torch.compile(self.model, dynamic=False)
-        self.xs = torch.randn(case.batch, case.n_points, case.n_dims).to(dtype)
-        self.ys = torch.randn(case.batch, case.n_points).to(dtype)
+            self.predict = torch.compile(self.model, dynamic=False, mode=contender.compile_mode)
 
     def __call__(self) -> None:
         """Do one such step or call."""
         if self.mode == "inference":
             self.forward()
-            return
-        self.optimizer.zero_grad()
-        self.forward_backward()
-        self.optimizer.step()
+        else:
+            self.graphs.run("step", self._step)
 
     def forward(self) -> Tensor:
         """The last prediction, [1, B, n], without gradient."""
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             return self.predict(self.xs, self.ys, window=1)
 
     def forward_backward(self) -> Tensor:
         """All predictions of the window, [T, B, n]; leaves gradients in the parameters."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        predictions = self.graphs.run("forward and backward", self._forward_backward)
+        assert predictions is not None
+        return predictions
+
+    def _forward_backward(self) -> Tensor:
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             predictions = self.predict(self.xs, self.ys)
             loss = (predictions - self.ys).square().mean()
         loss.backward()
         return predictions.detach()
+
+    def _step(self) -> None:
+        self._forward_backward()
+        self.optimizer.step()
 
 
 @contextlib.contextmanager
@@ -62,6 +91,7 @@ def fresh_compiler(contender: Contender) -> Iterator[None]:
     torch.compiler.reset()
     step: Callable[..., Tensor] = reference.step
     if contender.compiled == "step":
-        step = torch.compile(reference.step, dynamic=False, fullgraph=True)
+        mode = contender.compile_mode
+        step = torch.compile(reference.step, dynamic=False, fullgraph=True, mode=mode)
     with mock.patch.object(reference, "step", step):
         yield

@@ -1,1 +1,1 @@
-"""The GPU kernels (Triton). None yet: ``looped_fast.explain_backend`` says so."""
+"""The GPU kernels (Triton), and the host code that launches them."""

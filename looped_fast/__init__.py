@@ -3,6 +3,7 @@
 from looped_fast.config import ModelConfig
 from looped_fast.dropin import UnsupportedModel, accelerate, restore
 from looped_fast.model import LoopedTransformer, explain_backend
+from looped_fast.pretrained import from_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "UnsupportedModel",
     "accelerate",
     "explain_backend",
+    "from_pretrained",
     "restore",
 ]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from looped_fast.model import interleave
+from looped_fast.reference import interleave
 
 Model = Any  # an nn.Module of another code base, known by its attributes only
 

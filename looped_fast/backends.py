@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from looped_fast import cpu_engine
-from looped_fast.errors import unknown_name
+from looped_fast import cpu_engine, triton_backend
+from looped_fast.choice import Choice, choose
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,18 @@ class Problem:
     n_loops: int
     window: int
     injection: str
+    attention: str = "auto"  # who computes it, see kernels/providers.py; triton backend only
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Choice):
     """What ``explain_backend`` returns: the backend that runs, and why each other does not."""
 
-    chosen: str
-    reasons: dict[str, str]  # backend that does not run -> why
+    attention: Choice | None = None  # the triton backend's choice of who computes attention
 
     def __str__(self) -> str:
-        lines = [f"backend: {self.chosen}"]
-        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
-        return "\n".join(lines)
-
-
-def _why_not_triton(problem: Problem) -> str | None:
-    return "this version has no Triton kernels yet"
+        text = super().__str__()
+        return text if self.attention is None else f"{text}\n{self.attention}"
 
 
 def _why_not_cpu(problem: Problem) -> str | None:
@@ -67,34 +62,35 @@ def _why_not_reference(problem: Problem) -> str | None:
 
 
 BACKENDS: dict[str, Callable[[Problem], str | None]] = {
-    "triton": _why_not_triton,
+    "triton": triton_backend.why_not,
     "cpu": _why_not_cpu,
     "reference": _why_not_reference,
 }
+
+
+# Who may compute attention on the triton backend: the names in kernels/providers.py.
+ATTENTION = ("triton", "flash_attn", "sdpa")
 
 
 def explain(problem: Problem, backend: str = "auto") -> Explanation:
     """Choose for ``problem``; ``backend`` forces one.
 
     Raises:
-        ValueError: ``backend`` is unknown, or forced and unable; the reason is in the message.
+        ValueError: ``backend`` or ``problem.attention`` is unknown, or forced and unable; the
+            reason is in the message.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise unknown_name("backend", backend, ["auto", *BACKENDS])
-    reasons: dict[str, str] = {}
-    chosen = None
-    for name, why_not in BACKENDS.items():
-        reason = why_not(problem)
-        if reason is None and chosen is None and backend in ("auto", name):
-            chosen = name
-        elif reason is None:
-            reason = f"{backend} was asked for" if backend != "auto" else f"{chosen} comes first"
-            reasons[name] = reason
-        else:
-            reasons[name] = reason
-    if chosen is None:
+    obstacles = {name: why_not(problem) for name, why_not in BACKENDS.items()}
+    if backend == "auto" and problem.device == "cpu" and "triton" in obstacles:
+        obstacles["triton"] = obstacles["triton"] or "interpreted kernels run only when asked for"
+    choice = choose("backend", backend, obstacles)
+    attention = None
+    if choice.chosen == "triton":
+        from looped_fast.kernels import providers  # needs Triton
+
+        attention = providers.explain(problem)
+    elif problem.attention != "auto":
         raise ValueError(
-            f"backend {backend!r} can't run this: {reasons[backend]}. "
-            f"Use backend='auto', or see looped_fast.explain_backend"
+            f"attention {problem.attention!r} needs the triton backend: "
+            f"{choice.reasons['triton']}. Use attention='auto', or backend='triton'"
         )
-    return Explanation(chosen, reasons)
+    return Explanation(choice.kind, choice.chosen, choice.reasons, attention)

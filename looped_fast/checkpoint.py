@@ -6,6 +6,8 @@ A checkpoint is a directory, ``<run>/checkpoints/step-00001000/``, with
 * ``trainer.safetensors``: optimizer and generator state, ``exp_avg/<parameter>``, ``rng/cpu``;
 * ``checkpoint.json``: everything else, and size and sha256 of the two files above.
 
+``export_weights`` makes one without the second file, to share: it can be loaded, not resumed.
+
 It is built in a hidden sibling, synced to disk, and renamed into place, so that a visible
 checkpoint is a complete one. A replaced one stays visible as ``step-00001000.old`` until its
 successor is in place.
@@ -49,7 +51,8 @@ class Checkpoint:
         config: the run's configuration, as given to ``save``.
         meta: whatever else was given to ``save`` (curriculum values, ...).
         model_state: name -> tensor, under the official state-dict names.
-        optimizer_state: layout of ``torch.optim.Adam.state_dict()``.
+        optimizer_state: layout of ``torch.optim.Adam.state_dict()``; empty in exported weights,
+            as are the three below.
         param_names: per parameter group, the names of its parameters in order.
         scaler_state: of ``torch.amp.GradScaler``; empty where none was used.
         rng_state: ``cpu`` and, if it was in use, ``cuda`` generator state, uint8.
@@ -158,6 +161,26 @@ def load(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{error}. There is no intact older one beside it") from None
 
 
+def export_weights(
+    source: Checkpoint, folder: str | Path, *, config: dict[str, Any], meta: dict[str, Any]
+) -> None:
+    """Write ``source`` without its optimizer and generators, a third of the size, to ``folder``.
+
+    ``load`` reads the result, and ``looped_fast.train --init-from`` starts from it.
+
+    Args:
+        source: what to share.
+        folder: made if absent; its two files are replaced.
+        config: the run's configuration, in place of that of ``source``.
+        meta: anything that readers should know; JSON values.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {MODEL: _pack(source.model_state)}
+    for name, content in {**weights, INDEX: _index(weights, source.step, config, meta)}.items():
+        _write(folder / name, content)
+
+
 def restore_into(
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -173,6 +196,11 @@ def restore_into(
         CheckpointError: names, shapes or dtypes do not match. Nothing has been changed then.
     """
     _check_model(checkpoint, model)
+    if optimizer is not None and not checkpoint.optimizer_state:
+        raise CheckpointError(
+            f"{checkpoint.path} holds weights alone, so training can't go on as if never stopped; "
+            f"start a new run from them with --init-from {checkpoint.path}"
+        )
     if optimizer is not None and _param_names(model, optimizer) != checkpoint.param_names:
         raise CheckpointError(
             f"{checkpoint.path}: the optimizer is over other parameters, or in another order; "
@@ -207,6 +235,22 @@ def _serialize(step, model, optimizer, config, meta, scaler) -> dict[str, bytes]
     if torch.cuda.is_initialized():  # asking for the state would initialise CUDA
         trainer["rng/cuda"] = torch.cuda.get_rng_state()
     files = {MODEL: _pack(model.state_dict()), TRAINER: _pack(trainer)}
+    index = _index(
+        files,
+        step,
+        config,
+        meta,
+        scaler=scaler.state_dict() if scaler is not None else {},
+        param_groups=[
+            {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
+            for group in optimizer_state["param_groups"]
+        ],  # the learning rate may be a tensor
+        param_names=groups_of_names,
+    )
+    return {**files, INDEX: index}
+
+
+def _index(files: dict[str, bytes], step, config, meta, **trainer: Any) -> bytes:
     index = {
         "format_version": FORMAT_VERSION,
         "looped_fast_version": looped_fast.__version__,
@@ -214,15 +258,13 @@ def _serialize(step, model, optimizer, config, meta, scaler) -> dict[str, bytes]
         "step": step,
         "config": config,
         "meta": meta,
-        "scaler": scaler.state_dict() if scaler is not None else {},
-        "param_groups": optimizer_state["param_groups"],
-        "param_names": groups_of_names,
+        **trainer,
         "files": {
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in files.items()
         },
     }
-    return {**files, INDEX: json.dumps(index, indent=1).encode()}
+    return json.dumps(index, indent=1).encode()
 
 
 def _pack(tensors: dict[str, Tensor]) -> bytes:
@@ -237,33 +279,46 @@ def _param_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[lis
 def _load(path: Path) -> Checkpoint:
     index = _read_index(path / INDEX)
     try:
-        contents = {name: _read(path / name, index["files"][name]) for name in (MODEL, TRAINER)}
-        names = [name for group in index["param_names"] for name in group]
-        position = {name: i for i, name in enumerate(names)}
-        state: dict[int, dict[str, Tensor]] = {}
-        rng_state: dict[str, Tensor] = {}
-        for key, tensor in parse_safetensors(contents[TRAINER]).items():
-            kind, name = key.split("/", 1)
-            if kind == "rng":
-                rng_state[name] = tensor
-            else:
-                state.setdefault(position[name], {})[kind] = tensor
-        groups = [{**group, "betas": tuple(group["betas"])} for group in index["param_groups"]]
+        files = index["files"]
+        model_state = parse_safetensors(_read(path / MODEL, files[MODEL]))
+        trainer: dict[str, Any] = {
+            "optimizer_state": {}, "param_names": [], "scaler_state": {}, "rng_state": {},
+        }  # fmt: skip
+        if TRAINER in files:
+            trainer = _parse_trainer(_read(path / TRAINER, files[TRAINER]), index)
         return Checkpoint(
             path=path,
             step=index["step"],
             config=index["config"],
             meta=index["meta"],
-            model_state=parse_safetensors(contents[MODEL]),
-            optimizer_state={"state": dict(sorted(state.items())), "param_groups": groups},
-            param_names=index["param_names"],
-            scaler_state=index["scaler"],
-            rng_state=rng_state,
+            model_state=model_state,
+            **trainer,
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path / INDEX} is corrupt: {error!r}; delete {path}, or restore it from a copy"
         ) from None
+
+
+def _parse_trainer(content: bytes, index: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``Checkpoint`` that only training needs."""
+    names = [name for group in index["param_names"] for name in group]
+    position = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Tensor]] = {}
+    rng_state: dict[str, Tensor] = {}
+    for key, tensor in parse_safetensors(content).items():
+        kind, name = key.split("/", 1)
+        if kind == "rng":
+            rng_state[name] = tensor
+        else:
+            state.setdefault(position[name], {})[kind] = tensor
+    groups = [{**group, "betas": tuple(group["betas"])} for group in index["param_groups"]]
+    return {
+        "optimizer_state": {"state": dict(sorted(state.items())), "param_groups": groups},
+        "param_names": index["param_names"],
+        "scaler_state": index["scaler"],
+        "rng_state": rng_state,
+    }
 
 
 def _read_index(file: Path) -> dict[str, Any]:

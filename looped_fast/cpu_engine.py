@@ -1,7 +1,7 @@
 """The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
 
-``looped_fast::cpu_loop_forward`` and ``cpu_loop_backward`` are defined by the extension
-``looped_fast._C``; this adds shapes for torch.compile, and autograd.
+``looped_fast::cpu_loop_forward``, ``cpu_loop_backward`` and ``cpu_evaluate_trees`` are defined by
+the extension ``looped_fast._C``; this adds shapes for torch.compile, and autograd.
 """
 
 from __future__ import annotations
@@ -120,7 +120,12 @@ def _backward(ctx, grad_states, *_):
     return d_embeddings, grads[1], d_state, grads[3:], *(None,) * n_settings
 
 
+def _evaluate_trees_fake(xs, coordinates, leaf_values):
+    return leaf_values.new_empty(xs.shape[:2])
+
+
 def _register() -> None:
+    torch.library.register_fake("looped_fast::cpu_evaluate_trees")(_evaluate_trees_fake)
     name = "looped_fast::cpu_loop_forward"
     torch.library.register_fake(name)(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from looped_fast import architectures, ops, probe
+from looped_fast import architectures, probe
 from looped_fast.architectures import ARCHITECTURES, Architecture, Model
-from looped_fast.backends import BACKENDS
+from looped_fast.backends import ATTENTION, BACKENDS
 from looped_fast.errors import unknown_name
+from looped_fast.graphs import GraphedLoop
 from looped_fast.model import LoopedTransformer, ambient_precision
 from looped_fast.reference import AUTOCAST_DTYPES, PRECISIONS
 
@@ -39,7 +40,13 @@ class UnsupportedModel(ValueError):
         return "\n  - ".join([f"can't accelerate {self.args[0]}:", *self.reasons])
 
 
-def accelerate(model: AnyModule, backend: str = "auto", precision: str | None = None) -> AnyModule:
+def accelerate(
+    model: AnyModule,
+    backend: str = "auto",
+    precision: str | None = None,
+    cuda_graphs: str = "auto",
+    attention: str = "auto",
+) -> AnyModule:
     """Make ``model`` run its loop as one fast op, in training and inference. Changes it in place.
 
     Known are the official ``TransformerModelLooped``, ``TransformerModel`` and
@@ -52,6 +59,10 @@ def accelerate(model: AnyModule, backend: str = "auto", precision: str | None = 
         backend: ``auto``, or one of ``reference``, ``cpu``, ``triton`` to force it.
         precision: operands of matrix products: ``fp32``, ``bf16``, ``fp16``; None follows
             ``torch.autocast`` around the call.
+        cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
+            as a CUDA graph from the second of a shape on; see ``graphs.GraphedLoop``.
+        attention: who computes it on the triton backend: ``auto``, ``triton``, ``flash_attn`` or
+            ``sdpa``; see ``ops.loop``.
 
     Returns:
         ``model`` itself.
@@ -59,17 +70,21 @@ def accelerate(model: AnyModule, backend: str = "auto", precision: str | None = 
     Raises:
         UnsupportedModel: with every reason. Raised by a call of the model too, if it was put in
             training mode with dropout, or got hooks that would not run, after all.
-        ValueError: an unknown backend or precision.
+        ValueError: an unknown backend, precision, cuda_graphs or attention.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise unknown_name("backend", backend, ["auto", *BACKENDS])
     if precision is not None and precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
+    if attention not in ("auto", *ATTENTION):
+        raise unknown_name("attention", attention, ["auto", *ATTENTION])
+    graphed = GraphedLoop(cuda_graphs)
     replacement: _FastForward | _OwnForward
     if isinstance(model, LoopedTransformer):
-        replacement = _OwnForward(model, backend, precision)
+        replacement = _OwnForward(model, backend, attention, precision, graphed)
     else:
-        replacement = _FastForward(model, _supported(model), backend, precision)
+        architecture = _supported(model)
+        replacement = _FastForward(model, architecture, backend, attention, precision, graphed)
     if _replaced(model) is not None:
         restore(model)
     replacement.install()
@@ -93,12 +108,20 @@ class _FastForward:
     """Called in place of the forward of a foreign model."""
 
     def __init__(
-        self, model: Model, architecture: Architecture, backend: str, precision: str | None
+        self,
+        model: Model,
+        architecture: Architecture,
+        backend: str,
+        attention: str,
+        precision: str | None,
+        graphed: GraphedLoop,
     ) -> None:
         self.model = model
         self.architecture = architecture
         self.backend = backend
+        self.attention = attention
         self.precision = precision
+        self.graphed = graphed
 
     def install(self) -> None:
         self.model.forward = self
@@ -119,7 +142,7 @@ class _FastForward:
     ) -> Tensor:
         """``ops.loop`` with the model's present parameters: see ``architectures.Loop``."""
         stack = self.architecture.stack(self.model)
-        return ops.loop(
+        return self.graphed(
             embeddings,
             stack.wpe.weight[: embeddings.shape[1]],
             state,
@@ -130,24 +153,36 @@ class _FastForward:
             injection=injection,
             precision=ambient_precision(embeddings.device.type),
             backend=self.backend,
+            attention=self.attention,
         )
 
 
 class _OwnForward:
     """Called in place of ``LoopedTransformer.forward``, which is fast already: adds settings."""
 
-    def __init__(self, model: LoopedTransformer, backend: str, precision: str | None) -> None:
+    def __init__(
+        self,
+        model: LoopedTransformer,
+        backend: str,
+        attention: str,
+        precision: str | None,
+        graphed: GraphedLoop,
+    ) -> None:
         self.model = model
         self.backend = backend
+        self.attention = attention
         self.precision = precision
+        self.graphed = graphed
 
     def install(self) -> None:
-        self.original_backend = self.model.backend
-        self.model.backend = self.backend
+        model = self.model
+        self.original = model.backend, model.attention, model._loop
+        model.backend, model.attention, model._loop = self.backend, self.attention, self.graphed
         self.model.forward = self  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        self.model.backend = self.original_backend
+        model = self.model
+        model.backend, model.attention, model._loop = self.original
         del self.model.forward
 
     def __call__(self, xs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -187,7 +222,9 @@ def _supported(model: nn.Module) -> Architecture:
     if reasons:
         raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
     stack = architecture.stack(model)
-    on_reference = _FastForward(model, architecture, "reference", "fp32")
+    on_reference = _FastForward(
+        model, architecture, "reference", "auto", "fp32", GraphedLoop("off")
+    )
     reasons = [*_unfit_parameters(stack, on_reference), *_dropout(stack), *_hooks(stack)]
     reasons = reasons or probe.differences(model, architecture, on_reference.loop)
     if reasons:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from looped_fast import backends, ops
 from looped_fast.config import LAYER_NORM_EPS, ModelConfig, check_window
+from looped_fast.graphs import GraphedLoop
 from looped_fast.reference import AUTOCAST_DTYPES, PRECISIONS
 
 
@@ -90,14 +91,13 @@ class _Backbone(nn.Module):
         return cast(nn.Embedding, self.transformer["wpe"]).weight
 
 
-def interleave(xs: Tensor, ys: Tensor) -> Tensor:
-    """The prompt x_1, y_1, ..., x_n, y_n; y sits in coordinate 0 of its token, the rest is zero.
-
-    xs: [B, n, d], ys: [B, n] -> [B, 2n, d]. Source: official ``TransformerModel._combine``.
-    """
-    B, n, d = xs.shape
-    ys_wide = torch.nn.functional.pad(ys.unsqueeze(-1), (0, d - 1))  # [B, n, d]
-    return torch.stack((xs, ys_wide), dim=2).view(B, 2 * n, d)
+def initial_state(embeddings: Tensor, injection: str) -> Tensor:
+    """z before the first step, [B, S, D]: the neutral element of the injection, or e itself."""
+    if injection == "add":
+        return torch.zeros_like(embeddings)
+    if injection == "mul":
+        return torch.ones_like(embeddings)
+    return embeddings
 
 
 class LoopedTransformer(nn.Module):
@@ -116,15 +116,26 @@ class LoopedTransformer(nn.Module):
         backend: ``auto``, ``reference``, ``cpu`` or ``triton``; see ``explain_backend``.
         checkpoint: ``state`` recomputes activations in the backward, which takes longer and needs
             memory for the states alone; ``none`` keeps them. See ``ops.loop``.
+        attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
+            ``triton``. See ``ops.loop``.
+        cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
+            as a CUDA graph from the second of a shape on; see ``graphs.GraphedLoop``.
     """
 
     def __init__(
-        self, config: ModelConfig, backend: str = "auto", checkpoint: str = "none"
+        self,
+        config: ModelConfig,
+        backend: str = "auto",
+        checkpoint: str = "none",
+        attention: str = "auto",
+        cuda_graphs: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
         self.checkpoint = checkpoint
+        self.attention = attention
+        self._loop = GraphedLoop(cuda_graphs)
         self._read_in = nn.Linear(config.n_dims, config.n_embd)
         self._backbone = _Backbone(config)
         self._read_out = nn.Linear(config.n_embd, config.n_outputs)
@@ -164,17 +175,11 @@ class LoopedTransformer(nn.Module):
         precision = ambient_precision(device)
         # Read-in and read-out are a thousandth of the work: they keep their full precision.
         with torch.autocast(device, enabled=False):
-            embeddings = self._read_in(interleave(xs, ys))  # [B, 2n, D]
-        if injection == "add":
-            state = torch.zeros_like(embeddings)
-        elif injection == "mul":
-            state = torch.ones_like(embeddings)
-        else:
-            state = embeddings
-        states = ops.loop(
+            embeddings = ops.read_in(xs, ys, *self._read_in.parameters(), backend=self.backend)
+        states = self._loop(
             embeddings,
             self._backbone.positions[: embeddings.shape[1]],
-            state,
+            initial_state(embeddings, injection),
             self._backbone.op_weights(),
             n_heads=self.config.n_head,
             n_loops=n_loops,
@@ -183,9 +188,11 @@ class LoopedTransformer(nn.Module):
             precision=precision,
             checkpoint=self.checkpoint,
             backend=self.backend,
+            attention=self.attention,
         )  # [W, B, 2n, D]
         with torch.autocast(device, enabled=False):
-            predictions = self._read_out(states[:, :, ::2])  # [W, B, n, n_outputs]
+            # Of all tokens: to slice the states would copy them, here and in the backward.
+            predictions = self._read_out(states)[:, :, ::2]  # [W, B, n, n_outputs]
         if self.config.pred_type == "classification":
             return predictions
         return predictions.squeeze(-1)
@@ -252,5 +259,6 @@ def explain_backend(
         n_loops=config.n_loops,
         window=config.window,
         injection=config.injection,
+        attention=model.attention,
     )
     return backends.explain(problem, model.backend)

@@ -12,15 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from looped_fast import backends, cpu_engine, reference
+from looped_fast import backends, cpu_engine, reference, triton_backend
 from looped_fast.config import INJECTIONS, check_window
 from looped_fast.errors import unknown_name
 
 _library = torch.library.Library("looped_fast", "DEF")
 _library.define(
     "loop(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, int n_heads, "
-    "int n_loops, int window, str injection, str precision, str checkpoint, str backend) -> Tensor"
+    "int n_loops, int window, str injection, str precision, str checkpoint, str backend, "
+    "str attention) -> Tensor"
 )
+_library.define("read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias, str backend) -> Tensor")
 
 
 def _run(
@@ -35,30 +37,49 @@ def _run(
     precision: str,
     checkpoint: str,
     backend: str,
+    attention: str,
 ) -> Tensor:
-    problem = _problem(embeddings, weights, n_heads, n_loops, window, injection, precision)
-    chosen = backends.explain(problem, backend).chosen
-    run = {"reference": reference.loop, "cpu": cpu_engine.loop}[chosen]
-    return run(
+    problem = _problem(
+        embeddings, weights, n_heads, n_loops, window, injection, precision, attention
+    )
+    explanation = backends.explain(problem, backend)
+    arguments = (
         embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
         checkpoint,
     )  # fmt: skip
+    if explanation.attention is not None:
+        return triton_backend.loop(*arguments, explanation.attention.chosen)
+    run = {"reference": reference.loop, "cpu": cpu_engine.loop}[explanation.chosen]
+    return run(*arguments)
+
+
+def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+    wanted = backend == "triton" or (backend == "auto" and xs.device.type == "cuda")
+    if wanted and triton_backend.why_not_tensors(xs.device.type, xs.dtype, len(weight)) is None:
+        return torch.ops.looped_fast.triton_read_in(xs, ys, weight, bias)
+    return reference.read_in(xs, ys, weight, bias)
 
 
 # One function under both keys: below autograd it only computes, at autograd it is differentiated.
-_library.impl("loop", _run, "CompositeExplicitAutograd")
-_library.impl("loop", _run, "Autograd")
+for _key in ("CompositeExplicitAutograd", "Autograd"):
+    _library.impl("loop", _run, _key)
+    _library.impl("read_in", _run_read_in, _key)
 
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
 def _fake(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    checkpoint, backend,
+    checkpoint, backend, attention,
 ):  # fmt: skip
     return embeddings.new_empty((window, *embeddings.shape))
 
 
-def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision):
+@torch.library.register_fake("looped_fast::read_in", lib=_library)
+def _fake_read_in(xs, ys, weight, bias, backend):
+    return xs.new_empty((xs.shape[0], 2 * xs.shape[1], len(weight)))
+
+
+def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision, attention):
     B, S, D = embeddings.shape
     return backends.Problem(
         device=embeddings.device.type,
@@ -72,6 +93,7 @@ def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision
         n_loops=n_loops,
         window=window,
         injection=injection,
+        attention=attention,
     )
 
 
@@ -88,6 +110,7 @@ def loop(
     precision: str = "fp32",
     checkpoint: str = "none",
     backend: str = "auto",
+    attention: str = "auto",
 ) -> Tensor:
     """Run a shared stack of transformer blocks ``n_loops`` times and return the last states.
 
@@ -105,6 +128,8 @@ def loop(
         checkpoint: what the backward keeps: ``none`` checkpoints, all activations; or ``state``,
             the states alone, and recomputes a step's activations from the state before it.
         backend: ``auto``, or one of ``backends.BACKENDS`` to force it.
+        attention: who computes it on the triton backend: ``auto``, or ``flash_attn``, ``sdpa``
+            (PyTorch's flash attention) or ``triton`` (this project's kernel) to force it.
 
     Returns:
         States after steps ``n_loops - window + 1 .. n_loops``: [W, B, S, D]. Gradients reach
@@ -123,6 +148,8 @@ def loop(
         raise unknown_name("injection", injection, INJECTIONS)
     if precision not in reference.PRECISIONS:
         raise unknown_name("precision", precision, reference.PRECISIONS)
+    if attention not in ("auto", *backends.ATTENTION):
+        raise unknown_name("attention", attention, ["auto", *backends.ATTENTION])
     if checkpoint not in reference.CHECKPOINTS:
         raise unknown_name("checkpoint", checkpoint, reference.CHECKPOINTS)
     if precision != "fp32" and embeddings.dtype != torch.float32:
@@ -132,8 +159,26 @@ def loop(
         )
     return torch.ops.looped_fast.loop(
         embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
-        precision, checkpoint, backend,
+        precision, checkpoint, backend, attention,
     )  # fmt: skip
+
+
+def read_in(
+    xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Embed the prompt x_1, y_1, ..., x_n, y_n; y sits in coordinate 0 of its token.
+
+    Args:
+        xs: [B, n, d].
+        ys: [B, n].
+        weight: of the read-in, [D, d].
+        bias: [D].
+        backend: as of ``loop``; one launch on ``triton``, plain PyTorch on the others.
+
+    Returns:
+        e, [B, 2n, D]; differentiable in all four.
+    """
+    return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
 
 
 def _check(embeddings, positions, state, weights, n_heads) -> None:

@@ -43,6 +43,21 @@ class Block(NamedTuple):
     mlp_c_proj_bias: Tensor  # [D]
 
 
+def interleave(xs: Tensor, ys: Tensor) -> Tensor:
+    """The prompt x_1, y_1, ..., x_n, y_n; y sits in coordinate 0 of its token, the rest is zero.
+
+    xs: [B, n, d], ys: [B, n] -> [B, 2n, d]. Source: official ``TransformerModel._combine``.
+    """
+    B, n, d = xs.shape
+    ys_wide = F.pad(ys.unsqueeze(-1), (0, d - 1))  # [B, n, d]
+    return torch.stack((xs, ys_wide), dim=2).view(B, 2 * n, d)
+
+
+def read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The prompt embedded: e, [B, 2n, D]. xs: [B, n, d], ys: [B, n], weight: [D, d]."""
+    return F.linear(interleave(xs, ys), weight, bias)
+
+
 def split_weights(weights: Sequence[Tensor]) -> tuple[list[Block], Tensor, Tensor]:
     """``weights`` of the loop op as its blocks and the final LayerNorm's (weight, bias)."""
     n = len(Block._fields)
@@ -64,6 +79,15 @@ def mlp(x: Tensor, block: Block) -> Tensor:
     """Linear, GELU (tanh form), Linear. x: [B, S, D] -> [B, S, D]."""
     hidden = F.gelu(F.linear(x, block.c_fc_weight, block.c_fc_bias), approximate="tanh")
     return F.linear(hidden, block.mlp_c_proj_weight, block.mlp_c_proj_bias)
+
+
+def transformer_block(x: Tensor, block: Block, n_heads: int) -> Tensor:
+    """One pre-norm block on the residual stream. x: [B, S, D] -> [B, S, D]."""
+    D = x.shape[-1]
+    h = F.layer_norm(x, (D,), block.ln_1_weight, block.ln_1_bias, LAYER_NORM_EPS)
+    x = x + attention(h, block, n_heads)
+    h = F.layer_norm(x, (D,), block.ln_2_weight, block.ln_2_bias, LAYER_NORM_EPS)
+    return x + mlp(h, block)
 
 
 def inject(state: Tensor, embeddings: Tensor, injection: str) -> Tensor:
@@ -90,10 +114,7 @@ def step(
     for block in blocks:
         if injection == "every_block":
             x = x + embeddings
-        h = F.layer_norm(x, (D,), block.ln_1_weight, block.ln_1_bias, LAYER_NORM_EPS)
-        x = x + attention(h, block, n_heads)
-        h = F.layer_norm(x, (D,), block.ln_2_weight, block.ln_2_bias, LAYER_NORM_EPS)
-        x = x + mlp(h, block)
+        x = transformer_block(x, block, n_heads)
     return F.layer_norm(x, (D,), ln_f_weight, ln_f_bias, LAYER_NORM_EPS)
 
 
@@ -124,7 +145,10 @@ def loop(
             with torch.no_grad() if i < n_loops - window else nullcontext():
                 arguments = (state, embeddings, positions, weights, n_heads, injection)
                 if checkpoint == "state":
-                    state = torch.utils.checkpoint.checkpoint(step, *arguments, use_reentrant=False)
+                    # There is no randomness in a step, and a CUDA graph can't ask for its state.
+                    state = torch.utils.checkpoint.checkpoint(
+                        step, *arguments, use_reentrant=False, preserve_rng_state=False
+                    )
                 else:
                     state = step(*arguments)
             if i >= n_loops - window:

@@ -120,7 +120,12 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ...; auto: a GPU where there is one."""
     backend: str = "auto"
     """What runs the loop: auto, reference, cpu, triton."""
+    attention: Literal["auto", "triton", "flash_attn", "sdpa"] = "auto"
+    """Who computes attention on the triton backend: this project, flash-attn, PyTorch."""
 
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay a training step as one CUDA graph, captured once for each stage of the curriculum.
+    auto: on a GPU, if it can be captured; on: or else it is an error."""
     recompute: bool = False
     """Recompute activations in the backward: less memory, more time."""
 
@@ -272,8 +277,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return None
     kind = options[0]
     if typing.get_origin(kind) is Literal:
-        # YAML reads a bare off as False.
-        value = "off" if value is False and "off" in typing.get_args(kind) else value
+        # YAML reads a bare off as False, and on as True.
+        if isinstance(value, bool):
+            value = {False: "off", True: "on"}[value]
         if value not in typing.get_args(kind):
             raise unknown_name(f"value of setting {name},", value, typing.get_args(kind))
         return value

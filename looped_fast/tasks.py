@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from looped_fast import cpu_engine
 from looped_fast.errors import unknown_name
 
 
@@ -187,6 +188,8 @@ class DecisionTree(Task):
     def evaluate(xs: Tensor, **function: Tensor) -> Tensor:
         """The value of the leaf that each x reaches."""
         coordinates, leaf_values = function["coordinates"], function["leaf_values"]
+        if xs.device.type == "cpu" and cpu_engine.why_not_loaded() is None:
+            return torch.ops.looped_fast.cpu_evaluate_trees(xs, coordinates, leaf_values)
         depth = leaf_values.shape[1].bit_length() - 1
         root = coordinates[:, :1].expand(-1, xs.shape[1])  # [B, n]
         node = (xs.gather(2, root.unsqueeze(-1)).squeeze(-1) > 0).long()  # number in its level
@@ -241,14 +244,19 @@ def make_task(name: str, n_dims: int, **options: float) -> Task:
     return TASKS[name](n_dims, **options)
 
 
-def batch_generator(seed: int, step: int, rank: int, device: torch.device | str) -> Generator:
-    """The random stream of one batch.
+def batch_seed(seed: int, step: int, rank: int) -> int:
+    """What a generator is seeded with to draw one batch: 64 bits.
 
     PyTorch's CPU generator keeps only the low 32 bits of a seed. The key therefore counts up
     from a hash of (seed, rank) in odd strides: within a run no two of 2^32 steps share a batch.
     """
     key = _hash64(_hash64(seed) + rank) + step * 0x9E3779B97F4A7C15
-    return Generator(device=device).manual_seed(key & 0xFFFFFFFFFFFFFFFF)
+    return key & 0xFFFFFFFFFFFFFFFF
+
+
+def batch_generator(seed: int, step: int, rank: int, device: torch.device | str) -> Generator:
+    """The random stream of one batch."""
+    return Generator(device=device).manual_seed(batch_seed(seed, step, rank))
 
 
 def sample_batch(
@@ -279,6 +287,21 @@ def sample_batch(
     (torch.Size([64, 32, 4]), torch.Size([64, 32]))
     """
     generator = batch_generator(seed, step, rank, device)
+    return draw_batch(task, batch_size, n_points, generator, n_dims)
+
+
+def draw_batch(
+    task: Task,
+    batch_size: int,
+    n_points: int,
+    generator: Generator,
+    n_dims: int | Tensor | None = None,
+) -> Batch:
+    """The next batch of ``generator``, on its device; other arguments as in ``sample_batch``.
+
+    With ``n_dims`` in a tensor (integer, no axes, on that device) nothing here reads it on the
+    host, so a CUDA graph of this call serves all its values.
+    """
     return _evaluate(task, *_draw(task, batch_size, n_points, generator), n_points, n_dims)
 
 
@@ -334,17 +357,28 @@ class FixedPrompts:
         Raises:
             ValueError: more points than the prompts have.
         """
-        if n_points > self._xs.shape[1]:
-            raise ValueError(
-                f"n_points = {n_points} exceeds the {self._xs.shape[1]} points of these prompts"
-            )
+        return self.take(self.rows(step, rank).to(self._xs.device), n_points, n_dims)
+
+    def rows(self, step: int, rank: int = 0) -> Tensor:
+        """Numbers of the prompts in the batch of a training step: [B] int64, on the CPU."""
         epoch, position = divmod(step, self._steps_per_epoch)
         order = torch.randperm(
             self._n_prompts,
             generator=batch_generator(self._seed, epoch, _EPOCH_ORDER, "cpu"),
         )
         first = (position * self._world_size + rank) * self._batch_size
-        rows = order[first : first + self._batch_size].to(self._xs.device)
+        return order[first : first + self._batch_size]
+
+    def take(self, rows: Tensor, n_points: int, n_dims: int | Tensor | None = None) -> Batch:
+        """The prompts of those ``rows`` ([B] int64, where the prompts live), as a batch.
+
+        Raises:
+            ValueError: more points than the prompts have.
+        """
+        if n_points > self._xs.shape[1]:
+            raise ValueError(
+                f"n_points = {n_points} exceeds the {self._xs.shape[1]} points of these prompts"
+            )
         function = {name: value[rows] for name, value in self._function.items()}
         return _evaluate(self._task, self._xs[rows], function, n_points, n_dims)
 
@@ -361,12 +395,12 @@ def _draw(
 
 
 def _evaluate(
-    task: Task, xs: Tensor, function: dict[str, Tensor], n_points: int, n_dims: int | None
+    task: Task, xs: Tensor, function: dict[str, Tensor], n_points: int, n_dims: int | Tensor | None
 ) -> Batch:
     xs = xs[:, :n_points]
-    if task.truncates and n_dims is not None and n_dims < task.n_dims:
+    if task.truncates and n_dims is not None:
         # Zeroing x alone is enough: the trailing weights no longer count.
-        xs = torch.nn.functional.pad(xs[..., :n_dims], (0, task.n_dims - n_dims))
+        xs = xs.masked_fill(torch.arange(task.n_dims, device=xs.device) >= n_dims, 0)
     return Batch(xs, task.evaluate(xs, **function))
 
 

@@ -19,7 +19,7 @@ import yaml
 
 import looped_fast
 from looped_fast import checkpoint
-from looped_fast.baselines import BASELINES
+from looped_fast.baselines import QUICK_BASELINES
 from looped_fast.config_files import load_config
 from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.metrics import METRICS_FILE, read_metrics
@@ -184,6 +184,9 @@ def announce(trainer: Trainer) -> None:
     print(f"{parameters / 1e6:.2f}M parameters on {hardware}{threads}; {explanation}")
     if trainer.amp_note:
         print(trainer.amp_note)
+    if device.type == "cuda":
+        without = trainer.graphs.why_not
+        print(f"CUDA graphs: off, {without}" if without else "CUDA graphs: one for each stage")
     minutes = trainer.estimate_seconds() / 60
     time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
     print(
@@ -198,7 +201,7 @@ def report(trainer: Trainer, summary: str) -> None:
     n_prompts = 5 * config.eval_prompts
     by_loops = trainer.evaluate(n_prompts)
     errors = {f"{config.model}, {n} loops": torch.tensor(e) for n, e in by_loops.items()}
-    for name, predict in BASELINES.items():
+    for name, predict in QUICK_BASELINES.items():
         batches = evaluation_batches(
             task, n_prompts, config.n_points, seed=config.seed, device=trainer.device
         )

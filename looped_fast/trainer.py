@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import sys
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from looped_fast import checkpoint
+from looped_fast import checkpoint, graphs
 from looped_fast.compat import load_official_checkpoint
+from looped_fast.config import ModelConfig
+from looped_fast.curriculum import Stage
 from looped_fast.evaluation import model_errors
 from looped_fast.metrics import MetricsLog
 from looped_fast.model import LoopedTransformer, explain_backend
 from looped_fast.reference import AUTOCAST_DTYPES
 from looped_fast.settings import TrainConfig
-from looped_fast.tasks import Batch, FixedPrompts, sample_batch
+from looped_fast.tasks import Batch, FixedPrompts, batch_seed, draw_batch
 
 _LEAST_SCALE = 2.0**-10  # of the fp16 loss; reached by 26 overflows in a row, from 2^16
 
@@ -45,6 +48,10 @@ class Trainer:
     The data of step i is a pure function of (seed, i), so a resumed run ends bit-identical to
     an uninterrupted one on the same machine with the same number of threads.
 
+    On a GPU the first step of a curriculum stage (n_points, n_loops) runs as usual, the second
+    is captured as a CUDA graph, and later ones are replays of it. What else changes from step to
+    step (n_dims, learning rate, random numbers) is therefore kept on the device.
+
     Args:
         config: all settings.
         run_dir: an existing folder for checkpoints and metrics.
@@ -65,23 +72,36 @@ class Trainer:
         self.curriculum = config.make_curriculum()
         torch.manual_seed(config.seed)
         kept = "state" if config.recompute else "none"
-        model = LoopedTransformer(config.model_config(), config.backend, checkpoint=kept)
-        self.model = model.to(self.device)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(),
-            lr=config.lr,
-            betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+        model = LoopedTransformer(
+            self._model_config(),
+            config.backend,
+            checkpoint=kept,
+            attention=config.attention,
+            cuda_graphs="off",  # of inference, that is: evaluations are too rare for them
         )
+        self.model = model.to(self.device)
+        on_cpu = self.device.type == "cpu"  # where the fused Adam reads a double
+        self._lr = torch.tensor(
+            config.lr, dtype=torch.float64 if on_cpu else torch.float32, device=self.device
+        )
+        settings: dict[str, Any] = {
+            "lr": self._lr,
+            "betas": (0.9, config.beta2),
+            "weight_decay": config.weight_decay,
+            "fused": self.device.type in ("cpu", "cuda"),
+            "capturable": self.device.type == "cuda",
+        }
+        self.optimizer = torch.optim.Adam(self.model.parameters(), **settings)
         self.amp, self.amp_note = self._available_amp()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        self.scaler = self._make_scaler()
         self.step = 0  # completed steps
         if resume is not None:
             checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler)
             self.step = resume.step
         elif config.init_from is not None:
             self._init_from(Path(config.init_from))
+        for group in self.optimizer.param_groups:
+            group.update(settings)  # a checkpoint brought its own
         self._fixed_prompts = (
             FixedPrompts(
                 self.task, config.train_prompts, config.n_points, config.batch_size,
@@ -94,6 +114,14 @@ class Trainer:
         self._signal: int | None = None
         self._sums = torch.zeros(3, device=self.device)  # of loss, mean y^2, gradient norm
         self._steps_in_sums = 0
+        # With the learning rate, all that differs from step to step within a stage.
+        self._generator = torch.Generator(self.device)
+        self._n_dims = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._rows = torch.zeros(config.batch_size, dtype=torch.int64, device=self.device)
+        self.graphs = graphs.graphs_on(self.device, config.cuda_graphs, lambda: self._generator)
+
+    def _model_config(self) -> ModelConfig:
+        return self.config.model_config()
 
     def _available_amp(self) -> tuple[str, str]:
         """``config.amp``, or "off" on a CPU where fp32 is the faster choice; and a note if so."""
@@ -183,22 +211,55 @@ class Trainer:
 
     def training_step(self) -> None:
         """One optimizer step on the next batch."""
+        self._set_inputs()
+        _, n_points, n_loops = self.curriculum.at(self.step)
+        self.graphs.run(
+            (n_points, n_loops),
+            functools.partial(self._update, n_points, n_loops),
+            clean_up=self._drop_half_step,
+        )
+        self._steps_in_sums += 1
+        self.step += 1
+
+    def _set_inputs(self) -> None:
+        """Put what the next step needs where ``_update`` and its graph read it."""
+        self._lr.fill_(self.learning_rate(self.step))
+        self._n_dims.fill_(self.curriculum.at(self.step).n_dims)
+        if self._fixed_prompts is None:
+            self._generator.manual_seed(batch_seed(self.config.seed, self.step, rank=0))
+        else:
+            rows = self._fixed_prompts.rows(self.step)
+            if self.device.type == "cuda":  # else the copy would wait for the step before
+                rows = rows.pin_memory()
+            self._rows.copy_(rows, non_blocking=True)
+
+    def _update(self, n_points: int, n_loops: int) -> None:
+        """The device's part of a step: no look at values here, all shapes from the arguments."""
         config = self.config
-        loss, zero = self._loss()
+        loss, zero = self._loss(n_points, n_loops)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.is_enabled():  # it skipped this step if the gradient overflowed
             norm = norm.nan_to_num(posinf=0.0)
         self._sums += torch.stack((loss.detach(), zero, norm))
-        self._steps_in_sums += 1
-        self.step += 1
+
+    def _drop_half_step(self) -> None:
+        """After a capture that failed: gradients, scaler, and generator as before the step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler = self._make_scaler()
+        if self.scaler.is_enabled():
+            scaler.load_state_dict(self.scaler.state_dict())
+        self.scaler = scaler
+        self._generator = torch.Generator(self.device)  # the other one may still be capturing
+        self._set_inputs()
+
+    def _make_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
 
     def learning_rate(self, step: int) -> float:
         """Of training step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
@@ -244,41 +305,35 @@ class Trainer:
         """
         config = self.config
 
-        def flops(step: int) -> float:
-            stage, D = self.curriculum.at(step), config.n_embd
-            S = 2 * stage.n_points
-            passes = stage.n_loops + 2 * min(config.window, stage.n_loops)  # backward counts twice
-            return passes * config.n_layer * S * (24 * D * D + 2 * S * D)
-
         seconds = math.inf
+        self._set_inputs()
+        _, n_points, n_loops = self.curriculum.at(self.step)
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
-            loss, _ = self._loss()
+            loss, _ = self._loss(n_points, n_loops)
             gradient, *_ = torch.autograd.grad(loss, list(self.model.parameters()))
             gradient.sum().item()  # waits for a GPU
             seconds = min(seconds, time.perf_counter() - started)
         stride = max(1, (config.steps - self.step) // 1000)
-        work = sum(flops(step) for step in range(self.step, config.steps, stride)) * stride
-        return seconds * work / flops(self.step)
+        steps = range(self.step, config.steps, stride)
+        work = stride * sum(step_flops(config, self.curriculum.at(step)) for step in steps)
+        return seconds * work / step_flops(config, self.curriculum.at(self.step))
 
-    def _loss(self) -> tuple[Tensor, Tensor]:
-        """Of the next batch, with that of predicting zero."""
-        xs, ys = self._batch()
-        n_loops = self.curriculum.at(self.step).n_loops
+    def _loss(self, n_points: int, n_loops: int) -> tuple[Tensor, Tensor]:
+        """Of the batch that ``_set_inputs`` chose, with that of predicting zero."""
+        xs, ys = self._batch(n_points)
         with self.autocast():
             window = min(self.config.window, n_loops)
             predictions = self.model(xs, ys, n_loops, window)  # [W, B, n]
         errors = predictions[-self.config.supervised_window :] - ys
         return errors.square().mean(), ys.square().mean()
 
-    def _batch(self) -> Batch:
-        config, stage = self.config, self.curriculum.at(self.step)
+    def _batch(self, n_points: int) -> Batch:
         if self._fixed_prompts is not None:
-            return self._fixed_prompts.batch(stage.n_points, step=self.step, n_dims=stage.n_dims)
-        return sample_batch(
-            self.task, config.batch_size, stage.n_points,
-            seed=config.seed, step=self.step, n_dims=stage.n_dims, device=self.device,
-        )  # fmt: skip
+            return self._fixed_prompts.take(self._rows, n_points, self._n_dims)
+        return draw_batch(
+            self.task, self.config.batch_size, n_points, self._generator, self._n_dims
+        )
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -323,6 +378,13 @@ class Trainer:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signal = signum
         signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+
+
+def step_flops(config: TrainConfig, stage: Stage) -> float:
+    """Floating-point operations in the blocks of a training step at that stage."""
+    D, S = config.n_embd, 2 * stage.n_points
+    passes = stage.n_loops + 2 * min(config.window, stage.n_loops)  # backward counts twice
+    return config.batch_size * passes * config.n_layer * S * (24 * D * D + 2 * S * D)
 
 
 def resolve_device(name: str) -> torch.device:

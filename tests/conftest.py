@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+# Triton decides at import whether kernels are interpreted on the CPU; `make gpu-check` says no.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETING = os.environ["TRITON_INTERPRET"] == "1"
 
 import hypothesis
 import pytest
@@ -26,6 +31,8 @@ def pytest_configure() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") and INTERPRETING:
+        pytest.skip("needs compiled kernels: TRITON_INTERPRET=0, as make gpu-check sets it")
 
 
 @pytest.fixture(autouse=True)

@@ -78,7 +78,7 @@ def test_an_unknown_backend_is_named_with_the_nearest():
 
 
 def test_an_explanation_reads_as_text():
-    text = str(backends.Explanation("reference", {"cpu": "float32 only"}))
+    text = str(backends.Explanation("backend", "reference", {"cpu": "float32 only"}))
     assert text == "backend: reference\n  not cpu: float32 only"
 
 

@@ -1,20 +1,24 @@
 """The benchmark program: counts right, refuses wrong results, reports what it can't measure."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 import torch
+from fake_graphs import FakeGraph
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, measure, report
+from benchmarks import compare, measure, report, workload
 from benchmarks.cases import CASES, CONTENDERS, Case, flops
 from benchmarks.correctness import WrongResult, check
 from benchmarks.workload import Workload, fresh_compiler
-from looped_fast import backends, reference
+from looped_fast import LoopedTransformer, backends, reference
+from looped_fast.graphs import Graphs
 
 TINY = Case(batch=2, n_points=4, n_loops=3, window=2, n_dims=3, n_embd=32, n_head=4)
 EAGER, EAGER_BF16 = CONTENDERS["eager fp32"], CONTENDERS["eager bf16"]
+PROVIDERS = ("flash_attn", "sdpa", "triton")
 PEAK = {"fp32": 100.0, "bf16": 200.0}
 
 
@@ -60,7 +64,7 @@ def _scaled_gradient(x):
 @pytest.mark.parametrize(("message", "wrong"), WRONG_STEPS.items(), ids=WRONG_STEPS)
 def test_wrong_results_are_not_timed(message, wrong, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda step, **_: wrong(step))
-    monkeypatch.setattr(measure, "seconds_of", lambda run: pytest.fail("timed"))
+    monkeypatch.setattr(measure, "seconds_of", lambda *_: pytest.fail("timed"))
     with pytest.raises(WrongResult, match=f"{message}.*is right"):
         measure.measure(TINY, CONTENDERS["compiled step fp32"], "training", [1], 2, 0.1)
 
@@ -77,7 +81,7 @@ def test_a_measurement_holds_time_rate_memory_and_threads():
 
 
 def test_slow_contenders_are_repeated_twice_at_least(monkeypatch):
-    monkeypatch.setattr(measure, "seconds_of", lambda run: 30.0)
+    monkeypatch.setattr(measure, "seconds_of", lambda *_: 30.0)
     assert measure.measure(TINY, EAGER, "inference", [1], repeats=50, seconds=20)["repeats"] == 2
 
 
@@ -98,7 +102,8 @@ def test_the_step_is_compiled_only_inside_its_contender(monkeypatch):
 def rows(**ms):
     return [
         {"case": "lr", "mode": "inference", "contender": name.replace("_", " "), "ms": value,
-         "gflops": 50.0, "memory_mb": 1.0, "threads": 2, "repeats": 3, "compile_s": None}
+         "gflops": 50.0, "memory_mb": 1.0, "launches": None, "threads": 2,
+         "repeats": 3, "compile_s": None}
         for name, value in ms.items()
     ]  # fmt: skip
 
@@ -120,11 +125,11 @@ def test_without_opponents_there_are_no_ratios():
     report.add_ratios(measured, PEAK)
     assert measured[0]["eager_fp32_ratio"] is None
     assert measured[0]["best_opponent_ratio"] is None
-    assert re.search(r"engine bf16 +10\.0 +- +- +50 +25", report.tables(measured))
+    assert re.search(r"engine bf16 +10\.00 +- +- +50 +25", report.tables(measured))
 
 
 def test_main_writes_json_with_provenance_and_a_chart(tmp_path, monkeypatch, capsys):
-    def measured(arguments):
+    def measured(arguments, timeout=None):
         if "--case" not in arguments:
             return PEAK
         if "eager bf16" in arguments:
@@ -140,6 +145,10 @@ def test_main_writes_json_with_provenance_and_a_chart(tmp_path, monkeypatch, cap
     assert result["peak_gflops"] == PEAK
     assert [row["contender"] for row in result["rows"]] == ["eager fp32"]
     assert "WrongResult" in result["not_measured"][0]["reason"]
+    page = (tmp_path / "compare_cpu.md").read_text()
+    assert f"- commit: {result['provenance']['commit']}" in page
+    assert "| eager fp32" in page
+    assert "- not measured: lr, eager bf16" in page
     assert (tmp_path / "compare_cpu.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "lr, inference: B=64 S=82 D=256" in printed
@@ -150,9 +159,69 @@ def test_an_engine_that_can_not_run_is_explained_and_not_started(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "cpu", lambda problem: "no compiler was found")
     monkeypatch.setattr(compare, "measured_in_subprocess", lambda arguments: PEAK)
     result = compare.compare(["lr"], ["engine fp32"], repeats=1, seconds=1)
-    assert result["not_measured"] == [
-        {"case": "lr", "contender": "engine fp32", "reason": "no compiler was found"}
-    ]
+    (entry,) = result["not_measured"]
+    assert (entry["case"], entry["contender"]) == ("lr", "engine fp32")
+    assert "can't run this: no compiler was found" in entry["reason"]
+
+
+def test_after_the_budget_nothing_is_started(monkeypatch):
+    monkeypatch.setattr(compare, "measured_in_subprocess", lambda arguments: PEAK)
+    result = compare.compare(["lr"], ["eager fp32"], repeats=1, seconds=1, budget=0)
+    assert "the 0 s of this run were over" in result["not_measured"][0]["reason"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_a_comparison_on_one_says_so_and_exits_2(capsys):
+    assert compare.main(["--device", "cuda"]) == 2
+    assert "sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_a_gpu_has_contenders_of_its_own(capsys):
+    names = compare.parse_arguments(["--device", "cuda"]).contenders
+    assert "triton bf16 graphs" in names
+    assert "engine bf16" not in names
+    for provider in PROVIDERS:
+        assert CONTENDERS[f"triton bf16 graphs {provider}"].attention == provider
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(["--device", "cuda", "--contenders", "engine bf16"])
+    assert "'engine bf16' does not run on cuda" in capsys.readouterr().err
+
+
+def test_launches_are_counted_in_a_profile():
+    profile = [
+        ("cudaLaunchKernel", 5), ("cuLaunchKernelEx", 3), ("cudaGraphLaunch", 1),
+        ("cudaMemcpyAsync", 2), ("cudaStreamSynchronize", 9), ("aten::mm", 4),
+    ]  # fmt: skip
+    assert measure.count_launches(profile) == 11
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_replays_are_checked_and_timed(mode, monkeypatch):
+    """What a contender with CUDA graphs runs through, on a CPU."""
+    calls = []
+
+    def fake_graphs_on(device, mode):
+        why_not = None if mode == "on" else "off"
+        return Graphs(lambda: FakeGraph(calls), budget=10**9, why_not=why_not)
+
+    monkeypatch.setattr(workload, "graphs_on", fake_graphs_on)
+    monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, xs, ys: None)
+    contender = dataclasses.replace(EAGER, graphs=True)
+    monkeypatch.setattr(workload, "LoopedTransformer", without_graphs)
+    check(TINY, contender, mode)
+    run = Workload(TINY, contender, mode)
+    expected = Workload(TINY, contender, mode)
+    expected.graphs = fake_graphs_on("cpu", "off")
+    for _ in range(4):
+        run()
+        expected()
+    assert ("replay" in calls) == (mode == "training")  # the model has its own for inference
+    for ours, theirs in zip(run.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def without_graphs(*args, cuda_graphs, **kwargs):
+    return LoopedTransformer(*args, cuda_graphs="off", **kwargs)
 
 
 def test_a_failing_process_gives_its_last_line_as_the_reason():
@@ -170,3 +239,5 @@ def test_quick_leaves_out_large_cases_and_compilation():
     assert args.cases == ["small", "lr_b1"]
     assert args.contenders == ["eager fp32", "eager bf16", "engine fp32", "engine bf16"]
     assert compare.parse_arguments([]).cases == list(CASES)
+    args = compare.parse_arguments(["--quick", "--device", "cuda"])
+    assert not any(CONTENDERS[name].compiled for name in args.contenders)

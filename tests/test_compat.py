@@ -11,6 +11,7 @@ import pytest
 import torch
 from golden_cases import (
     MODEL_CASES,
+    assert_as_good_as_plain,
     load_case,
     load_tensors,
     loss_of,
@@ -69,15 +70,6 @@ def error(result, truth):
     return ((result.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
 
 
-def assert_as_good_as_plain(ours, plain, truth):
-    """DESIGN.md: at most 2x (gradients 3x) plain PyTorch's error, plus fp32 rounding."""
-    assert ours.keys() == plain.keys() == truth.keys()
-    for name in truth:
-        factor = 3 if name.startswith("grad") else 2
-        limit = factor * error(plain[name], truth[name]) + torch.finfo(torch.float32).eps
-        assert error(ours[name], truth[name]) <= limit, name
-
-
 @pytest.mark.parametrize("name", MODEL_CASES)
 def test_float64_equals_the_official_model(name):
     case = load_case(name)
@@ -92,14 +84,14 @@ def test_float64_equals_the_official_model(name):
 def test_float32_is_as_exact_as_plain_pytorch(name):
     case = load_case(name)
     plain = run_plain(case, torch.float32)
-    assert_as_good_as_plain(run(case, torch.float32), plain, golden(case))
+    assert_as_good_as_plain(case, run(case, torch.float32), plain, golden(case))
 
 
 def test_float32_at_paper_size_is_as_exact_as_plain_pytorch():
     case = load_case("looped_paper_lr")  # recorded in float32, on another machine
     plain, truth = run_plain(case, torch.float32), run_plain(case, torch.float64)
-    assert_as_good_as_plain(golden(case), plain, truth)  # so truth is the official model's
-    assert_as_good_as_plain(run(case, torch.float32), plain, truth)
+    assert_as_good_as_plain(case, golden(case), plain, truth)  # so truth is the official model's
+    assert_as_good_as_plain(case, run(case, torch.float32), plain, truth)
 
 
 def test_training_follows_the_official_run():

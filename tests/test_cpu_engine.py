@@ -7,7 +7,14 @@ import functools
 import pytest
 import torch
 from conftest import FP32_EPS, cast, leaves, loop_inputs, require_grad
-from golden_cases import MODEL_CASES, load_case, load_tensors, loss_of, with_prefix
+from golden_cases import (
+    MODEL_CASES,
+    assert_as_good_as_plain,
+    load_case,
+    load_tensors,
+    loss_of,
+    with_prefix,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -131,12 +138,6 @@ def test_every_head_dim_is_accurate(precision, head_dim):
     )
 
 
-# The gradients of these are the sum of all predictions' errors, of either sign, times a constant:
-# one number, whose own relative error is a matter of luck. They are held against the sum of the
-# errors' sizes, and may be as wrong as plain PyTorch's predictions are.
-NEARLY_CANCELLING = ("_read_out.bias", "_backbone.transformer.ln_f.bias")
-
-
 def golden_results(case, precision, dtype, backend):
     """Name -> predictions, and the gradient of every parameter, on the case's inputs."""
     model = compat.build_model(case.conf, backend).double()
@@ -152,7 +153,8 @@ def golden_results(case, precision, dtype, backend):
         out = model(xs, ys, *call)
     predictions = torch.stack(out) if isinstance(out, list) else out[None]
     loss_of(predictions.to(dtype), ys, c["pred_type"]).backward()
-    return {"predictions": predictions.detach()} | {n: p.grad for n, p in model.named_parameters()}
+    grads = {f"grad {name}": p.grad for name, p in model.named_parameters()}
+    return {"preds": predictions.detach(), **grads}
 
 
 @functools.cache
@@ -160,7 +162,7 @@ def golden_truth(name):
     """The case, and what the reference computes of it in float64; checked against the record."""
     case = load_case(name)
     truth = golden_results(case, "fp32", torch.float64, "reference")
-    recorded = {"predictions": case.preds, **case.grads}
+    recorded = {"preds": case.preds} | {f"grad {name}": g for name, g in case.grads.items()}
     rounding = 1e-10 if case.preds.dtype == torch.float64 else 1e-3  # the paper-size one: float32
     for key, value in recorded.items():
         assert (value - truth[key]).norm() <= rounding * truth[key].norm(), key
@@ -173,21 +175,7 @@ def test_recorded_runs_are_met_as_well_as_by_plain_pytorch(name, precision, two_
     case, truth = golden_truth(name)
     plain = golden_results(case, precision, torch.float32, "reference")
     fast = golden_results(case, precision, torch.float32, "cpu")
-    errors = {}
-    for key, exact in truth.items():
-        size, least = exact.norm(), 0.0
-        if case.config["pred_type"] == "regression" and key in NEARLY_CANCELLING:
-            size = 2 * (truth["predictions"] - case.ys.double()).abs().mean()
-            if key != "_read_out.bias":
-                size = size * case.params["_read_out.weight"].norm()
-            least = errors["predictions"]
-        plain_error = max(((plain[key].double() - exact).norm() / size).item(), least)
-        error = ((fast[key].double() - exact).norm() / size).item()
-        errors[key] = plain_error
-        factor = 2 if key == "predictions" else 3
-        assert error <= factor * plain_error + 4 * FP32_EPS, (
-            f"{key}: error {error:.1e}, plain PyTorch {plain_error:.1e}"
-        )
+    assert_as_good_as_plain(case, fast, plain, truth)
 
 
 def test_the_recorded_training_run_is_reproduced():

@@ -301,11 +301,22 @@ def test_dropout_is_allowed_in_eval_mode_only():
         model(TOKENS)
 
 
+@pytest.mark.parametrize("build_model", [own_model, foreign.Standard])
+def test_the_attention_asked_for_reaches_the_loop(build_model):
+    model = accelerate(build(build_model), attention="sdpa", backend="reference")
+    with pytest.raises(ValueError, match="attention 'sdpa' needs the triton backend"):
+        model(*PROMPT)
+    restore(model)
+    model(*PROMPT)
+
+
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="unknown backend 'cqu'; did you mean 'cpu'"):
         accelerate(build(foreign.Standard), backend="cqu")
     with pytest.raises(ValueError, match="unknown precision 'int8'"):
         accelerate(build(foreign.Standard), precision="int8")
+    with pytest.raises(ValueError, match="unknown attention 'sdpb'; did you mean 'sdpa'"):
+        accelerate(build(foreign.Standard), attention="sdpb")
 
 
 def test_a_prompt_beyond_the_positions_is_refused():

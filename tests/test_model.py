@@ -9,7 +9,8 @@ import torch
 from conftest import naive_loop, prompt, relative_error, small_model
 
 from looped_fast import LoopedTransformer, ModelConfig
-from looped_fast.model import ambient_precision, interleave
+from looped_fast.model import ambient_precision
+from looped_fast.reference import interleave
 
 OFFICIAL_BLOCK = (
     "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight",

@@ -36,7 +36,7 @@ def run(inputs, **changes):
 
 def raw_args(inputs, n_loops, window, injection="add", precision="fp32", checkpoint="none"):
     tensors = inputs["embeddings"], inputs["positions"], inputs["state"], inputs["weights"]
-    return (*tensors, 2, n_loops, window, injection, precision, checkpoint, "auto")
+    return (*tensors, 2, n_loops, window, injection, precision, checkpoint, "auto", "auto")
 
 
 @pytest.mark.parametrize("injection", ["add", "every_block"])

@@ -1,0 +1,172 @@
+"""Compiles every kernel for GPUs that are not there, and reports on the machine code.
+
+``python -m benchmarks.compile_report`` prints the stored report, and what is wrong or not in it;
+``--update`` compiles what is new or was changed since, and stores the report and, for
+``kernels/tuning.py``, which configurations are good where; ``--verify`` compiles a few kernels
+again and holds them against the stored entries. None needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from benchmarks.compile_matrix import Job, all_forms, compile_entry, entry_key, run, screening
+from benchmarks.compile_store import (
+    Entry,
+    Group,
+    Report,
+    candidates,
+    key_of,
+    load,
+    problem,
+    store,
+)
+from benchmarks.kernel_launches import PRECISIONS, cases
+from looped_fast.kernels.tuning import source_hash
+
+
+def update(processes: int, kernels: list[str] | None, full: bool) -> None:
+    """Compile what the stored report lacks, of all kernels or some, and store as it grows."""
+    report = load()
+    report = {key: entry for key, entry in report.items() if key.source in _present().values()}
+    _add(screening(), report, processes, kernels)
+    _add(all_forms(candidates(report), full), report, processes, kernels)
+
+
+def _add(jobs: list[Job], report: Report, processes: int, kernels: list[str] | None) -> None:
+    jobs = [job for job in jobs if kernels is None or job.case.kernel in kernels]
+    runs = run(jobs, report, processes)
+    for entries in tqdm(runs, total=len(jobs), mininterval=30):
+        report |= {key_of(entry): entry for entry in entries}
+        store(report)
+
+
+def _present() -> dict[str, str]:
+    """Hash of the source of each kernel that the host code launches."""
+    launches = (case.launch for precision in PRECISIONS for case in cases(precision))
+    return {launch.name: source_hash(launch.kernel) for launch in launches}
+
+
+def faults(report: Report) -> list[str]:
+    """What is wrong with what a stored report holds; none where it is good and of these kernels."""
+    sources = _present()
+    stored = {key.kernel: key.source for key in report}
+    found = [
+        f"{name}: stored for another source; run python -m benchmarks.compile_report --update"
+        for name in sorted(stored)
+        if sources.get(name) != stored[name]
+    ]
+    for group, chosen in candidates(report).items():
+        if not chosen and group.arch.startswith("sm_"):  # AMD: where it compiles
+            reasons = {problem(entry) for key, entry in report.items() if key.group == group}
+            found.append(f"{' '.join(map(str, group))}: no configuration is good: {reasons}")
+    return found
+
+
+def gaps(report: Report) -> list[str]:
+    """What a stored report lacks: candidates for it are a guess, until ``--update`` has run."""
+    groups = {job.group for job in screening()} - {key.group for key in report}
+    forms = [
+        job for job in all_forms(candidates(report))
+        if entry_key(job, job.configs[0]) not in report
+    ]  # fmt: skip
+    found = [f"not compiled yet: {' '.join(map(str, group))}" for group in sorted(groups)]
+    if forms:
+        found.append(f"not compiled yet: {len(forms)} forms, such as {forms[0].case[:4]}")
+    return found
+
+
+# A kernel of each kind and an architecture of each: small ones, that compile in seconds.
+SAMPLE = (
+    ("attention_forward_kernel", "sm_90", 32, "bf16"),
+    ("attention_backward_kernel", "sm_100", 32, "bf16"),
+    ("row_forward_kernel", "sm_80", 64, "bf16"),
+    ("row_backward_kernel", "sm_120", 64, "fp16"),
+    ("row_forward_kernel", "sm_89", 64, "fp32"),
+)
+
+
+def verify(report: Report) -> list[str]:
+    """Compile the sample again; what is worse now than in the stored report."""
+    found = []
+    for job in screening():
+        if job.group not in {Group(*sample) for sample in SAMPLE}:
+            continue
+        config = candidates(report)[job.group][0]
+        stored = report[entry_key(job, config)]
+        found += regressions(compile_entry(job, config), stored)
+    return found
+
+
+def regressions(now: Entry, before: Entry) -> list[str]:
+    """What got worse from one entry to another of the same kernel and configuration."""
+    if reason := problem(now):
+        worse = [reason]
+    else:
+        worse = [
+            f"{name} was {before[name]}, is {now[name]}"
+            for name in ("registers", "spills", "shared", "duplication")
+            if now[name] > before[name]
+        ]
+        if now["tensor_core"] < before["tensor_core"]:
+            worse.append(f"tensor_core was {before['tensor_core']}, is {now['tensor_core']}")
+    return [f"{' '.join(map(str, key_of(now).group))}: {reason}" for reason in worse]
+
+
+def summary(report: Report) -> str:
+    """A line for each group: its first candidate, at its worst over all forms."""
+    chosen = candidates(report)
+    lines = []
+    for group in sorted(chosen):
+        if not chosen[group]:
+            lines.append((*group, "none is good"))
+            continue
+        config = chosen[group][0]
+        entries = [
+            entry for key, entry in report.items()
+            if key.group == group and key.config == config.astuple()
+        ]  # fmt: skip
+
+        def of(name, pick=max, entries=entries):
+            return pick(entry[name] for entry in entries)
+
+        lines.append(
+            (*group, " ".join(map(str, config.astuple())), len(chosen[group]), len(entries),
+             of("registers"), of("spills"), of("spills_in_loop"), of("shared") // 1024,
+             of("tensor_core"), of("async_copy"), of("special_function"), of("duplication"),
+             of("blocks_per_sm", min))
+        )  # fmt: skip
+    headers = (
+        "kernel", "arch", "width", "precision", "config", "candidates", "forms", "registers",
+        "spills", "in loops", "shared KiB", "tensor core", "async copy", "special", "duplication",
+        "blocks / SM",
+    )  # fmt: skip
+    return tabulate(lines, headers=headers, disable_numparse=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns 1 where something is wrong with the report, or missing in it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--update", action="store_true", help="compile what the report lacks")
+    parser.add_argument("--verify", action="store_true", help="compile a sample again")
+    parser.add_argument("--kernels", nargs="+", help="of --update: these alone")
+    parser.add_argument("--full", action="store_true", help="of --update: all forms everywhere")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args(argv)
+    if args.update:
+        update(args.processes, args.kernels, args.full)
+    report = load()
+    found = faults(report) + (verify(report) if args.verify else gaps(report))
+    if not args.verify:
+        print(summary(report))
+    print("\n".join(found) or f"good: {len(report)} kernels compiled")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

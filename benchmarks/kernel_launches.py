@@ -1,0 +1,128 @@
+"""Which launches there can be: found by running the loop's host code, recording its kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from looped_fast import triton_backend
+from looped_fast.kernels.launch import Launch, recording
+from looped_fast.kernels.read_in import read_in
+
+WIDTHS = (64, 128, 256, 512)
+HEAD_DIMS = (16, 32, 64)
+PRECISIONS = ("bf16", "fp16", "fp32", "tf32")
+PAPER_WIDTH = 256
+TILES = ("ROWS", "HIDDEN_CHUNK", "COLUMNS")  # constexprs that a Config gives
+
+
+class Loop(NamedTuple):
+    """A loop to launch; between them, those of ``LOOPS`` launch every form of every kernel."""
+
+    injection: str
+    n_layer: int
+    n_loops: int
+    window: int
+    training: bool = True
+    checkpoint: str = "none"  # "state" also launches what a window in several chunks does
+
+
+LOOPS = (
+    Loop("add", 1, 4, 2),
+    Loop("add", 2, 2, 2),
+    Loop("mul", 2, 4, 2),
+    Loop("none", 1, 4, 2),
+    Loop("every_block", 2, 4, 2),
+    Loop("add", 2, 4, 2, checkpoint="state"),
+    Loop("mul", 2, 4, 2, checkpoint="state"),
+    Loop("every_block", 2, 4, 2, checkpoint="state"),
+    Loop("add", 2, 3, 1, training=False),
+    Loop("mul", 2, 3, 1, training=False),
+    Loop("every_block", 2, 3, 1, training=False),
+)
+
+
+def weights_of(n_layer: int, D: int) -> list[Tensor]:
+    """Weights of ``ops.loop``, all zero."""
+    block = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,)]
+    block += [(D,), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,)]
+    return [torch.zeros(shape) for shape in [*block * n_layer, (D,), (D,)]]
+
+
+def launches_of(
+    loop: Loop, precision: str, batch: int, seq_len: int, width: int, head_dim: int
+) -> tuple[list[Launch], list[Launch]]:
+    """Those of the forward and of the backward of a loop on CPU tensors; no kernel runs."""
+    if reason := triton_backend.why_not_loaded():
+        raise RuntimeError(reason)
+    shape = (batch, seq_len, width)
+    tensors = [torch.empty(shape), torch.empty(shape[1:]), torch.empty(shape)]
+    weights = weights_of(loop.n_layer, width)
+    for tensor in [*tensors, *weights]:
+        tensor.requires_grad_(loop.training)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        with recording(execute=False) as forward:
+            states = triton_backend.loop(
+                *tensors, weights, width // head_dim, loop.n_loops, loop.window, loop.injection,
+                "fp32" if precision == "tf32" else precision, loop.checkpoint, "triton",
+            )  # fmt: skip
+        with recording(execute=False) as backward:
+            if loop.training:
+                states.backward(torch.empty_like(states))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    return forward, backward
+
+
+class Case(NamedTuple):
+    """A launch whose machine code differs from that of all others, up to its Config."""
+
+    kernel: str
+    width: int  # D; of attention, head_dim, since the width enters its code as a stride alone
+    precision: str
+    form: str  # tells the launches of a kernel apart that are alike in all of the above
+    launch: Launch
+
+
+@functools.cache
+def cases(precision: str) -> tuple[Case, ...]:
+    """All at a precision."""
+    found: dict[tuple[str, int, str, str], Case] = {}
+
+    def add(launches: list[Launch], width: int) -> None:
+        for launch in launches:
+            size = launch.constexprs.get("HEAD_DIM", width)
+            case = Case(launch.name, size, precision, _form(launch), launch)
+            found.setdefault(case[:4], case)
+
+    runs = [(loop, width, min(HEAD_DIMS)) for width in WIDTHS for loop in LOOPS]
+    runs += [(LOOPS[0], max(WIDTHS), head_dim) for head_dim in HEAD_DIMS]
+    for loop, width, head_dim in runs:
+        # Sizes that nothing divides, so that no accident of alignment is taken for a property.
+        forward, backward = launches_of(loop, precision, 1, 10, width, head_dim)
+        add(forward + backward, width)
+    for width in WIDTHS:
+        with recording(execute=False) as launches:
+            read_in(
+                torch.empty(1, 5, 3), torch.empty(1, 5), torch.empty(width, 3), torch.empty(width)
+            )
+        add(launches, width)
+    return tuple(found.values())
+
+
+def _form(launch: Launch) -> str:
+    sizes = {*TILES, "D", "HEAD_DIM", "TF32"}
+    parts = [f"{k}={v}" for k, v in launch.constexprs.items() if k not in sizes and v is not None]
+    absent = [name for name, value in launch.constexprs.items() if value is None]
+    unaligned = [
+        name for name, kind in launch.types.items()
+        if kind.startswith("*") and name not in launch.aligned
+    ]  # fmt: skip
+    parts += [f"without {' '.join(absent)}"] if absent else []
+    parts += [f"unaligned {' '.join(unaligned)}"] if unaligned else []
+    return ", ".join(parts)

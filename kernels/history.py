@@ -1,0 +1,89 @@
+"""What the forward keeps for the backward: the outputs of ``triton_loop_forward`` after the states.
+
+N = B*S rows, D width, H heads, L blocks, W window. "operand" is the dtype of matrix products.
+Tensors of a block have one slot per (block l, window step w): l * W + w, so that one block's steps
+are one matrix [W N, D], which is what its weight gradients multiply. A tensor that was not asked
+for has shape [0].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class History(NamedTuple):
+    """In the order of the op's outputs; ``folded_*`` are what ``fold.fold`` makes."""
+
+    folded_weights: Tensor  # [L, 12 D D] operand
+    folded_biases: Tensor  # [L, 9 D] fp32
+    start: Tensor  # [B, S, D] fp32: the state before the window's first step
+    xhat1: Tensor  # [L W, N, D] operand: LN1's output before its scale, in the step it feeds
+    rstd1: Tensor  # [L W, N] fp32
+    qkv: Tensor  # [L W, N, 3D] operand
+    attention: Tensor  # [L W, N, D] operand: before the output projection
+    lse: Tensor  # [L W, B, H, S] fp32: log of the sum of exp of attention scores, natural
+    xhat2: Tensor  # [L W, N, D] operand
+    rstd2: Tensor  # [L W, N] fp32
+    xhatf: Tensor  # [W, N, D] operand: the final LayerNorm's
+    rstdf: Tensor  # [W, N] fp32
+
+
+def empty_history(
+    embeddings: Tensor,
+    n_layer: int,
+    n_heads: int,
+    window: int,
+    operand: torch.dtype,
+    save_activations: bool,
+    save_start: bool,
+) -> History:
+    """Room for a history beside ``embeddings`` [B, S, D] fp32, which may be a fake tensor.
+
+    Args:
+        embeddings: gives B, S, D and the device.
+        n_layer: L.
+        n_heads: H.
+        window: W.
+        operand: dtype of the matrix products' operands.
+        save_activations: whether activations and statistics are kept, or ``[0]`` in their place.
+        save_start: whether ``start`` is.
+    """
+    D, empty = embeddings.shape[-1], embeddings.new_empty
+    n_steps = window if save_activations else 0
+    return History(
+        folded_weights=empty((n_layer, 12 * D * D), dtype=operand),
+        folded_biases=empty((n_layer, 9 * D)),
+        start=empty(embeddings.shape if save_start else (0,)),
+        **_activations(embeddings, n_layer, n_heads, n_steps, operand),
+    )
+
+
+def with_scratch(history: History, embeddings: Tensor, n_heads: int, n_layer: int = 1) -> History:
+    """``history`` with room for one step of ``n_layer`` blocks, to be written over and over."""
+    operand = history.folded_weights.dtype
+    return history._replace(**_activations(embeddings, n_layer, n_heads, 1, operand))
+
+
+def _activations(
+    embeddings: Tensor, n_layer: int, n_heads: int, n_steps: int, operand: torch.dtype
+) -> dict[str, Tensor]:
+    B, S, D = embeddings.shape
+
+    def empty(n_slots: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return embeddings.new_empty((n_slots, *shape) if n_slots else (0,), dtype=dtype)
+
+    slots, N = n_layer * n_steps, B * S
+    return {
+        "xhat1": empty(slots, N, D, dtype=operand),
+        "rstd1": empty(slots, N),
+        "qkv": empty(slots, N, 3 * D, dtype=operand),
+        "attention": empty(slots, N, D, dtype=operand),
+        "lse": empty(slots, B, n_heads, S),
+        "xhat2": empty(slots, N, D, dtype=operand),
+        "rstd2": empty(slots, N),
+        "xhatf": empty(n_steps, N, D, dtype=operand),
+        "rstdf": empty(n_steps, N),
+    }

@@ -1,0 +1,76 @@
+"""What all kernels compute with: products, rounding, GELU and LayerNorm, on tiles in registers.
+
+Kernels multiply through ``dot`` and round through ``cast``, never ``tl.dot`` or ``.to`` themselves:
+Triton's interpreter (3.9) multiplies the bit patterns of bf16 and truncates where the hardware
+rounds to nearest even, and these two put that right.
+"""
+
+import triton
+import triton.language as tl
+
+# Whether kernels are interpreted on the CPU; fixed when triton.jit decorates them, at import.
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+LAYER_NORM_EPS = tl.constexpr(1e-5)
+
+
+@triton.jit
+def dot(a, b, acc, TF32: tl.constexpr):
+    """acc + a @ b, summed in fp32. TF32 only matters to fp32 operands; they are exact without."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="tf32" if TF32 else "ieee")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 ``x`` rounded to ``dtype``, to nearest even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        rounded = tl.where(x == x, rounded, 0x7FC00000)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _gelu_gate(x):
+    # (1 + tanh(y)) / 2 = sigmoid(2y) with y = sqrt(2/pi) (x + 0.044715 x^3)
+    return tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+
+
+@triton.jit
+def gelu(x):
+    """GELU in its tanh form."""
+    return x * _gelu_gate(x)
+
+
+@triton.jit
+def gelu_and_slope(x):
+    """(gelu(x), d gelu / dx)."""
+    gate = _gelu_gate(x)
+    y = x * gate
+    return y, gate + y * (1.0 - gate) * (1.5957691216057308 + 0.2140644488171848 * x * x)
+
+
+@triton.jit
+def statistics(parts, D: tl.constexpr):
+    """(mean, 1 / standard deviation) of the rows of D columns that come in ``parts``, a tuple."""
+    total = tl.sum(parts[0], axis=1)
+    for i in tl.static_range(1, len(parts)):
+        total += tl.sum(parts[i], axis=1)
+    mean = total / D
+    squares = tl.zeros_like(mean)
+    for i in tl.static_range(len(parts)):
+        centred = parts[i] - mean[:, None]
+        squares += tl.sum(centred * centred, axis=1)
+    return mean, 1.0 / tl.sqrt(squares / D + LAYER_NORM_EPS)
+
+
+@triton.jit
+def normalise_backward(d_xhat, xhat, rstd, D: tl.constexpr):
+    """Gradient of ``x``, given that of ``xhat`` [rows, D]; all fp32."""
+    mean = tl.sum(d_xhat, axis=1) / D
+    slope = tl.sum(d_xhat * xhat, axis=1) / D
+    return (d_xhat - mean[:, None] - xhat * slope[:, None]) * rstd[:, None]

@@ -1,0 +1,181 @@
+"""Who computes attention inside the loop: this project's kernel, PyTorch, or flash-attn.
+
+Short sequences go to the project's kernel, whose tiles fit them: FlashAttention's are 128 x 128
+scores, so that at 82 tokens it computes 4.8 times the causal ones, and it returns fresh tensors,
+which take more launches to copy to where the loop keeps them. Its backward has 5 products to our 7,
+which pays beyond ``SHORT`` tokens. That is counted, not timed: ``make gpu-check`` times all three.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from looped_fast.choice import Choice, choose
+from looped_fast.kernels import attention
+
+if TYPE_CHECKING:
+    from looped_fast.backends import Problem
+
+SHORT = 256  # tokens: 49152 scores in FlashAttention's tiles, 36864 in tiles of 32, 32896 needed
+MIN_FLASH_ATTN = "2.7"  # since then its inner functions take window_size_left and _right
+MIN_CAPABILITY = (8, 0)  # of both FlashAttentions
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute attention. ``forward`` and ``backward`` are as in ``attention.py``."""
+
+    why_not: Callable[[Problem], str | None]
+    forward: Callable[[Tensor, Tensor, Tensor, int], None]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
+
+
+def explain(problem: Problem) -> Choice:
+    """Choose for ``problem``; ``problem.attention`` forces one.
+
+    Raises:
+        ValueError: ``problem.attention`` is unknown, or unable; the reason is in the message.
+    """
+    if problem.seq_len <= SHORT:
+        order, preference = ("triton", "flash_attn", "sdpa"), f"comes first up to {SHORT} tokens"
+    else:
+        order, preference = ("flash_attn", "sdpa", "triton"), f"comes first beyond {SHORT} tokens"
+    obstacles = {name: PROVIDERS[name].why_not(problem) for name in order}
+    return choose("attention", problem.attention, obstacles, preference)
+
+
+def _heads(packed: Tensor, n_heads: int) -> Tensor:
+    """[B, S, 3D] as a view [3, B, S, H, head_dim]."""
+    B, S, _ = packed.shape
+    return packed.view(B, S, 3, n_heads, -1).permute(2, 0, 1, 3, 4)
+
+
+def _why_not_flash(problem: Problem) -> str | None:
+    """What FlashAttention can't do, whoever built it."""
+    if problem.precision == "fp32":
+        return "it multiplies bf16 and fp16 only, not fp32"
+    if problem.device != "cuda" or torch.version.hip:
+        return None
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"it needs compute capability {MIN_CAPABILITY}, this GPU has {capability}"
+    return None
+
+
+# --- flash-attn (Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py)
+
+
+@functools.cache
+def _why_not_installed() -> str | None:
+    try:
+        import flash_attn
+        import flash_attn.flash_attn_interface
+    except ModuleNotFoundError as error:
+        if error.name == "flash_attn":
+            return "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+        return f"flash-attn does not load: {error}"
+    except (ImportError, OSError) as error:  # built for another torch, say
+        return f"flash-attn does not load: {error}"
+    if TorchVersion(flash_attn.__version__) < MIN_FLASH_ATTN:
+        return f"flash-attn is {flash_attn.__version__}; {MIN_FLASH_ATTN} or later is needed"
+    return None
+
+
+def _why_not_flash_attn(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"tensors are on {problem.device}"
+    return _why_not_flash(problem) or _why_not_installed()
+
+
+def _settings(qkv: Tensor, n_heads: int) -> dict:
+    """Arguments that flash-attn's forward and backward share; a window of (-1, -1) is none."""
+    head_dim = qkv.shape[-1] // (3 * n_heads)
+    return {
+        "dropout_p": 0.0, "softmax_scale": 1 / math.sqrt(head_dim), "causal": True,
+        "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None,
+    }  # fmt: skip
+
+
+def _flash_attn_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
+    from flash_attn import flash_attn_interface as flash
+
+    q, k, v = _heads(qkv, n_heads)
+    result, log_sum_exp, *_ = flash._flash_attn_forward(
+        q, k, v, **_settings(qkv, n_heads), return_softmax=False
+    )
+    out.view(result.shape).copy_(result)
+    lse.copy_(log_sum_exp)
+
+
+def _flash_attn_backward(
+    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int
+) -> None:
+    from flash_attn import flash_attn_interface as flash
+
+    q, k, v = _heads(qkv, n_heads)
+    d_q, d_k, d_v = _heads(d_qkv, n_heads)  # views: filled in place
+    flash._flash_attn_backward(
+        d_out.view(q.shape), q, k, v, out.view(q.shape), lse, d_q, d_k, d_v,
+        **_settings(qkv, n_heads), deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+# --- PyTorch: the ops that scaled_dot_product_attention itself ends in
+
+
+def _why_not_sdpa(problem: Problem) -> str | None:
+    if problem.device == "cuda" and not torch.backends.cuda.is_flash_attention_available():
+        return "this PyTorch was built without flash attention"
+    if problem.device == "cuda" and not torch.backends.cuda.flash_sdp_enabled():
+        return "it is switched off: torch.backends.cuda.enable_flash_sdp(True)"
+    return _why_not_flash(problem)
+
+
+def _sdpa_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
+    q, k, v = _heads(qkv, n_heads).transpose(2, 3)
+    on_cpu = qkv.device.type == "cpu"  # in Triton's interpreter
+    aten = torch.ops.aten
+    attend = (
+        aten._scaled_dot_product_flash_attention_for_cpu
+        if on_cpu
+        else aten._scaled_dot_product_flash_attention
+    )
+    result, log_sum_exp, *_ = attend(q, k, v, is_causal=True)  # [B, H, S, head_dim], [B, H, S]
+    result = result.transpose(1, 2)
+    out.view(result.shape).copy_(result)
+    lse.copy_(log_sum_exp)
+
+
+def _sdpa_backward(
+    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int
+) -> None:
+    q, k, v = _heads(qkv, n_heads).transpose(2, 3)
+    B, H, S, head_dim = q.shape
+    out, d_out = (x.view(B, S, H, head_dim).transpose(1, 2) for x in (out, d_out))
+    aten = torch.ops.aten
+    if qkv.device.type == "cpu":
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, True
+        )
+    else:
+        no_seed = torch.empty(0, dtype=torch.int64, device=qkv.device)  # no dropout to repeat
+        gradients = aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, None, None, S, S, 0.0, True, no_seed, no_seed
+        )
+    gradients = [gradient.transpose(1, 2) for gradient in gradients]
+    torch.stack(gradients, dim=2, out=d_qkv.view(B, S, 3, H, head_dim))
+
+
+PROVIDERS = {
+    "flash_attn": Provider(_why_not_flash_attn, _flash_attn_forward, _flash_attn_backward),
+    "sdpa": Provider(_why_not_sdpa, _sdpa_forward, _sdpa_backward),
+    "triton": Provider(lambda problem: None, attention.forward, attention.backward),
+}

@@ -1,0 +1,140 @@
+"""The backward of ``row_forward.py``: all of a loop step's backward but attention's, in one kernel.
+
+A launch sits between two attention backwards. It ends one block's backward and begins that of the
+block before it, going through the forward's parts in reverse:
+
+    TAIL      dx = norm'(d_qkv @ Wqkv') + dx, where the second dx came along the residual
+              gradients of what was injected; where a step begins, of the state z before it
+    STEP_END  gradient of z, with its part from outside the loop, through scale and norm
+    HEAD      u, slope = gelu(xhat2 @ Wfc'^T + bfc'), computed again
+              dpre = (dx2 @ Wproj) slope ;  dx1 = dx2 + norm'(dpre @ Wfc') ;  d_attention = dx1 @ Wo
+
+norm'(d) is the gradient before a normalisation, given that after it. What the weight gradients
+multiply (u, dpre, dx1, dx2) is stored in the operands' dtype; the residual's gradient is fp32.
+The backward's first launch is a STEP_END and HEAD alone, its last a TAIL alone: what a launch
+leaves out, it gets None for.
+"""
+
+import triton
+import triton.language as tl
+
+from looped_fast.kernels.numerics import cast, dot, gelu_and_slope, normalise_backward
+from looped_fast.kernels.row_forward import tile
+
+
+@triton.jit
+def _own(buffer, offsets, mask):
+    # A buffer that is updated in place: rows past the end must not read what another thread writes.
+    return tl.load(buffer + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _through_memory(y, buffer, offsets, mask):
+    # An operand that is read back from memory sits in shared memory, not in registers, during the
+    # loop that multiplies it; weight gradients need it in memory anyway.
+    tl.store(buffer + offsets, cast(y, buffer.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    return tl.load(buffer + offsets)
+
+
+# Slots of one statistic a row start at any multiple of 4 bytes: no reason to compile twice.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf"])
+def row_backward_kernel(
+    dx,  # [N, D] fp32, gradient of the residual; in place
+    dz,  # [N, D] fp32: of a step's output, its part from outside the loop; all of it without TAIL
+    # TAIL
+    weights,  # [12 D D] operand: Wqkv', Wo, Wfc', Wproj of the block that ends
+    d_qkv,  # [N, 3D] operand
+    xhat1,  # [N, D] operand
+    rstd1,  # [N] fp32
+    d_shift,  # [N, D] fp32, or None: sum of what was added to the block's input; in place
+    scale,  # [N, D] fp32, or None: what the block's input was multiplied with, and
+    state,  # [N, D] fp32, or None: that input
+    d_scale,  # [N, D] fp32, or None; in place
+    # STEP_END
+    norm_weight,  # [D] fp32, of the final LayerNorm
+    xhatf,  # [N, D] operand
+    rstdf,  # [N] fp32
+    d_norm,  # out [2, programs, D] fp32: sums over a program's rows, for scale and shift
+    # HEAD
+    next_weights,  # of the block that begins
+    next_biases,  # [9 D] fp32
+    xhat2,  # [N, D] operand
+    rstd2,  # [N] fp32
+    dx2,  # out [N, D] operand
+    hidden,  # out [N, 4D] operand: u
+    d_hidden,  # out [N, 4D] operand: dpre
+    dx1,  # out [N, D] operand
+    d_attention,  # out [N, D] operand
+    N,
+    D: tl.constexpr,
+    TF32: tl.constexpr,
+    ROWS: tl.constexpr,  # of a program
+    HIDDEN_CHUNK: tl.constexpr,  # of the 4D hidden units
+    COLUMNS: tl.constexpr,  # of q, k, v in TAIL, and of d_attention, at a time
+):
+    """See the file's docstring. Grid: [ceil(N / ROWS)]."""
+    TAIL: tl.constexpr = d_qkv is not None
+    STEP_END: tl.constexpr = xhatf is not None
+    HEAD: tl.constexpr = xhat2 is not None
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, D)
+    valid = rows < N
+    rows = tl.minimum(rows, N - 1)  # past the end, the last row again: loads need no mask
+    mask = valid[:, None]
+    offsets = rows[:, None] * D + columns[None, :]
+
+    if TAIL:
+        d = tl.zeros([ROWS, D], tl.float32)
+        for k in range(0, 3 * D, COLUMNS):
+            chunk = rows[:, None] * (3 * D) + (k + tl.arange(0, COLUMNS))[None, :]
+            d = dot(tl.load(d_qkv + chunk), tile(weights, k, COLUMNS, 0, D, D), d, TF32)
+        xhat = tl.load(xhat1 + offsets).to(tl.float32)
+        d = normalise_backward(d, xhat, tl.load(rstd1 + rows), D) + _own(dx, offsets, mask)
+        if d_shift is not None:
+            tl.store(d_shift + offsets, _own(d_shift, offsets, mask) + d, mask=mask)
+        if scale is not None:
+            d_product = _own(d_scale, offsets, mask) + d * tl.load(state + offsets)
+            tl.store(d_scale + offsets, d_product, mask=mask)
+            d *= tl.load(scale + offsets)
+        if dz is not None:
+            d += tl.load(dz + offsets)
+    else:
+        d = _own(dz, offsets, mask)  # which may be dx
+
+    if STEP_END:
+        xhat = tl.load(xhatf + offsets).to(tl.float32)
+        sums = tl.program_id(0) * D + columns
+        tl.store(d_norm + sums, tl.sum(tl.where(mask, d * xhat, 0.0), axis=0))
+        tl.store(d_norm + tl.num_programs(0) * D + sums, tl.sum(tl.where(mask, d, 0.0), axis=0))
+        d *= tl.load(norm_weight + columns)[None, :]
+        d = normalise_backward(d, xhat, tl.load(rstdf + rows), D)
+    tl.store(dx + offsets, d, mask=mask)
+
+    if HEAD:
+        d_out = _through_memory(d, dx2, offsets, mask)
+        xhat = tl.load(xhat2 + offsets)
+        d = tl.zeros([ROWS, D], tl.float32)
+        for c in range(0, 4 * D, HIDDEN_CHUNK):
+            chunk = c + tl.arange(0, HIDDEN_CHUNK)
+            into = tile(next_weights + 4 * D * D, c, HIDDEN_CHUNK, 0, D, D)
+            pre = dot(xhat, tl.trans(into), tl.zeros([ROWS, HIDDEN_CHUNK], tl.float32), TF32)
+            u, slope = gelu_and_slope(pre + tl.load(next_biases + 4 * D + chunk)[None, :])
+            out = tile(next_weights + 8 * D * D, 0, D, c, HIDDEN_CHUNK, 4 * D)
+            d_pre = dot(d_out, out, tl.zeros([ROWS, HIDDEN_CHUNK], tl.float32), TF32) * slope
+            d_pre = cast(d_pre, xhat.dtype)
+            wide = rows[:, None] * (4 * D) + chunk[None, :]
+            tl.store(hidden + wide, cast(u, xhat.dtype), mask=mask)
+            tl.store(d_hidden + wide, d_pre, mask=mask)
+            d = dot(d_pre, into, d, TF32)
+        xhat = tl.load(xhat2 + offsets).to(tl.float32)
+        d = normalise_backward(d, xhat, tl.load(rstd2 + rows), D) + _own(dx, offsets, mask)
+        tl.debug_barrier()  # dx was read by other threads than those that now write it
+        tl.store(dx + offsets, d, mask=mask)
+
+        d = _through_memory(d, dx1, offsets, mask)
+        for c in range(0, D, COLUMNS):
+            out = tile(next_weights + 3 * D * D, 0, D, c, COLUMNS, D)
+            d_heads = dot(d, out, tl.zeros([ROWS, COLUMNS], tl.float32), TF32)
+            chunk = rows[:, None] * D + (c + tl.arange(0, COLUMNS))[None, :]
+            tl.store(d_attention + chunk, cast(d_heads, d.dtype), mask=mask)

@@ -1,0 +1,170 @@
+"""All of a loop step but attention, in one kernel: it is local to a row.
+
+A launch sits between two attentions. It ends one block and begins the next, so that a row's
+residual stays on the chip meanwhile:
+
+    HEAD      x1 = x + attention @ Wo^T + bo
+              x2 = x1 + gelu(norm(x1) @ Wfc'^T + bfc') @ Wproj^T + bproj
+    STEP_END  z = norm(x2) * scale + shift
+    TAIL      x = inject(z, e) + p where a step begins, x2 inside one
+              qkv = norm(x) @ Wqkv'^T + bqkv'
+
+The loop's first launch is a TAIL alone, its last a HEAD and STEP_END alone: what a launch has no
+use for is None. ``Wfc'`` and ``Wqkv'`` carry the LayerNorms' scale and shift, see ``fold.py``.
+"""
+
+import triton
+import triton.language as tl
+
+from looped_fast.kernels.numerics import cast, dot, gelu, statistics
+
+
+@triton.jit
+def tile(matrix, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, COLUMNS] of a row-major ``matrix`` that is WIDTH wide, from (row, column) on."""
+    rows = row + tl.arange(0, ROWS)
+    columns = column + tl.arange(0, COLUMNS)
+    return tl.load(matrix + rows[:, None] * WIDTH + columns[None, :])
+
+
+@triton.jit
+def _add_bias(y, bias):
+    PART: tl.constexpr = y[0].shape[1]
+    total = ()
+    for i in tl.static_range(len(y)):
+        total += (y[i] + tl.load(bias + i * PART + tl.arange(0, PART))[None, :],)
+    return total
+
+
+@triton.jit
+def _norm(y, xhat, rstd, rows, valid, D: tl.constexpr):
+    """norm(y), stored in ``xhat`` and ``rstd``, as the operand of a product.
+
+    It is read back from memory, where the backward needs it anyway: so it sits in shared memory
+    during the loop that multiplies it, and not in registers.
+    """
+    PART: tl.constexpr = y[0].shape[1]
+    mean, r = statistics(y, D)
+    tl.store(rstd + rows, r, mask=valid)
+    for i in tl.static_range(len(y)):
+        part = cast((y[i] - mean[:, None]) * r[:, None], xhat.dtype.element_ty)
+        columns = i * PART + tl.arange(0, PART)
+        tl.store(xhat + rows[:, None] * D + columns[None, :], part, mask=valid[:, None])
+    tl.debug_barrier()
+    return tl.load(xhat + rows[:, None] * D + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def _linear(x, weight, bias, row, OUT: tl.constexpr, TF32: tl.constexpr):
+    """Outputs row .. row + OUT of a layer: x @ weight[rows]^T + bias[rows]. x: [ROWS, D]."""
+    ROWS: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    y = dot(x, tl.trans(tile(weight, row, OUT, 0, D, D)), tl.zeros([ROWS, OUT], tl.float32), TF32)
+    return y + tl.load(bias + row + tl.arange(0, OUT))[None, :]
+
+
+@triton.jit
+def _add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
+    """y + x @ weight[:, column : column + IN]^T, with x [ROWS, IN] and a weight WIDTH wide."""
+    PART: tl.constexpr = y[0].shape[1]
+    total = ()
+    for i in tl.static_range(len(y)):
+        part = tile(weight, i * PART, PART, column, x.shape[1], WIDTH)
+        total += (dot(x, tl.trans(part), y[i], TF32),)
+    return total
+
+
+# Slots of one statistic a row start at any multiple of 4 bytes: no reason to compile twice.
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf"])
+def row_forward_kernel(
+    x,  # [N, D] fp32, the residual; in place
+    # HEAD
+    attention,  # [N, D] operand
+    weights,  # [12 D D] operand: Wqkv', Wo, Wfc', Wproj of the block that ends
+    biases,  # [9 D] fp32
+    xhat2,  # out [N, D] operand
+    rstd2,  # out [N] fp32
+    # STEP_END
+    norm_weight,  # [D] fp32, of the final LayerNorm
+    norm_bias,
+    xhatf,  # out [N, D] operand; may be None
+    rstdf,  # out [N] fp32; may be None
+    state,  # [N, D] fp32: z, an output of STEP_END, which may be None; the input of a TAIL alone
+    # TAIL
+    scale,  # [N, D] fp32, or None: what the block's input is multiplied with, and
+    shift,  # [N, D] fp32, or None: what is added to it
+    next_weights,  # of the block that begins
+    next_biases,
+    xhat1,  # out [N, D] operand
+    rstd1,  # out [N] fp32
+    qkv,  # out [N, 3D] operand
+    N,
+    D: tl.constexpr,
+    TF32: tl.constexpr,
+    ROWS: tl.constexpr,  # of a program
+    HIDDEN_CHUNK: tl.constexpr,  # of the 4D hidden units, and of D in the output projection
+    COLUMNS: tl.constexpr,  # of q, k, v at a time
+):
+    """See the file's docstring. Grid: [ceil(N / ROWS)]."""
+    HEAD: tl.constexpr = attention is not None
+    STEP_END: tl.constexpr = norm_weight is not None
+    TAIL: tl.constexpr = qkv is not None
+    # A row is a tuple of parts, so many columns each: what is done to one part is over before the
+    # next one's turn, and takes registers for a part only. Wider than high, or tensor cores of
+    # sm_80 would do chained products twice over.
+    PART: tl.constexpr = min(D, 128 if ROWS >= 64 else 64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = rows < N
+    mask = valid[:, None]
+    rows = tl.minimum(rows, N - 1)  # past the end, the last row again: loads need no mask
+    columns = tl.arange(0, PART)
+    offsets = rows[:, None] * D + columns[None, :]
+
+    y = ()
+    for i in tl.static_range(D // PART):
+        y += (tl.load((x if HEAD else state) + i * PART + offsets),)
+
+    if HEAD:
+        y = _add_bias(y, biases + 3 * D)
+        for c in range(0, D, HIDDEN_CHUNK):
+            chunk = rows[:, None] * D + (c + tl.arange(0, HIDDEN_CHUNK))[None, :]
+            y = _add_product(y, tl.load(attention + chunk), weights + 3 * D * D, c, D, TF32)
+        xhat = _norm(y, xhat2, rstd2, rows, valid, D)
+        y = _add_bias(y, biases + 8 * D)
+        for c in range(0, 4 * D, HIDDEN_CHUNK):
+            hidden = _linear(xhat, weights + 4 * D * D, biases + 4 * D, c, HIDDEN_CHUNK, TF32)
+            hidden = cast(gelu(hidden), xhat2.dtype.element_ty)
+            y = _add_product(y, hidden, weights + 8 * D * D, c, 4 * D, TF32)
+
+    if STEP_END:
+        mean, rstd = statistics(y, D)
+        if rstdf is not None:
+            tl.store(rstdf + rows, rstd, mask=valid)
+        z = ()
+        for i in tl.static_range(D // PART):
+            part = (y[i] - mean[:, None]) * rstd[:, None]
+            if xhatf is not None:
+                rounded = cast(part, xhatf.dtype.element_ty)
+                tl.store(xhatf + i * PART + offsets, rounded, mask=mask)
+            part *= tl.load(norm_weight + i * PART + columns)[None, :]
+            part += tl.load(norm_bias + i * PART + columns)[None, :]
+            if state is not None:
+                tl.store(state + i * PART + offsets, part, mask=mask)
+            z += (part,)
+        y = z
+
+    if TAIL:
+        inputs = ()
+        for i in tl.static_range(D // PART):
+            part = y[i]
+            if scale is not None:
+                part *= tl.load(scale + i * PART + offsets)
+            if shift is not None:
+                part += tl.load(shift + i * PART + offsets)
+            tl.store(x + i * PART + offsets, part, mask=mask)
+            inputs += (part,)
+        xhat = _norm(inputs, xhat1, rstd1, rows, valid, D)
+        for c in range(0, 3 * D, COLUMNS):
+            out = _linear(xhat, next_weights, next_biases, c, COLUMNS, TF32)
+            chunk = rows[:, None] * (3 * D) + (c + tl.arange(0, COLUMNS))[None, :]
+            tl.store(qkv + chunk, cast(out, qkv.dtype.element_ty), mask=mask)

@@ -1,0 +1,229 @@
+"""Tile sizes, warps and pipeline stages of the kernels: which there are, and which is fastest here.
+
+The candidates are those that ``python -m benchmarks.compile_report`` found good for an
+architecture (``candidates.json``). On a GPU the first use times them on the real arguments and
+keeps the fastest on disk; everywhere else, and where results must not depend on timing, the first
+candidate is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut into programs and compiled; a tile that a kernel has no use for is 0."""
+
+    rows: int  # rows (attention: queries) of one program
+    hidden_chunk: int = 0  # hidden units (of 4D) worked on at a time
+    columns: int = 0  # output columns (attention: keys) worked on at a time
+    num_warps: int = 4
+    num_stages: int = 2  # of the software pipeline that loads operands
+
+    def astuple(self) -> tuple[int, ...]:
+        """As JSON has it; ``Config(*values)`` is the way back."""
+        return astuple(self)
+
+    def tiles(self, parameters: Sequence[str]) -> dict[str, int]:
+        """The tile sizes among a kernel's ``parameters``, as its constexprs."""
+        named = {
+            "ROWS": self.rows, "HIDDEN_CHUNK": self.hidden_chunk, "COLUMNS": self.columns,
+        }  # fmt: skip
+        return {name: size for name, size in named.items() if name in parameters}
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, ...; of a CPU, where the interpreter runs, ``"sm_80"``."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def operand_precision(dtype: torch.dtype) -> str:
+    """What ``dtype`` operands are multiplied in: ``bf16``, ``fp16``, ``fp32``, or ``tf32``.
+
+    ``tf32`` where PyTorch's own float32 products on GPUs are: ``torch.backends.cuda.matmul``.
+    """
+    if dtype != torch.float32:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, where allow_tf32 may raise
+        return "tf32" if matmul.fp32_precision == "tf32" else "fp32"
+    return "tf32" if matmul.allow_tf32 else "fp32"
+
+
+# Those that are not compiled for here: the nearest with no more shared memory.
+_LIKE = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
+
+
+@functools.cache
+def _all_candidates() -> dict[str, dict[str, dict[str, list[list[int]]]]]:
+    return json.loads(Path(__file__).with_name("candidates.json").read_text())
+
+
+@functools.cache
+def candidates(kernel: str, arch: str, width: int, precision: str) -> tuple[Config, ...]:
+    """Configurations of a kernel that suit an architecture, the most promising first.
+
+    Args:
+        kernel: name of the kernel.
+        arch: as ``architecture`` gives it; one unknown to the compile report gets what suits
+            ``sm_89``, which has the least shared memory.
+        width: D; of an attention kernel, head_dim.
+        precision: operands of matrix products, as ``operand_precision`` gives it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    of_arch = _all_candidates()[kernel]
+    arch = _LIKE.get(arch, arch)
+    suited = of_arch[arch if arch in of_arch else "sm_89"]
+    if not (found := suited.get(f"{width} {precision}")):
+        raise ValueError(
+            f"no configuration of {kernel} is good on {arch} at width {width} in {precision}; "
+            f"use another precision, or another backend"
+        )
+    return tuple(Config(*values) for values in found)
+
+
+_chosen: dict[tuple[Any, ...], Config] = {}  # in this process
+
+
+def choose(
+    kernel: Any,
+    *,
+    width: int,
+    precision: str,
+    n_rows: int,
+    device: torch.device,
+    run: Callable[[Config], None],
+    in_place: Sequence[Tensor] = (),
+) -> Config:
+    """The configuration to launch ``kernel`` with.
+
+    On a GPU, the fastest of ``candidates``: timed once and then kept for ``n_rows`` (rounded up to
+    a power of two) under the user's cache folder. The first candidate instead, and no timing: off
+    a GPU, under ``torch.use_deterministic_algorithms(True)``, and where a CUDA graph is being
+    captured before any choice was kept.
+
+    Args:
+        kernel: the ``@triton.jit`` function.
+        width: D; of an attention kernel, head_dim.
+        precision: operands of matrix products, as ``operand_precision`` gives it.
+        n_rows: rows N of the problem.
+        device: where it runs.
+        run: launches the kernel on the real arguments with a configuration.
+        in_place: tensors that ``kernel`` updates; given back as they were.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return candidates(kernel.__name__, architecture(device), width, precision)[0]
+    size = 1 << (n_rows - 1).bit_length()
+    here = (kernel.__name__, width, precision, size, device)
+    if here not in _chosen:
+        options = candidates(kernel.__name__, architecture(device), width, precision)
+        name = torch.cuda.get_device_name(device)
+        versions = f"triton {metadata.version('triton')}/{source_hash(kernel)}"
+        key = f"{name}/{versions}/{kernel.__name__}/{width}/{precision}/{size}"
+        kept = _load().get(key)
+        if kept is None and torch.cuda.is_current_stream_capturing():
+            return options[0]
+        if kept is None:
+            kept = fastest(options, run, in_place, _milliseconds)
+            logger.info("%s: %s", key, kept)
+            _save(key, kept)
+        _chosen[here] = kept
+    return _chosen[here]
+
+
+def fastest(
+    options: Sequence[Config],
+    run: Callable[[Config], None],
+    in_place: Sequence[Tensor],
+    milliseconds: Callable[[Callable[[], None]], float],
+) -> Config:
+    """The configuration whose ``run`` takes the fewest ``milliseconds``; the first among equals."""
+    before = [tensor.clone() for tensor in in_place]
+    try:
+        return min(options, key=lambda config: milliseconds(lambda: run(config)))
+    finally:
+        for tensor, copy in zip(in_place, before, strict=True):
+            tensor.copy_(copy)
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=5, rep=20, return_mode="median")
+
+
+@functools.cache
+def source_hash(kernel: Any) -> str:
+    """Of a ``@triton.jit`` function and all that it calls: their code, not layout or comments."""
+    found: dict[str, str] = {}
+
+    def visit(function: Any) -> None:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
+        found[function.__name__] = ast.unparse(tree)
+        for name in function.fn.__code__.co_names:
+            value = function.fn.__globals__.get(name)
+            if hasattr(value, "fn"):
+                if value.__name__ not in found:
+                    visit(value)
+            elif isinstance(getattr(value, "value", None), int | float):  # a global constexpr
+                found[name] = repr(value.value)
+
+    visit(kernel)
+    # Whether a kernel is interpreted is no part of its source.
+    found.pop("INTERPRET", None)
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cache_file() -> Path:
+    """Where choices are kept: under ``$XDG_CACHE_HOME``, or ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "looped_fast", "tuning.json")
+
+
+def _load() -> dict[str, Config]:
+    names = {field.name for field in fields(Config)}
+    try:
+        kept = json.loads(cache_file().read_text())
+        return {key: Config(**value) for key, value in kept.items() if set(value) == names}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        logger.warning("can't read %s, tuning afresh: %s", cache_file(), error)
+        return {}
+
+
+def _save(key: str, config: Config) -> None:
+    path = cache_file()
+    kept = {name: asdict(value) for name, value in (_load() | {key: config}).items()}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(kept, indent=1, sort_keys=True))
+        temporary.replace(path)
+    except OSError as error:
+        logger.warning("can't keep the choice of configuration in %s: %s", path, error)

@@ -1,0 +1,104 @@
+"""Gradients of a block's weights, over many steps of the loop at once.
+
+    y = x @ W^T + b:    dW = sum over steps and rows of dy^T x        db = sum of dy
+
+A block has the same weights in every step, so the sum over steps is one long sum over rows: one
+library matrix product per weight. What it multiplies is kept for a chunk of steps (``Outputs``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from looped_fast.kernels.history import History
+from looped_fast.reference import Block
+
+# Of the gradients kept for the matrix products. At this size they are long enough to run at the
+# library's full speed.
+CHUNK_BYTES = 2**30
+
+
+class Outputs(NamedTuple):
+    """Gradients of what the blocks' weights produce in C steps; the dtype is the operands'."""
+
+    d_qkv: Tensor  # [L, C, N, 3D]
+    dx1: Tensor  # [L, C, N, D]: of the residual after attention
+    d_hidden: Tensor  # [L, C, N, 4D]: of the hidden units before GELU
+    hidden: Tensor  # [L, C, N, 4D]: u, the hidden units after it
+    dx2: Tensor  # [L, C, N, D]: of the residual after the MLP
+
+
+_WIDTHS = (3, 1, 4, 4, 1)  # of Outputs, in multiples of D
+
+
+def empty_outputs(xhat1: Tensor, n_layer: int, steps: int) -> Outputs:
+    """Room for ``steps`` steps of the loop; ``xhat1`` [..., N, D] gives N, D, dtype and device."""
+    N, D = xhat1.shape[-2:]
+    return Outputs(*(xhat1.new_empty(n_layer, steps, N, width * D) for width in _WIDTHS))
+
+
+def steps_per_chunk(xhat1: Tensor, window: int) -> int:
+    """How many steps' ``Outputs`` fit in ``CHUNK_BYTES``, 1 .. window; ``xhat1``: [L W, N, D]."""
+    step_bytes = sum(_WIDTHS) * xhat1.numel() // window * xhat1.element_size()
+    return max(1, min(CHUNK_BYTES // step_bytes, window))
+
+
+def folded_gradients(outputs: Outputs, inputs: History) -> list[Tensor]:
+    """Gradients of the folded weights, summed over some steps.
+
+    Args:
+        outputs: gradients of the products' results in those steps; may have room for more.
+        inputs: activations in those steps, each [L, steps, N, ...].
+
+    Returns:
+        fp32, eight per block: dWqkv', dbqkv', dWo, dbo, dWfc', dbfc', dWproj, dbproj.
+    """
+    steps = inputs.xhat1.shape[1]
+    pairs = (
+        (outputs.d_qkv, inputs.xhat1),
+        (outputs.dx1, inputs.attention),
+        (outputs.d_hidden, inputs.xhat2),
+        (outputs.dx2, outputs.hidden),
+    )
+    grads = []
+    for block in range(len(inputs.xhat1)):
+        for pair in pairs:
+            dy, x = (t[block, :steps].flatten(0, 1) for t in pair)  # [steps N, out], [.., in]
+            grads += [_product(dy, x), dy.sum(0, dtype=torch.float32)]
+    return grads
+
+
+def _product(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T @ x in fp32: the operands' dtype would round every chunk's sum."""
+    if dy.dtype == torch.float32:
+        return dy.T @ x
+    if dy.device.type == "cpu":  # interpreted: CPUs have no product with a result in fp32
+        return dy.T.float() @ x.float()
+    return torch.mm(dy.T, x, out_dtype=torch.float32)
+
+
+def unfold(block: Block, folded: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of a block's parameters, in their order, given those of its folded weights.
+
+        W' = W * scale, b' = b + W @ shift:   dW = dW' * scale + outer(db', shift)
+        dscale = column sums of W * dW'       dshift = W^T @ db'           db = db'
+
+    Args:
+        block: the parameters.
+        folded: the block's 8 of ``folded_gradients``.
+    """
+
+    def through(weight, scale, shift, d_weight, d_bias):
+        column = d_bias[:, None]
+        d_scale, d_shift = (weight * d_weight).sum(0), (weight * column).sum(0)
+        return d_scale, d_shift, d_weight * scale + column * shift, d_bias
+
+    d_qkv, d_out, d_fc, d_proj = folded[0:2], folded[2:4], folded[4:6], folded[6:8]
+    return [
+        *through(block.c_attn_weight, block.ln_1_weight, block.ln_1_bias, *d_qkv), *d_out,
+        *through(block.c_fc_weight, block.ln_2_weight, block.ln_2_bias, *d_fc), *d_proj,
+    ]  # fmt: skip

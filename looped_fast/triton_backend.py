@@ -1,0 +1,276 @@
+"""The GPU backend: the Triton kernels of ``kernels/``, as differentiable ops.
+
+``looped_fast::triton_loop_forward`` and ``triton_loop_backward`` are registered when the backend
+is first asked about, so that importing the package needs no Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from looped_fast.reference import AUTOCAST_DTYPES
+
+if TYPE_CHECKING:
+    from looped_fast.backends import Problem
+
+MIN_TRITON = "3.6"
+WIDTHS = (64, 128, 256, 512)
+HEAD_DIMS = (16, 32, 64)
+MIN_CAPABILITY = (8, 0)
+MIN_TORCH = "2.8"  # has products of bf16 and fp16 matrices with a result in fp32
+MAX_ELEMENTS = 2**31  # kernels index with 32 bits
+
+
+@functools.cache
+def _why_not_installed() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install 'looped_fast[triton]', on Linux)"
+    return None
+
+
+def why_not_loaded() -> str | None:
+    """Import Triton and register the kernels' ops, once; the reason where that can't be."""
+    if reason := _why_not_installed():
+        return reason
+    import triton
+
+    if TorchVersion(triton.__version__) < MIN_TRITON:
+        return f"Triton is {triton.__version__}; {MIN_TRITON} or later is needed"
+    _register()
+    return None
+
+
+def _interpreting() -> bool:
+    # As Triton will see it, without the second that importing it takes.
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_tensors(device: str, dtype: torch.dtype, width: int) -> str | None:
+    """What stands against any kernel on tensors of such a device, dtype and width D; or None."""
+    if device not in ("cpu", "cuda"):
+        return f"tensors are on {device}"
+    if device == "cpu" and not _interpreting():
+        return _why_not_installed() or (
+            "tensors are on the CPU; move them to a GPU, or for a test set TRITON_INTERPRET=1 "
+            "before Python starts"
+        )
+    if reason := why_not_loaded():
+        return reason
+    if device == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    if device == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability()
+        if capability < MIN_CAPABILITY:
+            return f"it needs compute capability {MIN_CAPABILITY}, this GPU has {capability}"
+    if device == "cuda" and torch.__version__ < MIN_TORCH:
+        return f"it needs PyTorch {MIN_TORCH} or later, not {torch.__version__}"
+    if dtype != torch.float32:
+        return f"it takes float32 tensors, not {dtype}"
+    if width not in WIDTHS:
+        return f"D = {width} is not one of {WIDTHS}"
+    return None
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the kernels can't run ``problem``; None where they can."""
+    D, head_dim = problem.n_embd, problem.n_embd // problem.n_heads
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim = {head_dim} is not one of {HEAD_DIMS}"
+    if (elements := problem.batch * problem.seq_len * 4 * D) >= MAX_ELEMENTS:
+        return f"{elements} hidden activations (B S 4D) are not below 2^31; use smaller batches"
+    if reason := why_not_tensors(problem.device, problem.dtype, D):
+        return reason
+    if problem.precision == "fp32" and D == 512 and _has_little_shared_memory(problem):
+        return (
+            f"fp32 at D = {D} does not fit in the 99 KiB of shared memory that a block has on "
+            f"this GPU; bf16 and fp16 do"
+        )
+    return None
+
+
+def _has_little_shared_memory(problem: Problem) -> bool:
+    """99 KiB to a block, where other GPUs have 163 or more."""
+    if problem.device != "cuda" or torch.version.hip:
+        return False
+    major, minor = torch.cuda.get_device_capability()
+    return (major, minor) in ((8, 6), (8, 9)) or major == 12
+
+
+def loop(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    injection: str,
+    precision: str,
+    checkpoint: str,
+    attention: str,
+) -> Tensor:
+    """``ops.loop`` in Triton kernels: arguments and result are its; ``attention`` is chosen."""
+    tensors = (embeddings, positions, state, *weights)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    save_activations = needs_grad and checkpoint == "none"
+    # The state before the window is an argument where the window covers every step.
+    save_start = needs_grad and window < n_loops
+    save_start = save_start and (checkpoint == "state" or injection == "mul")
+    states, *_ = torch.ops.looped_fast.triton_loop_forward(
+        embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
+        precision, attention, save_activations, save_start,
+    )  # fmt: skip
+    return states
+
+
+def _operand(precision: str) -> torch.dtype:
+    return AUTOCAST_DTYPES[precision] or torch.float32
+
+
+def _forward(
+    embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
+    attention, save_activations, save_start,
+):  # fmt: skip
+    from looped_fast.kernels.forward import loop_forward
+
+    states, history = loop_forward(
+        embeddings.contiguous(), positions.contiguous(), state.contiguous(),
+        [w.contiguous() for w in weights], n_heads, n_loops, window, injection,
+        _operand(precision), attention, save_activations, save_start,
+    )  # fmt: skip
+    return states, *history
+
+
+def _forward_fake(
+    embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
+    attention, save_activations, save_start,
+):  # fmt: skip
+    from looped_fast.kernels.history import empty_history
+
+    history = empty_history(
+        embeddings, len(weights) // 12, n_heads, window, _operand(precision), save_activations,
+        save_start,
+    )  # fmt: skip
+    return embeddings.new_empty((window, *embeddings.shape)), *history
+
+
+def _backward_op(
+    grad_states, states, history, embeddings, positions, state, weights, n_heads, n_loops, window,
+    injection, attention,
+):  # fmt: skip
+    from looped_fast.kernels.backward import loop_backward
+    from looped_fast.kernels.history import History
+
+    # A backward may run inside an autocast that its forward was not in.
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return loop_backward(
+            grad_states.contiguous(), states, History(*history), embeddings.contiguous(),
+            positions.contiguous(), state.contiguous(), [w.contiguous() for w in weights], n_heads,
+            n_loops, window, injection, attention,
+        )  # fmt: skip
+
+
+def _backward_fake(
+    grad_states, states, history, embeddings, positions, state, weights, n_heads, n_loops, window,
+    injection, attention,
+):  # fmt: skip
+    def empty(like: Tensor, wanted: bool = True) -> Tensor:
+        return like.new_empty(like.shape if wanted else (0,))
+
+    grads = [empty(embeddings, injection != "none"), empty(positions)]
+    return [*grads, empty(state, window == n_loops), *(empty(w) for w in weights)]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    embeddings, positions, state, weights, *settings, _, _ = inputs
+    ctx.n_outputs = len(output)
+    ctx.save_for_backward(*output, embeddings, positions, state, *weights)
+    ctx.settings = settings
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_states, *_):
+    n_settings = 8  # n_heads .. attention, save_activations, save_start
+    if grad_states is None:
+        return (None,) * (4 + n_settings)
+    states, *history = ctx.saved_tensors[: ctx.n_outputs]
+    embeddings, positions, state, *weights = ctx.saved_tensors[ctx.n_outputs :]
+    n_heads, n_loops, window, injection, _, attention = ctx.settings
+    grads = torch.ops.looped_fast.triton_loop_backward(
+        grad_states, states, history, embeddings, positions, state, weights, n_heads, n_loops,
+        window, injection, attention,
+    )  # fmt: skip
+    d_embeddings = None if injection == "none" else grads[0]
+    d_state = grads[2] if window == n_loops else None
+    return d_embeddings, grads[1], d_state, grads[3:], *(None,) * n_settings
+
+
+def _read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from looped_fast.kernels.read_in import read_in
+
+    return read_in(*(t.contiguous() for t in (xs, ys, weight, bias)))
+
+
+def _read_in_fake(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return xs.new_empty((xs.shape[0], 2 * xs.shape[1], len(weight)))
+
+
+def _save_read_in(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _read_in_backward(ctx, grad):
+    xs, ys, weight = ctx.saved_tensors
+    of_x, of_y = grad[:, ::2], grad[:, 1::2]  # [B, n, D]
+    with torch.autocast(grad.device.type, enabled=False):
+        d_weight = torch.einsum("bno,bni->oi", of_x, xs)
+        d_first = torch.einsum("bno,bn->o", of_y, ys)  # y is in coordinate 0
+        d_weight = torch.cat([d_weight[:, :1] + d_first[:, None], d_weight[:, 1:]], dim=1)
+        return of_x @ weight, of_y @ weight[:, 0], d_weight, grad.sum((0, 1))
+
+
+@functools.cache
+def _register() -> torch.library.Library:
+    from looped_fast.kernels.history import History
+
+    tensors = "Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights"
+    settings = "int n_heads, int n_loops, int window, str injection"
+    outputs = ", ".join(["Tensor"] * (1 + len(History._fields)))
+    library, name = (
+        torch.library.Library("looped_fast", "FRAGMENT"),
+        "looped_fast::triton_loop_forward",
+    )
+    library.define(
+        f"triton_loop_forward({tensors}, {settings}, str precision, str attention, "
+        f"bool save_activations, bool save_start) -> ({outputs})"
+    )
+    library.define(
+        f"triton_loop_backward(Tensor grad_states, Tensor states, Tensor[] history, {tensors}, "
+        f"{settings}, str attention) -> Tensor[]"
+    )
+    for key in ("CPU", "CUDA"):
+        library.impl("triton_loop_forward", _forward, key)
+        library.impl("triton_loop_backward", _backward_op, key)
+    name = "looped_fast::triton_loop_forward"
+    torch.library.register_fake(name, _forward_fake, lib=library)
+    torch.library.register_fake("looped_fast::triton_loop_backward", _backward_fake, lib=library)
+    torch.library.register_autograd(name, _backward, setup_context=_setup_context, lib=library)
+
+    library.define("triton_read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias) -> Tensor")
+    for key in ("CPU", "CUDA"):
+        library.impl("triton_read_in", _read_in, key)
+    name = "looped_fast::triton_read_in"
+    torch.library.register_fake(name, _read_in_fake, lib=library)
+    torch.library.register_autograd(
+        name, _read_in_backward, setup_context=_save_read_in, lib=library
+    )
+    return library  # whose registrations last as long as it does

@@ -1,0 +1,67 @@
+"""The attention kernels, interpreted, against formulas; their machine code: compile report."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import by_formula, check, inputs, provided
+from conftest import FP32_EPS, relative_error
+
+pytest.importorskip("triton")
+
+from looped_fast.kernels import attention, tuning
+from looped_fast.kernels.launch import recording
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("B", "S", "n_heads", "head_dim"),
+    [(2, 22, 2, 16), (1, 41, 1, 32), (1, 16, 1, 64), (3, 1, 1, 16)],
+)
+def test_forward_and_gradients_are_as_good_as_plain_pytorch(B, S, n_heads, head_dim, precision):
+    check(attention, *inputs(B, S, n_heads, head_dim, precision), n_heads)
+
+
+@pytest.mark.parametrize(
+    "tiles", sorted({(c.rows, c.columns) for c in tuning.candidates(
+        "attention_backward_kernel", "sm_80", 32, "bf16")})
+)  # fmt: skip
+def test_every_tile_size_gives_the_same(tiles, monkeypatch):
+    rows, columns = tiles
+    config = tuning.Config(rows, columns=columns)
+    monkeypatch.setattr(tuning, "choose", lambda *args, **kwargs: config)
+    check(attention, *inputs(1, 37, 1, 16, "bf16"), 1)
+
+
+def test_large_scores_do_not_overflow():
+    qkv, d_out = inputs(1, 22, 1, 16, "fp32")
+    qkv[..., :16] *= 300  # scores reach hundreds: their exponentials would not fit
+    check(attention, qkv, d_out, 1)
+
+
+def test_the_log_sum_exp_is_natural_and_exact_to_fp32():
+    qkv, d_out = inputs(2, 37, 1, 32, "bf16")
+    exact = by_formula(qkv.double(), 1)[1]
+    assert relative_error(provided(attention, qkv, d_out, 1)["lse"], exact) <= 2 * FP32_EPS
+
+
+def test_a_token_does_not_see_later_ones():
+    qkv, d_out = inputs(1, 22, 1, 16, "fp32")
+    changed, d_early = qkv.clone(), d_out.clone()
+    changed[:, 9:] = torch.randn_like(changed[:, 9:])
+    d_early[:, 9:] = 0
+    first = provided(attention, qkv, d_early, 1)
+    second = provided(attention, changed, d_early, 1)
+    for name in ("out", "dq", "dk", "dv"):
+        torch.testing.assert_close(first[name][:, :9], second[name][:, :9], rtol=0, atol=0)
+    assert (first["dk"][:, 9:] == 0).all()
+
+
+def test_forward_and_backward_are_one_launch_each():
+    qkv, d_out = inputs(2, 70, 2, 16, "bf16")
+    with recording(execute=False) as launches:
+        provided(attention, qkv, d_out, 2)
+    names = [launch.name for launch in launches]
+    assert names == ["attention_forward_kernel", "attention_backward_kernel"]
+    for launch in launches:
+        assert launch.grid == (2 * 2, -(-70 // launch.config.rows))
