@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import prompt, small_model
 
 from looped_fast import evaluation
 from looped_fast.baselines import least_squares, zero
-from looped_fast.evaluation import evaluation_batches, model_errors, position_errors
+from looped_fast.evaluation import (
+    bootstrap_curve,
+    evaluation_batches,
+    loop_errors,
+    model_errors,
+    model_predictor,
+    position_errors,
+    prompt_errors,
+)
 from looped_fast.tasks import TASKS, make_task, sample_batch
 
 
@@ -91,3 +100,65 @@ def test_the_size_of_chunks_changes_prompts_but_not_their_distribution(monkeypat
     monkeypatch.setattr(evaluation, "_CHUNK", 100)
     small = position_errors(least_squares, task, batches(task, 1000))
     torch.testing.assert_close(small, large, rtol=0.5, atol=1e-6)
+
+
+def test_errors_of_prompts_average_to_those_of_positions():
+    task = make_task("relu_2nn", 3, hidden=4)
+    errors = prompt_errors(least_squares, task, batches(task, 300))
+    assert errors.shape == (300, 6)
+    assert torch.equal(errors.mean(0), position_errors(least_squares, task, batches(task, 300)))
+
+
+@pytest.mark.parametrize("state_bytes", [1, 10_000, 2**28])
+def test_all_loop_counts_come_out_of_one_run_of_the_loop(state_bytes, monkeypatch):
+    """However few prompts fit into memory at once."""
+    monkeypatch.setattr(evaluation, "_STATE_BYTES", state_bytes)
+    model, task = small_model(), make_task("lr", 3)
+    errors = loop_errors(model, task, batches(task, 7), [9, 3, 5])
+    assert errors.shape == (3, 7, 6)
+    for n_loops, error in zip([9, 3, 5], errors, strict=True):
+        alone = prompt_errors(model_predictor(model, n_loops), task, batches(task, 7))
+        torch.testing.assert_close(error.double(), alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [[], [0, 3]])
+def test_loop_counts_start_at_one(counts):
+    task = make_task("lr", 3)
+    with pytest.raises(ValueError, match="at least 1"):
+        loop_errors(small_model(), task, batches(task, 2), counts)
+
+
+def test_a_model_is_asked_queries_in_place_of_its_points():
+    model = small_model()
+    (xs, ys), queries = prompt(B=4, n=6), torch.randn(4, 6, 3)
+    predict = model_predictor(model, 4)
+    answers = predict(xs, ys, queries)
+    for i in range(6):
+        asked = xs.clone()
+        asked[:, i] = queries[:, i]
+        torch.testing.assert_close(answers[:, i], predict(asked, ys)[:, i], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predict(xs, ys, xs), predict(xs, ys), rtol=1e-4, atol=1e-5)
+
+
+def test_the_bootstrap_band_is_that_of_resampled_means():
+    """Against the plain procedure, one trial after the other; both are random."""
+    errors = torch.randn(200, 3).exp()
+    curve = bootstrap_curve(errors, seed=0)
+    generator = np.random.default_rng(1)
+    means = np.stack([errors[generator.integers(200, size=200)].mean(0) for _ in range(4000)])
+    low, high = np.quantile(means, (0.05, 0.95), axis=0)
+    width = high - low
+    np.testing.assert_allclose(curve.mean, errors.mean(0), rtol=1e-6)
+    assert (np.abs(np.array(curve.low) - low) < 0.1 * width).all()
+    assert (np.abs(np.array(curve.high) - high) < 0.1 * width).all()
+
+
+def test_the_bootstrap_repeats_and_depends_on_its_seed():
+    errors = torch.rand(30, 2)
+    assert bootstrap_curve(errors, seed=3) == bootstrap_curve(errors, seed=3)
+    assert bootstrap_curve(errors, seed=3) != bootstrap_curve(errors, seed=4)
+
+
+def test_too_few_prompts_for_a_band_are_an_error():
+    with pytest.raises(ValueError, match=r"19 prompts are too few.*at least 20"):
+        bootstrap_curve(torch.rand(19, 2), seed=0)

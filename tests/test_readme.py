@@ -18,7 +18,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["api", "accelerate", "official"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["api", "trained", "accelerate", "official"])
 def test_the_examples_run(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
@@ -34,5 +34,5 @@ def test_the_commands_parse(command):
 
 
 def test_there_are_examples_and_commands():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     assert len(COMMANDS) == 6

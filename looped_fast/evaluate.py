@@ -1,0 +1,292 @@
+"""Evaluate trained models: ``python -m looped_fast.evaluate runs/lr-looped-small-...``.
+
+Writes numbers (JSON, CSV) and figures (PNG, PDF) of the squared error at every in-context
+position against the baselines of the official figure, and over loop counts far beyond training;
+with ``--ood``, of a sweep over prompts from other distributions. ``--help`` lists all settings.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+import looped_fast
+from looped_fast import figures
+from looped_fast.baselines import QUICK_BASELINES, Baseline, figure_baselines
+from looped_fast.checkpoint import CheckpointError
+from looped_fast.distributions import SHIFTS, shifted_prompts
+from looped_fast.evaluation import (
+    MIN_PROMPTS,
+    Curve,
+    bootstrap_curve,
+    evaluation_batches,
+    loop_errors,
+    model_predictor,
+    prompt_errors,
+)
+from looped_fast.report import error_table
+from looped_fast.runs import Run, load_run
+from looped_fast.tasks import Batch, DecisionTree, Task
+
+_VERSIONS = ("torch", "numpy", "scikit-learn", "xgboost", "numba")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Evaluate trained models on held-out prompts, with baselines."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs, checkpoints, or pretrained names such as lr-small; of one task."""
+    ood: bool = False
+    """Sweep over prompts from other distributions instead."""
+    prompts: int = 1280
+    """Held-out prompts."""
+    seed: int = 0
+    """Of prompts and bootstrap."""
+    points: int | None = None
+    """In-context points n of a prompt; none: as many as at the end of training."""
+    loops: int | None = None
+    """Loop steps of looped models where positions are compared; none: the trained b."""
+    max_loops: int = 500
+    """Last loop step of the figure over loop counts; 0: no such figure."""
+    loop_prompts: int = 256
+    """Prompts of the figure over loop counts."""
+    baselines: Literal["figure", "quick", "none"] = "figure"
+    """figure: those of the official figure (minutes); quick: those of seconds; or none."""
+    out: Path = Path("evaluation")
+    """Folder to write to; files of an earlier evaluation are replaced."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto: a GPU where there is one."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    try:
+        command = tyro.cli(Command, args=args, prog="python -m looped_fast.evaluate")
+        evaluate(command)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def evaluate(command: Command) -> dict[str, Any]:
+    """Do what the command says; returns what it wrote as JSON.
+
+    Raises:
+        FileNotFoundError: no such run.
+        ValueError: runs of different tasks, or settings that do not fit.
+        RuntimeError: a baseline needs a package that is not installed.
+    """
+    _check(command)
+    runs = load_runs(command.runs, command.device)
+    n_points = command.points or min(run.config.n_points for run in runs)
+    for run in runs:
+        if n_points > run.config.n_positions:
+            raise ValueError(
+                f"points = {n_points} exceeds the {run.config.n_positions} positions of "
+                f"{run.name}; lower --points"
+            )
+    command.out.mkdir(parents=True, exist_ok=True)
+    results = provenance(command, runs)
+    if command.ood:
+        results["shifts"] = evaluate_shifts(command, runs, n_points)
+    else:
+        results["positions"] = evaluate_positions(command, runs, n_points)
+        looped = [run for run in runs if run.config.model == "looped"]
+        if looped and command.max_loops:
+            results["loops"] = evaluate_loops(command, looped, n_points)
+    path = command.out / ("ood.json" if command.ood else "evaluation.json")
+    path.write_text(json.dumps(results, indent=1))
+    print(f"\nnumbers and figures: {command.out}")
+    return results
+
+
+def _check(command: Command) -> None:
+    for name in ("prompts", "loop_prompts"):
+        if getattr(command, name) < MIN_PROMPTS:
+            raise ValueError(
+                f"{name} = {getattr(command, name)}: at least {MIN_PROMPTS} are needed for a "
+                f"5-95 % bootstrap band"
+            )
+    for name, least in (("seed", 0), ("max_loops", 0), ("loops", 1), ("points", 2)):
+        value = getattr(command, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} = {value}: at least {least} is needed")
+
+
+def load_runs(sources: tuple[str, ...], device: str) -> list[Run]:
+    """The runs, each with a name of its own.
+
+    Raises:
+        FileNotFoundError: no such run.
+        ValueError: none is given, or they are of different tasks.
+    """
+    if not sources:
+        raise ValueError("no run is given; name folders of runs, or pretrained models")
+    runs = [load_run(source, device) for source in sources]
+    for run in runs[1:]:
+        if run.task != runs[0].task:
+            raise ValueError(
+                f"{run.name} was trained on {run.task}, {runs[0].name} on {runs[0].task}; "
+                f"evaluate runs of different tasks in separate commands"
+            )
+    names = [run.name for run in runs]
+    return [
+        run if names.count(run.name) == 1 else replace(run, name=source)
+        for run, source in zip(runs, sources, strict=True)
+    ]
+
+
+def provenance(command: Command, runs: list[Run]) -> dict[str, Any]:
+    """What the numbers depend on: settings, checkpoints by hash, versions, device."""
+    versions = {"looped_fast": looped_fast.__version__, "python": platform.python_version()}
+    for package in _VERSIONS:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = runs[0].device
+    return {
+        "task": repr(runs[0].task),
+        "prompts": command.prompts,
+        "seed": command.seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions,
+        "runs": {
+            run.name: {
+                "checkpoint": str(run.path),
+                "sha256": run.sha256,
+                "step": run.step,
+                "trained_loops": run.config.n_loops,
+                "loops": _loops(command, run),
+            }
+            for run in runs
+        },
+    }
+
+
+def evaluate_positions(command: Command, runs: list[Run], n_points: int) -> dict[str, Any]:
+    """Error by in-context position, of runs and baselines, over the task's variance."""
+    task, predictors = runs[0].task, _predictors(command, runs)
+    batches = evaluation_batches(
+        task, command.prompts, n_points, seed=command.seed, device=runs[0].device
+    )
+    prompts = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    curves = {}
+    for name, predict in predictors.items():
+        started = time.perf_counter()
+        errors = prompt_errors(predict, task, [prompts])
+        curves[name] = bootstrap_curve(errors, seed=command.seed)
+        print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
+    title = f"{runs[0].config.task}, {command.prompts} prompts"
+    means = {name: torch.tensor(curve.mean) for name, curve in curves.items()}
+    print(f"\n{title}\n{error_table(means)}")
+    write_csv(command.out / "positions.csv", "examples", range(n_points), curves)
+    figure = figures.position_figure(curves, title, _top(task))
+    figures.save(figure, command.out / "positions")
+    return _as_dicts(curves)
+
+
+def evaluate_loops(command: Command, runs: list[Run], n_points: int) -> dict[str, Any]:
+    """Error at the last position after 1 .. max_loops loop steps, of looped runs."""
+    task, counts = runs[0].task, range(1, command.max_loops + 1)
+    curves = {}
+    for run in runs:
+        batches = evaluation_batches(
+            task, command.loop_prompts, n_points, seed=command.seed, device=run.device
+        )
+        errors = loop_errors(run.model, task, batches, counts)[..., -1]  # [C, P]
+        curves[run.name] = bootstrap_curve(errors.T, seed=command.seed)
+    examples = f"after {n_points - 1} examples"
+    title = f"{runs[0].config.task}, {examples}, {command.loop_prompts} prompts"
+    write_csv(command.out / "loops.csv", "loops", counts, curves)
+    trained = {run.name: run.config.n_loops for run in runs}
+    figures.save(figures.loop_figure(curves, counts, trained, title), command.out / "loops")
+    return {"prompts": command.loop_prompts, "curves": _as_dicts(curves)}
+
+
+def evaluate_shifts(command: Command, runs: list[Run], n_points: int) -> dict[str, Any]:
+    """Error by position under each shift, over the mean square of what is to be predicted."""
+    task = runs[0].task
+    panels: dict[str, dict[str, Curve]] = {}
+    predictors = _predictors(replace(command, baselines="quick"), runs)
+    most = min(run.config.n_positions for run in runs)
+    for shift, settings in SHIFTS.items():
+        n = n_points
+        if settings.longer and most == n_points:
+            print(f"{shift}: left out, the models have no positions beyond {n_points} points")
+            continue
+        if settings.longer:
+            n = most
+        elif settings.up_to_d:
+            n = min(n_points, task.n_dims)
+        started = time.perf_counter()
+        prompts = shifted_prompts(
+            shift, task, command.prompts, n, seed=command.seed, device=runs[0].device
+        )
+        variance = prompts.targets.double().square().mean()
+        panels[shift] = {}
+        for name, predict in predictors.items():
+            predictions = predict(prompts.xs, prompts.ys, prompts.queries)
+            errors = (predictions.double() - prompts.targets.double()).square() / variance
+            panels[shift][name] = bootstrap_curve(errors.cpu(), seed=command.seed)
+        print(f"{shift}: {time.perf_counter() - started:.1f} s", flush=True)
+    title = f"{runs[0].config.task}, {command.prompts} prompts"
+    rows = {f"{shift}: {name}": c for shift, curves in panels.items() for name, c in curves.items()}
+    write_csv(command.out / "ood.csv", "examples", range(most), rows)
+    figures.save(figures.shift_figure(panels, title, _top(task)), command.out / "ood")
+    return {shift: _as_dicts(curves) for shift, curves in panels.items()}
+
+
+def write_csv(path: Path, counted: str, counts: Sequence[int], curves: Mapping[str, Curve]) -> None:
+    """One line for each predictor and count (of examples or loops): mean, low, high."""
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("predictor", counted, "mean", "low", "high"))
+        for name, curve in curves.items():
+            for count, *values in zip(counts, curve.mean, curve.low, curve.high, strict=False):
+                writer.writerow((name, count, *values))
+
+
+def _predictors(command: Command, runs: list[Run]) -> dict[str, Baseline]:
+    """Runs at their loop counts, then the baselines that were asked for."""
+    baselines: dict[str, Baseline] = {}
+    if command.baselines == "figure":
+        baselines = figure_baselines(runs[0].task)
+    elif command.baselines == "quick":  # "zero" is the dashed line
+        baselines = {name: b for name, b in QUICK_BASELINES.items() if name != "zero"}
+    return {run.name: model_predictor(run.model, _loops(command, run)) for run in runs} | baselines
+
+
+def _loops(command: Command, run: Run) -> int:
+    """Loop steps of a run where positions are compared."""
+    is_looped = run.config.model == "looped"
+    return command.loops if is_looped and command.loops is not None else run.config.n_loops
+
+
+def _as_dicts(curves: Mapping[str, Curve]) -> dict[str, dict[str, list[float]]]:
+    return {name: asdict(curve) for name, curve in curves.items()}
+
+
+def _top(task: Task) -> float:
+    """Of the error axis, as in the official figures."""
+    return 1.6 if isinstance(task, DecisionTree) else 1.25
+
+
+if __name__ == "__main__":
+    sys.exit(main())
