@@ -4,10 +4,32 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 namespace looped_fast {
 namespace {
 
 using at::Tensor;
+
+constexpr int kAbreast = 8;  // points that go down a tree together: their loads overlap
+
+// One tree: y of the n points of width d at x.
+template <class T>
+void walk(const T* x, int64_t n, int64_t d, const int64_t* tree, int64_t n_inner, const T* leaves,
+          T* y) {
+  for (int64_t i = 0; i < n; i += kAbreast) {
+    const T* point[kAbreast];
+    int64_t node[kAbreast] = {};
+    for (int k = 0; k < kAbreast; ++k) point[k] = x + std::min(i + k, n - 1) * d;
+    for (int64_t above = 0; above < n_inner; above = 2 * above + 1) {  // nodes above a level
+#pragma GCC unroll 8
+      for (int k = 0; k < kAbreast; ++k) {
+        node[k] = 2 * node[k] + 1 + (point[k][tree[node[k]]] > 0);
+      }
+    }
+    for (int k = 0; k < kAbreast; ++k) y[std::min(i + k, n - 1)] = leaves[node[k] - n_inner];
+  }
+}
 
 // xs [B, n, d]; coordinates [B, 2^depth - 1] int64, of inner nodes level by level; leaf_values
 // [B, 2^depth] -> the value of the leaf that each x reaches, [B, n]. A positive one goes right.
@@ -36,13 +58,8 @@ Tensor evaluate_trees(const Tensor& xs, const Tensor& coordinates, const Tensor&
     const scalar_t* value = values.const_data_ptr<scalar_t>();
     scalar_t* y = ys.mutable_data_ptr<scalar_t>();
     for (int64_t b = 0; b < xs.size(0); ++b) {
-      const int64_t* tree = coordinate + b * n_inner;
-      const scalar_t* leaves = value + b * (n_inner + 1);
-      for (int64_t i = 0; i < n; ++i, x += d) {
-        int64_t node = 0;
-        while (node < n_inner) node = 2 * node + 1 + (x[tree[node]] > 0);
-        *y++ = leaves[node - n_inner];
-      }
+      walk(x + b * n * d, n, d, coordinate + b * n_inner, n_inner, value + b * (n_inner + 1),
+           y + b * n);
     }
   });
   return ys;
