@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 # Triton decides at import whether kernels are interpreted on the CPU; `make gpu-check` says no.
@@ -26,6 +28,28 @@ FP32_EPS = torch.finfo(torch.float32).eps
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # tensors here are tiny, and threads only get in each other's way
+    if INTERPRETING and find_spec("triton"):
+        _interpret_untraced()
+
+
+def _interpret_untraced() -> None:
+    """Keep coverage out of interpreted kernels, which it makes three times slower.
+
+    They are device code, which pyproject.toml has it leave out anyway.
+    """
+    from triton.runtime.interpreter import GridExecutor
+
+    interpret = GridExecutor.__call__
+
+    def untraced(*args: Any, **kwargs: Any) -> None:
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            interpret(*args, **kwargs)
+        finally:
+            sys.settrace(trace)
+
+    GridExecutor.__call__ = untraced
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
