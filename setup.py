@@ -107,6 +107,5 @@ def engine_build():
 setup(
     packages=["looped_fast", "looped_fast.kernels", "looped_fast.pretrained"],
     package_dir={"looped_fast": "looped_fast", "looped_fast.kernels": "kernels"},
-    package_data={"looped_fast.kernels": ["candidates.json"]},
     **engine_build(),
 )
