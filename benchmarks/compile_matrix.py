@@ -24,12 +24,12 @@ _NARROW_ROWS = [
     Config(64, 64, 64, 4), Config(32, 64, 64, 4), Config(64, 64, 64, 8), Config(32, 32, 32, 4),
     Config(16, 32, 32, 4), Config(16, 16, 16, 4),
 ]  # fmt: skip
-# Of operands of 32 bits: larger ones spill or do not fit, and take minutes to show it.
-_ROWS_32 = [
+# Of operands of 32 bits or D = 512: larger ones spill or do not fit, and take minutes to show it.
+_SMALL_ROWS = [
     Config(16, 32, 32, 4), Config(32, 32, 32, 4), Config(16, 16, 16, 4), Config(16, 16, 16, 8),
     Config(16, 16, 16, 4, 1), Config(16, 16, 16, 8, 1),
 ]  # fmt: skip
-_NARROW_ROWS_32 = [Config(32, 32, 32, 4), Config(16, 32, 32, 4), Config(16, 16, 16, 4)]
+_SMALL_NARROW_ROWS = [Config(32, 32, 32, 4), Config(16, 32, 32, 4), Config(16, 16, 16, 4)]
 _ATTENTION = [
     Config(32, 0, 32, 4), Config(32, 0, 32, 2), Config(64, 0, 32, 4), Config(16, 0, 32, 2),
 ]  # fmt: skip
@@ -40,9 +40,9 @@ def space(case: Case) -> tuple[Config, ...]:
     if case.kernel.startswith("attention_"):
         return tuple(_ATTENTION)
     if case.kernel.startswith("row_"):
-        narrow = case.width <= 128
-        if case.precision in ("fp32", "tf32"):
-            return tuple(_NARROW_ROWS_32 if narrow else _ROWS_32)
+        narrow, wide = case.width <= 128, case.width > PAPER_WIDTH
+        if case.precision in ("fp32", "tf32") or wide:
+            return tuple(_SMALL_NARROW_ROWS if narrow else _SMALL_ROWS)
         return tuple(_NARROW_ROWS if narrow else _ROWS)
     return (case.launch.config,)
 
