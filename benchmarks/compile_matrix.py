@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.compile_store import Entry, Group, Key, Report, problem
 from benchmarks.kernel_launches import PAPER_WIDTH, PRECISIONS, Case, cases
-from benchmarks.machine_code import ARCHITECTURES, compile_launch
+from benchmarks.machine_code import ARCHITECTURES, KIB, compile_launch
 from looped_fast.kernels.tuning import Config, source_hash
 
 N_CANDIDATES = 3  # to look for at the paper's width; the autotuner compiles and times them all
@@ -67,6 +67,12 @@ class Job(NamedTuple):
         return Group(self.case.kernel, self.arch, self.case.width, self.precision)
 
 
+def is_launched(case: Case, arch: str) -> bool:
+    """Not where ``triton_backend.why_not`` refuses: 32-bit operands at D = 512 in 99 KiB."""
+    wide = case.width > PAPER_WIDTH and case.precision in ("fp32", "tf32")
+    return not (wide and ARCHITECTURES[arch].block_shared < 100 * KIB)
+
+
 def screening() -> list[Job]:
     """Which configurations are good: those that are in the form of a kernel that does most.
 
@@ -88,6 +94,7 @@ def screening() -> list[Job]:
                 Job(precision, i, arch, space(case), N_CANDIDATES if tuned else 1)
                 for arch in ARCHITECTURES
                 if arch.startswith("sm_") or (tuned and precision == "bf16")
+                if is_launched(case, arch)
             ]
     return sorted(jobs, key=lambda job: job.case.width != PAPER_WIDTH)
 
@@ -104,6 +111,8 @@ def all_forms(candidates: dict[Group, list[Config]], full: bool = False) -> list
             if not full and case.width != PAPER_WIDTH:
                 continue
             for arch in ARCHITECTURES:
+                if not is_launched(case, arch):
+                    continue
                 group = Group(case.kernel, arch, case.width, precision)
                 for rank, config in enumerate(candidates.get(group, [])):
                     ranked.append((rank, Job(precision, i, arch, (config,), 1)))
