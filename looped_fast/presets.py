@@ -71,7 +71,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
             "warmup_steps": 300,
             "lr_decay": "cosine",
             "clip_grad_norm": 1.0,
-            "steps": 9000,
+            "steps": 8000,
             "eval_every": 1000,
             "save_every": 500,
             "curriculum": {
@@ -81,15 +81,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
             },
         },
         "task": {
-            "lr": {},
-            "noisy_lr": {},
-            "sparse_lr": {"sparsity": 1},
+            "lr": {"steps": 7000},
+            "noisy_lr": {"steps": 7000},
+            "sparse_lr": {"n_dims": 8, "sparsity": 2},
             "dt": {
                 "n_dims": 4,
                 "depth": 2,
                 "n_points": 32,
-                "batch_size": 16,
-                "steps": 6000,
+                "batch_size": 64,
                 "lr": 1e-3,
                 "curriculum": {"points": {"start": 12, "inc": 4, "interval": 200}},
             },
@@ -99,7 +98,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
             **{task: {"n_loops": 12, "window": 6} for task in TASKS},
             "dt": {"n_loops": 8, "window": 4},
         },
-        "others": {"lr": 1e-3, "steps": 6000},
+        "others": {"lr": 1e-3, "steps": 6000, "batch_size": 32},
         "depth": 12,
     },
     "tiny": {
