@@ -131,6 +131,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
                 "n_points": 32,
                 "n_positions": 32,
                 "lr": 1e-3,
+                "steps": 6000,
             },
             "relu_2nn": {},
         },

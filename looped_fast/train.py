@@ -189,10 +189,10 @@ def announce(trainer: Trainer) -> None:
         print(f"CUDA graphs: off, {without}" if without else "CUDA graphs: one for each stage")
     minutes = trainer.estimate_seconds() / 60
     time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    print(
-        f"estimated time: {time_left}. Shorter: --preset tiny (minutes) or --steps N; "
-        f"the paper's run: --preset paper\nwriting to {trainer.run_dir}\n"
-    )
+    preset = trainer.config.preset
+    shorter = "--steps N" if preset == "tiny" else "--preset tiny (minutes) or --steps N"
+    longer = "" if preset == "paper" else "; the paper's run: --preset paper"
+    print(f"estimated time: {time_left}. Shorter: {shorter}{longer}\nwriting to {trainer.run_dir}\n")
 
 
 def report(trainer: Trainer, summary: str) -> None:

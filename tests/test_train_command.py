@@ -64,6 +64,7 @@ def test_a_run_writes_metrics_results_plot_events_and_weights(tmp_path, capsys):
     assert "preset tiny" in printed.splitlines()[0]
     for expected in ("estimated time", "--preset paper", "least squares", "zero", "3 loops"):
         assert expected in printed
+    assert "--preset tiny" not in printed  # this is it
 
 
 def test_without_a_preset_a_cpu_gets_small_and_says_so(tmp_path, capsys):
