@@ -192,7 +192,8 @@ def announce(trainer: Trainer) -> None:
     preset = trainer.config.preset
     shorter = "--steps N" if preset == "tiny" else "--preset tiny (minutes) or --steps N"
     longer = "" if preset == "paper" else "; the paper's run: --preset paper"
-    print(f"estimated time: {time_left}. Shorter: {shorter}{longer}\nwriting to {trainer.run_dir}\n")
+    print(f"estimated time: {time_left}. Shorter: {shorter}{longer}")
+    print(f"writing to {trainer.run_dir}\n")
 
 
 def report(trainer: Trainer, summary: str) -> None:
