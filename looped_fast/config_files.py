@@ -6,6 +6,7 @@ An official file (``configs/**``) runs unchanged, with what it inherits.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,17 +15,29 @@ import yaml
 from looped_fast.compat import FAMILIES, LOOP_FUNCS
 from looped_fast.config import PRED_TYPES
 from looped_fast.errors import unknown_name
+from looped_fast.presets import preset_config
 from looped_fast.settings import Growth, Growths, TrainConfig, config_from_dict
 from looped_fast.tasks import OFFICIAL_TASK_NAMES
 
 # Where a run reports and writes is no part of what it computes, and is set on our command line.
-NOT_TAKEN_OVER = "wandb.project, out_dir, gpu.n_gpu, keep_every_steps, test_size"
+NOT_TAKEN_OVER = (
+    "wandb.project, name, notes and timestamp, out_dir, gpu.n_gpu, debug_mode, keep_every_steps, "
+    "test_size, test_idx"
+)
 
 
-def load_config(path: str | Path, base: TrainConfig) -> tuple[TrainConfig, str]:
+def load_config(
+    path: str | Path, given: Mapping[str, str] | None = None, by_default: str = "small"
+) -> tuple[TrainConfig, str]:
     """Read a YAML file of settings, ours or an official one (with its ``inherit``).
 
-    Ours replaces settings of ``base``; an official one is complete.
+    Ours replaces settings of the preset that it names, for its task and model; an official one is
+    complete.
+
+    Args:
+        path: the file.
+        given: a ``preset``, ``task`` or ``model`` that goes before the file's.
+        by_default: the preset, if none is named.
 
     Returns:
         The settings, and a phrase that says where they come from.
@@ -45,8 +58,13 @@ def load_config(path: str | Path, base: TrainConfig) -> tuple[TrainConfig, str]:
     if {"inherit", "training"} & content.keys():
         config = _from_official(load_official_config(path), path)
         return config, f"official settings of {path} (not taken over: {NOT_TAKEN_OVER})"
+    choices = {name: content.get(name) for name in ("preset", "task", "model")}
+    named = {name: value for name, value in choices.items() if isinstance(value, str)}
+    if named.get("preset", "").endswith((".yaml", ".yml")):
+        del named["preset"]  # of a run that began with a file: a label
     try:
-        config = config_from_dict({"preset": str(path), **content}, base)
+        base = preset_config(**{"preset": by_default, **named, **(given or {})})
+        config = config_from_dict({"preset": str(path), **content, **(given or {})}, base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, f"settings of {path}"
@@ -64,6 +82,11 @@ def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
     if task == "relu_2nn" and training["sparsity"] < 100:
         raise ValueError(
             f"{path}: sparsity = {training['sparsity']}; only dense networks (100) train here"
+        )
+    if training["resume_id"] is not None:
+        raise ValueError(
+            f"{path}: resume_id = {training['resume_id']!r}; leave it out, and give that run's "
+            f"checkpoint instead: --init-from .../state.pt"
         )
     curriculum = training["curriculum"]
     # Where a schedule ends at the final value, that value alone says so: --n-loops changes both.

@@ -6,7 +6,7 @@ a laptop, ``tiny`` ends in minutes on two cores. ``python -m looped_fast.presets
 
 from __future__ import annotations
 
-import sys
+import argparse
 from typing import Any
 
 import yaml
@@ -195,12 +195,17 @@ def describe(config: TrainConfig) -> str:
     return yaml.safe_dump(without_none(config.to_dict()), sort_keys=False)
 
 
-def main(names: list[str]) -> None:
+def main(args: list[str] | None = None) -> None:
     """Print presets: all, or those named, for every task of the looped model."""
+    parser = argparse.ArgumentParser("python -m looped_fast.presets", description=main.__doc__)
+    parser.add_argument("names", nargs="*", metavar="preset", help=", ".join(_PRESETS))
+    names = parser.parse_args(args).names
+    if unknown := [name for name in names if name not in _PRESETS]:
+        parser.error(str(unknown_name("preset", unknown[0], _PRESETS)))
     for preset in names or list(_PRESETS):
         for task in TASKS:
             print(f"# --preset {preset} --task {task}\n{describe(preset_config(preset, task))}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

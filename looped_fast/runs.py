@@ -8,13 +8,11 @@ from pathlib import Path
 
 import torch
 
-from looped_fast import checkpoint
+from looped_fast import checkpoint, pretrained
 from looped_fast.model import LoopedTransformer
 from looped_fast.settings import TrainConfig, config_from_dict
 from looped_fast.tasks import Task
 from looped_fast.trainer import resolve_device
-
-_SHIPPED = Path(__file__).parent / "pretrained"  # a checkpoint for each name
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,14 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
         CheckpointError: the checkpoint is damaged or of another model.
         ValueError: a device that can't be used.
     """
-    path = find_checkpoint(Path(source))
+    path = pretrained.find_checkpoint(Path(source))
     loaded = checkpoint.load(path)
     config = config_from_dict(loaded.config, TrainConfig())
     model = LoopedTransformer(config.model_config())
     checkpoint.restore_into(loaded, model)
     is_named = path != Path(source)  # by its run's folder, or as a pretrained model
     return Run(
-        name=Path(source).resolve().name if is_named else f"{path.parents[1].name}-{path.name}",
+        name=Path(source).resolve().name if is_named else _checkpoint_name(path.resolve()),
         path=path,
         sha256=hashlib.sha256((path / checkpoint.MODEL).read_bytes()).hexdigest(),
         step=loaded.step,
@@ -70,19 +68,6 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
     )
 
 
-def find_checkpoint(source: Path) -> Path:
-    """The checkpoint that ``source`` names; see ``load_run``. A path goes before a name."""
-    if (source / checkpoint.INDEX).exists():
-        return source
-    latest = checkpoint.latest(source)
-    if latest is not None:
-        return latest
-    if not source.exists() and (_SHIPPED / source / checkpoint.INDEX).exists():
-        return _SHIPPED / source
-    what = "holds no checkpoint" if source.exists() else "does not exist"
-    shipped = sorted(index.parent.name for index in _SHIPPED.glob(f"*/{checkpoint.INDEX}"))
-    names = f", or a pretrained model: {', '.join(shipped)}" if shipped else ""
-    raise FileNotFoundError(
-        f"{source} {what}; give the folder of a run, such as runs/lr-looped-tiny-..., or of one "
-        f"of its checkpoints{names}"
-    )
+def _checkpoint_name(path: Path) -> str:
+    """``<run>-<step>`` of ``<run>/checkpoints/<step>``."""
+    return f"{path.parents[1].name}-{path.name}"

@@ -95,7 +95,7 @@ class TrainConfig:
     steps: int = 500_000
     """Training steps."""
     batch_size: int = 64
-    """Prompts of a step, on each device."""
+    """Prompts of a step."""
     lr: float = 1e-4
     """Adam's learning rate."""
     beta2: float = 0.999
@@ -227,7 +227,12 @@ class TrainConfig:
         finals = {"dims": self.n_dims, "points": self.n_points, "loops": self.n_loops}
         schedules = {}
         for name, final in finals.items():
-            schedules[name] = getattr(growths, name).schedule(final)
+            if final < 1:
+                raise ValueError(f"n_{name} = {final}: at least 1 is needed")
+            try:
+                schedules[name] = getattr(growths, name).schedule(final)
+            except ValueError as error:
+                raise ValueError(f"curriculum.{name}: {error}") from None
             if schedules[name].end > final:
                 raise ValueError(
                     f"curriculum.{name}.end = {schedules[name].end} exceeds its final value "

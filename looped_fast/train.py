@@ -6,6 +6,7 @@ Settings come from a preset (or a YAML file), then from the command line; ``--he
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -56,7 +57,7 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     try:
         command, origin, resumed = parse(args)
-        run_dir = prepare_run_dir(command.settings, command.resume)
+        run_dir = make_run_dir(command.settings, command.resume)
         return run(command.settings, origin, run_dir, resumed)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -82,19 +83,45 @@ def parse(args: list[str]) -> tuple[Command, str, checkpoint.Checkpoint | None]:
         origin = f"continuing {chosen.resume} from step {resumed.step}"
     else:
         on_gpu = resolve_device(chosen.device or "auto").type != "cpu"
-        preset = chosen.preset or ("paper" if on_gpu else "small")
-        base = preset_config(preset, chosen.task or "lr", chosen.model or "looped")
-        origin = f"preset {preset}"
-        if chosen.preset is None:
-            origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"
+        by_default = "paper" if on_gpu else "small"
+        given = {name: getattr(chosen, name) for name in ("preset", "task", "model")}
+        given = {name: value for name, value in given.items() if value is not None}
         if chosen.config is not None:
-            base, origin = load_config(chosen.config, base)
+            base, origin = load_config(chosen.config, given, by_default)
+        else:
+            base = preset_config(
+                chosen.preset or by_default, chosen.task or "lr", chosen.model or "looped"
+            )
+            origin = f"preset {base.preset}"
+            if "preset" not in given:
+                origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"
     default = Command(base, chosen.config, chosen.resume)
     command = tyro.cli(Command, args=args, default=default, prog="python -m looped_fast.train")
     if resumed is not None:
         changes = changed_settings(base.to_dict(), command.settings.to_dict())
         origin += f"; changed: {', '.join(changes)}" if changes else ""
+        _check_resume(command, resumed, base)
     return command, origin, resumed
+
+
+def _check_resume(command: Command, resumed: checkpoint.Checkpoint, before: TrainConfig) -> None:
+    """Raise ValueError for what a run that goes on can't take."""
+    settings = command.settings
+    if command.config is not None:
+        raise ValueError(
+            f"--config {command.config}: a resumed run goes on with its own settings; give those "
+            f"that are to change as flags"
+        )
+    for name in ("preset", "out", "init_from"):
+        value = getattr(settings, name)
+        if value != getattr(before, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value} is for a new run; leave it out, or leave out --resume")
+    if settings.steps < resumed.step:
+        raise ValueError(
+            f"--steps {settings.steps}: {command.resume} is at step {resumed.step} already; give "
+            f"more steps, or train a shorter run in a new --out"
+        )
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -111,6 +138,10 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
         FileNotFoundError: there is none.
         CheckpointError: it is damaged.
     """
+    if (run_dir / checkpoint.INDEX).exists():
+        raise FileNotFoundError(
+            f"{run_dir} is one checkpoint; give its run: --resume {run_dir.resolve().parents[1]}"
+        )
     latest = checkpoint.latest(run_dir)
     if latest is None:
         raise FileNotFoundError(
@@ -120,16 +151,18 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
     return checkpoint.load(latest)
 
 
-def prepare_run_dir(config: TrainConfig, resume: Path | None) -> Path:
-    """Make the run's folder and write ``config.yaml`` there.
+def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
+    """The folder of the run, which is there then. Without ``--out`` a new one, of this run alone.
 
     Raises:
         ValueError: the folder already holds a run.
-        OSError: it can't be made or written.
+        OSError: it can't be made.
     """
     if resume is not None:
-        run_dir = resume
-    elif config.out is not None:
+        return resume
+    try:
+        if config.out is None:
+            return _new_folder(config)
         run_dir = Path(config.out)
         saved = checkpoint.latest(run_dir) is not None
         if saved or (run_dir / CONFIG_FILE).exists():
@@ -137,18 +170,31 @@ def prepare_run_dir(config: TrainConfig, resume: Path | None) -> Path:
                 f"continue it with --resume {run_dir}" if saved else "it saved nothing: delete it"
             )
             raise ValueError(f"{run_dir} already holds a run; {way_on}, or choose another --out")
-    else:
-        kind = Path(config.preset).stem
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        run_dir = Path("runs") / f"{config.task}-{config.model}-{kind}-{stamp}"
-    try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        return run_dir
     except OSError as error:
-        raise OSError(
-            f"can't write to {run_dir}: {error.strerror}; choose another folder with --out"
-        ) from error
-    return run_dir
+        raise _cannot_write(error) from error
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    """Of several runs that start in one second, each gets its own."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    stem = f"{config.task}-{config.model}-{Path(config.preset).stem}-{stamp}"
+    run_dir, tried = Path("runs") / stem, 1
+    while True:
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            tried += 1
+            run_dir = run_dir.with_name(f"{stem}-{tried}")
+        else:
+            return run_dir
+
+
+def _cannot_write(error: OSError) -> OSError:
+    return OSError(
+        f"can't write to {error.filename}: {error.strerror}; choose another folder with --out"
+    )
 
 
 def run(
@@ -156,7 +202,16 @@ def run(
 ) -> int:
     """Train, then report; returns the exit status."""
     print(f"looped_fast {looped_fast.__version__}, task {config.task}, {origin}")
-    trainer = Trainer(config, run_dir, resumed)
+    try:
+        trainer = Trainer(config, run_dir, resumed)
+    except Exception:
+        with contextlib.suppress(OSError):  # it is not empty
+            run_dir.rmdir()  # a start that failed does not stand in the way of the next
+        raise
+    try:
+        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    except OSError as error:
+        raise _cannot_write(error) from error
     announce(trainer)
     started = time.perf_counter()
     try:

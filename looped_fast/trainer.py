@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from looped_fast import checkpoint, graphs
+from looped_fast import checkpoint, graphs, pretrained
 from looped_fast.compat import load_official_checkpoint
 from looped_fast.config import ModelConfig
 from looped_fast.curriculum import Stage
@@ -59,12 +60,18 @@ class Trainer:
 
     Raises:
         CheckpointError: ``resume`` is damaged or of another model.
-        ValueError: a device or backend that can't be used.
+        ValueError: a device or backend that can't be used, or several processes (torchrun).
     """
 
     def __init__(
         self, config: TrainConfig, run_dir: Path, resume: checkpoint.Checkpoint | None = None
     ) -> None:
+        n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if n_processes > 1:
+            raise ValueError(
+                f"WORLD_SIZE = {n_processes}: training runs in one process, and several would "
+                f"train the same model; start it without torchrun"
+            )
         self.config = config
         self.run_dir = run_dir
         self.device = resolve_device(config.device)
@@ -138,7 +145,8 @@ class Trainer:
     def _init_from(self, path: Path) -> None:
         """Start from a checkpoint of ours (weights) or an official one (and where it stopped)."""
         if path.suffix != ".pt":
-            checkpoint.restore_into(checkpoint.load(path), self.model)
+            found = pretrained.find_checkpoint(path)
+            checkpoint.restore_into(checkpoint.load(found), self.model)
             return
         official = load_official_checkpoint(path)
         try:
@@ -347,7 +355,8 @@ class Trainer:
             raise NonFiniteError(self._explain_non_finite(loss, norm))
         if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
             raise NonFiniteError(self._explain_non_finite(loss, math.inf))
-        return {"loss": loss, "relative_error": loss / zero, "grad_norm": norm}
+        # With few dimensions at the start, sparse weights may all be 0, and y with them.
+        return {"loss": loss, "relative_error": loss / zero if zero else 0.0, "grad_norm": norm}
 
     def _reset_sums(self) -> None:
         self._sums.zero_()

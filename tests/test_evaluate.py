@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from looped_fast import LoopedTransformer, checkpoint, runs
+from looped_fast import LoopedTransformer, checkpoint, pretrained
 from looped_fast.distributions import SHIFTS
 from looped_fast.evaluate import main
 from looped_fast.evaluation import model_errors
@@ -133,8 +133,15 @@ def test_a_checkpoint_is_evaluated_as_its_run(run, tmp_path, out):
     assert results(tmp_path / "by_checkpoint")["positions"]["looped-step-00000008"] == mine
 
 
+def test_a_checkpoint_is_named_by_its_run_from_within_its_folder_too(run, tmp_path, out, monkeypatch):
+    step = checkpoint.latest(run)
+    monkeypatch.chdir(step.parent)
+    assert evaluate(step.name, *QUICK, out=out) == 0
+    assert "looped-step-00000008" in results(out)["positions"]
+
+
 def test_a_pretrained_model_is_evaluated_by_its_name(run, tmp_path, out, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "_SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(pretrained, "_FOLDER", tmp_path / "shipped")
     shutil.copytree(checkpoint.latest(run), tmp_path / "shipped" / "lr-mini")
     assert evaluate("lr-mini", *QUICK, out=out) == 0
     assert "lr-mini" in results(out)["positions"]

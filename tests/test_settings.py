@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 import textwrap
 
@@ -84,7 +85,7 @@ def same_run(config):
 )
 def test_an_official_file_is_the_papers_preset(tmp_path, task, model, family, n_layer):
     path = official_files(tmp_path, task, family, n_layer)
-    config, origin = load_config(path, TrainConfig(steps=7))
+    config, origin = load_config(path)
     assert origin.startswith(f"official settings of {path}")
     assert same_run(config) == same_run(preset_config("paper", task, model))
     assert config.preset == str(path)
@@ -99,7 +100,7 @@ def official_with(tmp_path, changes):
         for name in sections:
             section = section[name]
         section[leaf] = value
-    return load_config(write(base, yaml.safe_dump(content)), TrainConfig())[0]
+    return load_config(write(base, yaml.safe_dump(content)))[0]
 
 
 @pytest.mark.parametrize(
@@ -145,17 +146,38 @@ def test_an_official_classification_is_refused(tmp_path):
 def test_settings_survive_yaml(tmp_path, preset, model):
     config = preset_config(preset, "sparse_lr", model)
     path = write(tmp_path / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-    assert load_config(path, TrainConfig()) == (config, f"settings of {path}")
+    assert load_config(path) == (config, f"settings of {path}")
     assert config_from_dict(config.to_dict(), preset_config("small", "dt")) == config
 
 
 def test_a_file_changes_only_what_it_says(tmp_path):
     path = write(tmp_path / "mine.yaml", "lr: 1e-3\nn_layer: 2\ncurriculum:\n  dims: {start: 3}\n")
     base = preset_config("tiny")
-    config, _ = load_config(path, base)
+    config, _ = load_config(path, by_default="tiny")
     assert (config.lr, config.n_layer, config.preset) == (1e-3, 2, str(path))
     assert config.curriculum.dims == Growth(start=3, inc=1, interval=400)
     assert config.batch_size == base.batch_size
+
+
+def test_a_file_names_its_preset_task_and_model_and_the_command_line_goes_before_it(tmp_path):
+    path = write(tmp_path / "mine.yaml", "preset: tiny\ntask: dt\nsteps: 9\n")
+    expected = dataclasses.replace(preset_config("tiny", "dt"), steps=9)
+    assert load_config(path)[0] == expected
+    assert load_config(path, by_default="paper")[0] == expected
+    standard = preset_config("small", "dt", "standard")
+    given = {"preset": "small", "model": "standard"}
+    assert load_config(path, given)[0] == dataclasses.replace(standard, steps=9)
+
+
+def test_an_unknown_preset_in_a_file_is_named_with_the_nearest(tmp_path):
+    path = write(tmp_path / "mine.yaml", "preset: tinny\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: unknown preset 'tinny'; did you mean 'tiny'"):
+        load_config(path)
+
+
+def test_an_official_run_to_resume_is_refused_with_the_way_on(tmp_path):
+    with pytest.raises(ValueError, match=r"resume_id = 'abc'; .*--init-from"):
+        official_with(tmp_path, {"training.resume_id": "abc"})
 
 
 @pytest.mark.parametrize(
@@ -172,13 +194,13 @@ def test_a_file_changes_only_what_it_says(tmp_path):
 def test_a_bad_file_is_refused_by_name(tmp_path, text, message):
     path = write(tmp_path / "mine.yaml", text)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        load_config(path, TrainConfig())
+        load_config(path)
     assert str(path) in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no configuration file .*none\.yaml"):
-        load_config(tmp_path / "none.yaml", TrainConfig())
+        load_config(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import looped_fast
 from looped_fast import backends, checkpoint, compat
 from looped_fast.metrics import read_metrics
 from looped_fast.presets import preset_config
@@ -312,6 +313,9 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path):
         (["--resume", "nowhere"], "nowhere holds no checkpoint"),
         (["--config", "nowhere.yaml"], "no configuration file nowhere.yaml"),
         (["--steps", "0"], "steps = 0: at least 1"),
+        (["--n-points", "0"], "n_points = 0: at least 1"),
+        (["--curriculum.dims.interval", "0"], "curriculum.dims: interval = 0: at least 1 step"),
+        (["--init-from", "lr-smal"], "lr-smal does not exist; give the folder of a run"),
         (["--backend", "cuda"], "unknown backend 'cuda'"),
     ],
     ids=lambda a: a[0].strip("-") if isinstance(a, list) else "",
@@ -322,6 +326,78 @@ def test_bad_settings_exit_2_and_name_value_limit_and_remedy(
     monkeypatch.chdir(tmp_path)
     assert main([*args, "--out", "run"] if "--resume" not in args else args) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # the corrected command may use it
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config", "mine.yaml"], "a resumed run goes on with its own settings"),
+        (["--preset", "paper"], "--preset paper is for a new run"),
+        (["--out", "elsewhere"], "--out elsewhere is for a new run"),
+        (["--init-from", "lr-small"], "--init-from lr-small is for a new run"),
+        (["--steps", "1"], "--steps 1: run is at step 2 already"),
+        (["--n-embd", "65"], "n_embd = 65"),
+    ],
+    ids=lambda a: a[0].strip("-") if isinstance(a, list) else "",
+)
+def test_a_resumed_run_refuses_what_it_cant_take_and_stays_as_it_was(
+    tmp_path, monkeypatch, capsys, args, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("steps: 3\n")
+    assert train("--steps", 2, "--out", "run") == 0
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    assert main(["--resume", "run", *args]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_text() == settings
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+
+
+def test_a_checkpoint_to_resume_names_its_run(tmp_path, capsys):
+    assert train("--steps", 1, "--out", tmp_path / "run") == 0
+    step = checkpoint.latest(tmp_path / "run")
+    assert main(["--resume", str(step)]) == 2
+    assert f"give its run: --resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+    for seed in range(3):
+        assert train("--steps", 1, "--seed", seed) == 0
+    folders = sorted((tmp_path / "runs").iterdir())
+    stems = [folder.name.partition("20260101-000000")[2] for folder in folders]
+    assert stems == ["", "-2", "-3"]
+    assert [f"seed: {i}" in (folders[i] / "config.yaml").read_text() for i in range(3)] == [True] * 3
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train("--steps", 1, "--out", tmp_path / "run") == 2
+    assert "WORLD_SIZE = 2: training runs in one process" in capsys.readouterr().err
+
+
+def test_weights_are_taken_from_a_run_or_a_shipped_model_by_name(tmp_path):
+    assert train("--steps", 1, "--out", tmp_path / "run") == 0
+    more = ("--steps", 1, "--lr", 0, "--out")
+    assert train(*more, tmp_path / "next", "--init-from", tmp_path / "run") == 0
+    assert main(["--preset", "small", "--steps", "1", "--lr", "0", "--batch-size", "2",
+                 "--eval-prompts", "2", "--init-from", "lr-small",
+                 "--out", str(tmp_path / "shipped")]) == 0  # fmt: skip
+    trained, shipped = (checkpoint.load(checkpoint.latest(tmp_path / n)) for n in ("run", "shipped"))
+    again = checkpoint.load(checkpoint.latest(tmp_path / "next"))
+    assert all(torch.equal(again.model_state[k], v) for k, v in trained.model_state.items())
+    weights = looped_fast.from_pretrained("lr-small").state_dict()
+    assert all(torch.equal(shipped.model_state[k], v) for k, v in weights.items())
+
+
+def test_sparse_weights_that_are_all_zero_at_first_are_no_error(tmp_path):
+    few = ("--task", "sparse_lr", "--n-dims", 8, "--sparsity", 1, "--batch-size", 1)
+    narrow = ("--curriculum.dims.start", 1, "--curriculum.dims.interval", 100)
+    assert train(*few, *narrow, "--steps", 3, "--log-every", 1, "--out", tmp_path / "run") == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 0 in [line["relative_error"] for line in lines if "loss" in line]
 
 
 def test_an_unknown_setting_names_the_nearest(capsys):
@@ -388,5 +464,7 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_remedies(tmp_path, cap
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     out = tmp_path / "run"
     assert train("--steps", 1, "--out", out) == 0
+    settings = (out / "config.yaml").read_text()
     assert main(["--resume", str(out), "--n-embd", "64"]) == 1
     assert "_read_in.weight" in capsys.readouterr().err
+    assert (out / "config.yaml").read_text() == settings

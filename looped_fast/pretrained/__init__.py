@@ -66,3 +66,24 @@ def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
     model = LoopedTransformer(config.model_config(), backend)
     checkpoint.restore_into(weights, model)
     return model
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The checkpoint of a run's folder (its newest), one checkpoint, or a name; a path goes first.
+
+    Raises:
+        FileNotFoundError: ``source`` is none of these.
+    """
+    folder = Path(source)
+    if (folder / checkpoint.INDEX).exists():
+        return folder
+    latest = checkpoint.latest(folder)
+    if latest is not None:
+        return latest
+    if not folder.exists() and str(source) in names():
+        return path(str(source))
+    what = "holds no checkpoint" if folder.exists() else "does not exist"
+    raise FileNotFoundError(
+        f"{source} {what}; give the folder of a run, such as runs/lr-looped-tiny-..., or of one "
+        f"of its checkpoints, or a pretrained model: {', '.join(names())}"
+    )
