@@ -83,7 +83,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "task": {
             "lr": {"steps": 7000},
             "noisy_lr": {"steps": 7000},
-            "sparse_lr": {"n_dims": 8, "sparsity": 2},
+            "sparse_lr": {"n_dims": 8, "sparsity": 2, "batch_size": 64, "steps": 24_000},
             "dt": {
                 "n_dims": 4,
                 "depth": 2,
@@ -92,7 +92,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
                 "lr": 1e-3,
                 "curriculum": {"points": {"start": 12, "inc": 4, "interval": 200}},
             },
-            "relu_2nn": {},
+            "relu_2nn": {"batch_size": 64, "steps": 24_000},
         },
         "looped": {
             **{task: {"n_loops": 12, "window": 6} for task in TASKS},
