@@ -2,7 +2,8 @@
 
 from looped_fast.config import ModelConfig
 from looped_fast.dropin import UnsupportedModel, accelerate, restore
-from looped_fast.model import LoopedTransformer, explain_backend
+from looped_fast.explain import explain_backend
+from looped_fast.model import LoopedTransformer
 from looped_fast.pretrained import from_pretrained
 
 __version__ = "0.1.0"

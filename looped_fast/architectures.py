@@ -37,6 +37,7 @@ class Architecture:
     forward: Callable[..., Any]  # (model, loop, *original arguments) -> the original's result
     needs: tuple[str, ...]  # further attributes that ``forward`` reads
     example_calls: Callable[[Model, torch.Generator], list[tuple[Any, ...]]]
+    tokens_per_point: int = 2  # x and y
 
 
 def has(module: Model, path: str) -> bool:
@@ -216,6 +217,7 @@ ARCHITECTURES = (
         gpt_forward,
         ("transformer.wte.weight",),
         _gpt_examples,
+        tokens_per_point=1,
     ),
 )
 

@@ -8,7 +8,7 @@ takes it off again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -69,7 +69,8 @@ def accelerate(
 
     Raises:
         UnsupportedModel: with every reason. Raised by a call of the model too, if it was put in
-            training mode with dropout, or got hooks that would not run, after all.
+            a mode where it computes something else (dropout and its like), or got hooks that
+            would not run, after all.
         ValueError: an unknown backend, precision, cuda_graphs or attention.
     """
     if backend != "auto" and backend not in BACKENDS:
@@ -79,13 +80,15 @@ def accelerate(
     if attention not in ("auto", *ATTENTION):
         raise unknown_name("attention", attention, ["auto", *ATTENTION])
     graphed = GraphedLoop(cuda_graphs)
-    replacement: _FastForward | _OwnForward
+    replacement: FastForward | _OwnForward
     if isinstance(model, LoopedTransformer):
         replacement = _OwnForward(model, backend, attention, precision, graphed)
     else:
-        architecture = _supported(model)
-        replacement = _FastForward(model, architecture, backend, attention, precision, graphed)
-    if _replaced(model) is not None:
+        architecture, unfit = _supported(model)
+        replacement = FastForward(
+            model, architecture, backend, attention, precision, graphed, unfit
+        )
+    if replaced(model) is not None:
         restore(model)
     replacement.install()
     return model
@@ -97,15 +100,15 @@ def restore(model: AnyModule) -> AnyModule:
     Raises:
         ValueError: the model is not accelerated.
     """
-    replacement = _replaced(model)
+    replacement = replaced(model)
     if replacement is None:
         raise ValueError(f"this {type(model).__name__} is not accelerated; nothing to restore")
     replacement.remove()
     return model
 
 
-class _FastForward:
-    """Called in place of the forward of a foreign model."""
+class FastForward:
+    """Called in place of the forward of a model of other code."""
 
     def __init__(
         self,
@@ -115,9 +118,11 @@ class _FastForward:
         attention: str,
         precision: str | None,
         graphed: GraphedLoop,
+        unfit: Mapping[bool, list[str]] | None = None,
     ) -> None:
         self.model = model
         self.architecture = architecture
+        self.unfit = unfit or {}  # model.training -> what stands against it in that mode
         self.backend = backend
         self.attention = attention
         self.precision = precision
@@ -129,19 +134,25 @@ class _FastForward:
     def remove(self) -> None:
         del self.model.forward
 
+    @property
+    def stack(self) -> Model:
+        """What holds ``wpe``, ``h`` and ``ln_f``."""
+        return self.architecture.stack(self.model)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stack = self.architecture.stack(self.model)
-        reasons = [*_dropout(stack), *_hooks(stack)]
+        reasons = [
+            *self.unfit.get(self.model.training, ()), *_dropout(self.model), *_hooks(self.stack)
+        ]  # fmt: skip
         if reasons:
             raise UnsupportedModel(type(self.model).__name__, reasons)
-        with _autocast(stack.wpe.weight.device.type, self.precision):
+        with _autocast(self.stack.wpe.weight.device.type, self.precision):
             return self.architecture.forward(self.model, self.loop, *args, **kwargs)
 
     def loop(
         self, embeddings: Tensor, state: Tensor, *, n_loops: int, window: int, injection: str
     ) -> Tensor:
         """``ops.loop`` with the model's present parameters: see ``architectures.Loop``."""
-        stack = self.architecture.stack(self.model)
+        stack = self.stack
         return self.graphed(
             embeddings,
             stack.wpe.weight[: embeddings.shape[1]],
@@ -190,9 +201,10 @@ class _OwnForward:
             return type(self.model).forward(self.model, xs, *args, **kwargs)
 
 
-def _replaced(model: nn.Module) -> _FastForward | _OwnForward | None:
+def replaced(model: nn.Module) -> FastForward | _OwnForward | None:
+    """What ``accelerate`` put in place of the forward; None if it did not."""
     forward = vars(model).get("forward")
-    return forward if isinstance(forward, _FastForward | _OwnForward) else None
+    return forward if isinstance(forward, FastForward | _OwnForward) else None
 
 
 def _autocast(device_type: str, precision: str | None) -> contextlib.AbstractContextManager:
@@ -203,8 +215,11 @@ def _autocast(device_type: str, precision: str | None) -> contextlib.AbstractCon
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
 
 
-def _supported(model: nn.Module) -> Architecture:
-    """The architecture of ``model``, sure to compute what ``model`` computes.
+def _supported(model: nn.Module) -> tuple[Architecture, dict[bool, list[str]]]:
+    """The architecture of ``model``, sure to compute what it computes in its present mode.
+
+    Returns:
+        It, and what stands against it once ``model.training`` is the other, under that.
 
     Raises:
         UnsupportedModel: cheap checks first; the numerical ones only if those pass.
@@ -212,7 +227,7 @@ def _supported(model: nn.Module) -> Architecture:
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModel(name, ["it is compiled; accelerate the model, then compile it"])
-    if "forward" in vars(model) and _replaced(model) is None:
+    if "forward" in vars(model) and replaced(model) is None:
         raise UnsupportedModel(name, ["its forward was replaced on this instance"])
     architecture = architectures.recognise(model)
     if architecture is None:
@@ -222,14 +237,18 @@ def _supported(model: nn.Module) -> Architecture:
     if reasons:
         raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
     stack = architecture.stack(model)
-    on_reference = _FastForward(
+    on_reference = FastForward(
         model, architecture, "reference", "auto", "fp32", GraphedLoop("off")
     )
-    reasons = [*_unfit_parameters(stack, on_reference), *_dropout(stack), *_hooks(stack)]
+    reasons = [*_unfit_parameters(stack, on_reference), *_dropout(model), *_hooks(stack)]
     reasons = reasons or probe.differences(model, architecture, on_reference.loop)
     if reasons:
         raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
-    return architecture
+    other = not model.training
+    with probe.in_mode(model, other):
+        found = probe.differences(model, architecture, on_reference.loop, outputs_only=True)
+    when = "while training" if other else "in eval mode"
+    return architecture, {other: [f"{when}, {reason}" for reason in found]}
 
 
 def _missing(model: Model, architecture: Architecture) -> Iterator[str]:
@@ -252,7 +271,7 @@ def _missing(model: Model, architecture: Architecture) -> Iterator[str]:
                 yield f"h.{i} has no {path}"
 
 
-def _unfit_parameters(stack: Model, forward: _FastForward) -> Iterator[str]:
+def _unfit_parameters(stack: Model, forward: FastForward) -> Iterator[str]:
     """What the op says against dtypes and shapes."""
     wpe = stack.wpe.weight
     if wpe.dtype not in (torch.float32, torch.float64):
@@ -269,11 +288,11 @@ def _unfit_parameters(stack: Model, forward: _FastForward) -> Iterator[str]:
         yield str(error)
 
 
-def _dropout(stack: Model) -> Iterator[str]:
+def _dropout(model: Model) -> Iterator[str]:
     """Dropout that is active: the fast forward has none."""
-    for name, module in stack.named_modules():
-        p = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
-        if module.training and isinstance(p, int | float) and p > 0:
+    for name, module in model.named_modules():
+        p = probe.dropout_of(module)
+        if module.training and p > 0:
             yield f"{name} drops out with p = {p} while training; set it to 0, or call eval()"
 
 

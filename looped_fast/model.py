@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from looped_fast import backends, ops
+from looped_fast import ops
 from looped_fast.config import LAYER_NORM_EPS, ModelConfig, check_window
 from looped_fast.graphs import GraphedLoop
 from looped_fast.reference import AUTOCAST_DTYPES, PRECISIONS
@@ -236,29 +236,3 @@ def ambient_precision(device_type: str) -> str:
         if AUTOCAST_DTYPES[name] == dtype:
             return name
     raise ValueError(f"autocast to {dtype} is not supported; use torch.bfloat16 or torch.float16")
-
-
-def explain_backend(
-    model: LoopedTransformer, batch_size: int, n_points: int, precision: str = "fp32"
-) -> backends.Explanation:
-    """Say which backend runs ``model`` on such a batch, and for each other one, why not.
-
-    >>> print(explain_backend(LoopedTransformer(ModelConfig()), batch_size=64, n_points=41))
-    backend: ...
-    """
-    config, weight = model.config, model._read_in.weight
-    problem = backends.Problem(
-        device=weight.device.type,
-        dtype=weight.dtype,
-        precision=precision,
-        batch=batch_size,
-        seq_len=2 * n_points,
-        n_embd=config.n_embd,
-        n_heads=config.n_head,
-        n_layer=config.n_layer,
-        n_loops=config.n_loops,
-        window=config.window,
-        injection=config.injection,
-        attention=model.attention,
-    )
-    return backends.explain(problem, model.backend)

@@ -5,8 +5,9 @@ random inputs go through the original and through its replacement, with random p
 place of the model's own (which may be zero, and hide a difference), in float64 on the CPU (where
 neither TF32 nor a missing GPU matters), and outputs and gradients are compared. The model, the
 random number generators and standard output are left as they were; hooks on modules that stay in
-use (read-in, read-out) do run. It takes tens of milliseconds for a looped model, a second for a
-standard one of 12 blocks, and the memory of parameters and gradients in float64.
+use (read-in, read-out) do run. Attention, which may look back a limited way only, is compared at
+the model's full length too. Of one core's time, a looped model of the paper's size takes a second,
+a standard one 2, GPT-2 40; and all take the memory of parameters and gradients in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from looped_fast import reference
 from looped_fast.architectures import Architecture, Loop, Model, block_weights, weight_and_bias
@@ -26,6 +28,7 @@ from looped_fast.config import LAYER_NORM_EPS
 Function = Callable[..., Any]  # (module, *inputs) -> a Tensor, or a sequence of Tensor or None
 
 TOLERANCE = 1e-6  # of float64 results, relative; a lookalike that rounds to float32 passes
+MAX_TOKENS = 1024  # of the check of attention at full length
 
 
 class _Call(nn.Module):
@@ -43,13 +46,16 @@ class _Call(nn.Module):
         return self.function(self.module, *inputs)
 
 
-def differences(model: Model, architecture: Architecture, loop: Loop) -> list[str]:
+def differences(
+    model: Model, architecture: Architecture, loop: Loop, *, outputs_only: bool = False
+) -> list[str]:
     """Each way in which ``model`` is not ``architecture``, as far as found; none if it is.
 
     Args:
         model: has all the attributes of ``architecture``.
         architecture: what it looks like.
         loop: the loop op on the model's own blocks, on the reference backend.
+        outputs_only: on short inputs, without gradients; for a model that was checked before.
     """
     generator = torch.Generator().manual_seed(0)
     stack = architecture.stack(model)
@@ -57,14 +63,37 @@ def differences(model: Model, architecture: Architecture, loop: Loop) -> list[st
     def replacement(model: Model, *inputs: Any) -> Any:
         return architecture.forward(model, loop, *inputs)
 
-    with _no_trace(model):
+    with _no_trace(model), torch.set_grad_enabled(not outputs_only):
         found = list(_different_norms(stack, generator))
         for inputs in architecture.example_calls(model, generator):
             why = _mismatch(model, type(model).forward, replacement, inputs, generator)
             if why is not None:
                 found += _different_layers(stack, generator)
                 return found or [f"its forward is not {architecture.name}'s: {why}"]
+        if not (found or outputs_only):
+            found += _different_far_back(stack, generator)
     return found
+
+
+@contextlib.contextmanager
+def in_mode(model: Model, training: bool) -> Iterator[None]:
+    """Every module in that mode, without the dropout that ``dropout_of`` sees."""
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        for module in model.modules():
+            module.training = training
+            if dropout_of(module) > 0:
+                setattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", 0.0)
+        yield
+    finally:
+        for module, attributes in kept:
+            vars(module).update(attributes)
+
+
+def dropout_of(module: Model) -> float:
+    """The probability with which ``module`` itself drops out while training, as far as it tells."""
+    p = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+    return p if isinstance(p, int | float) else 0.0
 
 
 @contextlib.contextmanager
@@ -103,18 +132,39 @@ def _different_norms(stack: Model, generator: torch.Generator) -> Iterator[str]:
             yield f"{name} is not LayerNorm over {D} elements with eps {LAYER_NORM_EPS}: {why}"
 
 
-def _different_layers(stack: Model, generator: torch.Generator) -> Iterator[str]:
-    x = 2 * _randn((2, 5, stack.wpe.weight.shape[1]), generator)  # GELU's forms differ most at 2
+def _different_far_back(stack: Model, generator: torch.Generator) -> Iterator[str]:
+    """Attention that is like ours on short inputs, as with a sliding window. Without gradients."""
+    n_positions, D = stack.wpe.weight.shape
+    x = _randn((1, min(n_positions, MAX_TOKENS), D), generator)
+    with torch.no_grad():
+        for i, block in enumerate(stack.h):
+            why = _mismatch(block, _their_attention, _our_attention(stack), (x,), generator)
+            if why is not None:
+                yield f"h.{i}.attn does not see all earlier of {x.shape[1]} tokens: {why}"
+
+
+def _their_attention(block: Model, x: Tensor) -> Tensor:
+    return block.attn(x)
+
+
+def _our_attention(stack: Model) -> Function:
     n_heads = stack.h[0].attn.n_head
 
     def attention(block: Model, x: Tensor) -> Tensor:
         return reference.attention(x, reference.Block(*block_weights(block)), n_heads)
 
+    return attention
+
+
+def _different_layers(stack: Model, generator: torch.Generator) -> Iterator[str]:
+    x = 2 * _randn((2, 5, stack.wpe.weight.shape[1]), generator)  # GELU's forms differ most at 2
+    n_heads = stack.h[0].attn.n_head
+
     def mlp(block: Model, x: Tensor) -> Tensor:
         return reference.mlp(x, reference.Block(*block_weights(block)))
 
     for i, block in enumerate(stack.h):
-        why = _mismatch(block, lambda block, x: block.attn(x), attention, (x,), generator)
+        why = _mismatch(block, _their_attention, _our_attention(stack), (x,), generator)
         if why is not None:
             yield f"h.{i}.attn is not causal attention with {n_heads} heads, or drops out: {why}"
         why = _mismatch(block, lambda block, x: block.mlp(x), mlp, (x,), generator)
@@ -142,9 +192,11 @@ def _mismatch(
             outputs = _tensors(returned)
             if not cotangents:
                 cotangents = [_randn(o.shape, generator) for o in outputs]
-            gradients = torch.autograd.grad(
-                outputs, list(parameters.values()), cotangents, materialize_grads=True
-            )
+            gradients: Sequence[Tensor] = ()
+            if torch.is_grad_enabled():
+                gradients = torch.autograd.grad(
+                    outputs, list(parameters.values()), cotangents, materialize_grads=True
+                )
         except Exception as error:  # the original is unknown code, and may raise anything
             return f"it raises {type(error).__name__}: {error}"
         results.append((outputs, gradients))
@@ -153,7 +205,8 @@ def _mismatch(
         ("outputs", expected, actual),
         ("gradients", expected_gradients, actual_gradients),
     ):
-        distance = max(_relative_error(a, b) for a, b in zip(right, wrong, strict=True))
+        errors = [_relative_error(a, b) for a, b in zip(right, wrong, strict=True)]
+        distance = max(errors, default=0.0)
         if not distance <= TOLERANCE:
             return f"{kind} differ by {distance:.1e} of their size"
     return None

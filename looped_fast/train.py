@@ -23,8 +23,8 @@ from looped_fast import checkpoint
 from looped_fast.baselines import QUICK_BASELINES
 from looped_fast.config_files import load_config
 from looped_fast.evaluation import evaluation_batches, position_errors
+from looped_fast.explain import explain_backend
 from looped_fast.metrics import METRICS_FILE, read_metrics
-from looped_fast.model import explain_backend
 from looped_fast.presets import describe, preset_config
 from looped_fast.report import error_table, plot
 from looped_fast.settings import TrainConfig, config_from_dict

@@ -24,6 +24,8 @@ class Settings:
     causal: bool = True
     scale: float | None = None  # of attention scores; 1/sqrt(head_dim) if None
     p: float = 0.0  # dropout
+    look_back: int | None = None  # tokens that attention sees; all if None
+    drop_path: float = 0.0  # probability that a block's MLP is left out while training
     post_norm: bool = False
     detach: bool = False  # cut the gradient between blocks
 
@@ -54,8 +56,10 @@ class Attention(nn.Module):
         )
         scores = q @ k.mT * (self.settings.scale or 1 / math.sqrt(D // self.n_head))
         if self.settings.causal:
-            future = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
+            hidden = torch.ones(S, S, dtype=torch.bool, device=x.device).triu(1)
+            if self.settings.look_back is not None:
+                hidden |= hidden.new_ones(S, S).tril(-self.settings.look_back)
+            scores = scores.masked_fill(hidden, -torch.inf)
         y = self.attn_dropout(scores.softmax(-1)) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
 
@@ -84,6 +88,8 @@ class Block(nn.Module):
             x = self.ln_1(x + self.attn(x))
             return self.ln_2(x + self.mlp(x))
         x = x + self.attn(self.ln_1(x))
+        if self.training and torch.rand(()) < self.settings.drop_path:
+            return x
         return x + self.mlp(self.ln_2(x))
 
 

@@ -9,7 +9,15 @@ import torch
 from foreign_models import Settings
 from torch import nn
 
-from looped_fast import LoopedTransformer, ModelConfig, UnsupportedModel, accelerate, restore
+from looped_fast import (
+    LoopedTransformer,
+    ModelConfig,
+    UnsupportedModel,
+    accelerate,
+    backends,
+    explain_backend,
+    restore,
+)
 
 PROMPT = (torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(1)), torch.ones(3, 7))
 TOKENS = torch.arange(12).view(2, 6)
@@ -197,6 +205,7 @@ LOOKALIKES = {
     "exact GELU": (Settings(gelu="none"), r"h\.0\.mlp is not .* GELU in its tanh form"),
     "eps": (Settings(eps=9e-6), r"h\.0\.ln_1 is not LayerNorm .* eps 1e-05.*\n.*ln_2.*\n.*ln_f"),
     "not causal": (Settings(causal=False), r"h\.0\.attn is not causal attention with 4 heads"),
+    "sliding window": (Settings(look_back=8), r"h\.0\.attn does not see all earlier of 23 tokens"),
     "score scale": (Settings(scale=1.0), r"h\.0\.attn is not causal attention"),
     "post-norm": (Settings(post_norm=True), "its forward is not TransformerModelLooped's"),
     "gradient cut": (Settings(detach=True), "its forward is not .*: gradients differ"),
@@ -299,6 +308,61 @@ def test_dropout_is_allowed_in_eval_mode_only():
     model.train()
     with pytest.raises(UnsupportedModel, match=r"drops out with p = 0\.1 while training"):
         model(TOKENS)
+
+
+def test_dropout_set_to_zero_after_all_may_train():
+    model = accelerate(build(foreign.GPT, settings=Settings(p=0.1)).eval())
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.train()(TOKENS)
+
+
+def test_dropout_outside_the_blocks_is_refused_too():
+    model = build(foreign.Standard)
+    model.input_dropout = nn.Dropout1d(0.2)
+    with pytest.raises(UnsupportedModel, match=r"input_dropout drops out with p = 0\.2"):
+        accelerate(model)
+
+
+def test_what_differs_in_training_only_is_allowed_in_eval_mode_only():
+    model = build(foreign.GPT, settings=Settings(drop_path=1.0)).eval()
+    expected = model(TOKENS)[0]
+    accelerate(model)
+    torch.testing.assert_close(model(TOKENS)[0], expected)
+    model.train()
+    with pytest.raises(UnsupportedModel, match="while training, its forward is not nanoGPT's GPT"):
+        model(TOKENS)
+    assert restore(model).training
+    with pytest.raises(UnsupportedModel, match="its forward is not nanoGPT's GPT"):
+        accelerate(model)
+
+
+def test_probing_leaves_modes_and_dropout_as_they_were():
+    model = build(foreign.Standard, settings=Settings(p=0.1)).eval()
+    model._backbone.transformer.h.train()
+    for module in model._backbone.transformer.h.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    before = [(m.training, getattr(m, "p", None)) for m in model.modules()]
+    accelerate(model)
+    assert [(m.training, getattr(m, "p", None)) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize(("make", "tokens"), [(foreign.Standard, 14), (foreign.GPT, 7)])
+def test_explain_backend_tells_of_an_accelerated_model(make, tokens, monkeypatch):
+    model = build(make)
+    with pytest.raises(ValueError, match=r"accelerate\(model\) first"):
+        explain_backend(model, batch_size=3, n_points=7)
+    accelerate(model, precision="bf16")
+    seen = []
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem) or None}
+    )
+    assert explain_backend(model, batch_size=3, n_points=7).chosen == "reference"
+    (problem,) = seen
+    assert (problem.batch, problem.seq_len, problem.n_embd) == (3, tokens, 32)
+    assert (problem.n_heads, problem.precision) == (4, "bf16")
 
 
 @pytest.mark.parametrize("build_model", [own_model, foreign.Standard])

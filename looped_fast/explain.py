@@ -1,0 +1,63 @@
+"""Which backend runs a model, and why not another: ``looped_fast.explain_backend``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from looped_fast import backends, dropin
+from looped_fast.model import LoopedTransformer, ambient_precision
+
+
+def explain_backend(
+    model: nn.Module, batch_size: int, n_points: int, precision: str | None = None
+) -> backends.Explanation:
+    """Say which backend runs ``model`` on such a batch, and for each other one, why not.
+
+    >>> from looped_fast import ModelConfig
+    >>> print(explain_backend(LoopedTransformer(ModelConfig()), batch_size=64, n_points=41))
+    backend: ...
+
+    Args:
+        model: a ``LoopedTransformer``, or any model after ``accelerate``.
+        batch_size: prompts.
+        n_points: in-context points of a prompt, of two tokens each; tokens for nanoGPT's ``GPT``.
+        precision: ``fp32``, ``bf16`` or ``fp16``; None: what ``accelerate`` was given, or else
+            that of ``torch.autocast`` around this call.
+
+    Raises:
+        ValueError: a model of other code that is not accelerated; or its backend is forced, and
+            can't run it.
+    """
+    replacement = dropin.replaced(model)
+    if isinstance(model, LoopedTransformer):
+        described = {name: getattr(model.config, name) for name in _SETTINGS}
+        weight, backend, attention = model._read_in.weight, model.backend, model.attention
+        seq_len, n_heads = 2 * n_points, model.config.n_head
+    elif isinstance(replacement, dropin.FastForward):
+        stack = replacement.stack
+        weight, backend, attention = stack.wpe.weight, replacement.backend, replacement.attention
+        seq_len = replacement.architecture.tokens_per_point * n_points
+        n_heads = stack.h[0].attn.n_head
+        # How often it loops is an argument of its calls, and decides nothing here.
+        described = {"n_embd": weight.shape[1], "n_layer": len(stack.h), "n_loops": 1, "window": 1,
+                     "injection": "none"}  # fmt: skip
+    else:
+        raise ValueError(
+            f"a {type(model).__name__} runs its own code; looped_fast.accelerate(model) first"
+        )
+    if precision is None:
+        precision = replacement.precision if replacement is not None else None
+    problem = backends.Problem(
+        device=weight.device.type,
+        dtype=weight.dtype,
+        precision=precision or ambient_precision(weight.device.type),
+        batch=batch_size,
+        seq_len=seq_len,
+        n_heads=n_heads,
+        attention=attention,
+        **described,
+    )
+    return backends.explain(problem, backend)
+
+
+_SETTINGS = ("n_embd", "n_layer", "n_loops", "window", "injection")
