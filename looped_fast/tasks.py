@@ -282,10 +282,15 @@ def sample_batch(
         n_dims: coordinates of x that are active, the others are 0 (curriculum); all by default.
         device: where the batch is drawn.
 
+    Raises:
+        ValueError: ``n_dims`` is outside 1..d.
+
     >>> xs, ys = sample_batch(make_task("dt", n_dims=4, depth=2), 64, 32, seed=0, step=7)
     >>> xs.shape, ys.shape
     (torch.Size([64, 32, 4]), torch.Size([64, 32]))
     """
+    if n_dims is not None and not 1 <= n_dims <= task.n_dims:
+        raise ValueError(f"n_dims = {n_dims} is outside 1..{task.n_dims}, the task's dimensions")
     generator = batch_generator(seed, step, rank, device)
     return draw_batch(task, batch_size, n_points, generator, n_dims)
 

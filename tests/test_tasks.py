@@ -280,6 +280,12 @@ def test_as_many_dimensions_as_there_are_truncate_nothing(name):
     assert torch.equal(sample(name, n_dims=D).ys, sample(name).ys)
 
 
+@pytest.mark.parametrize("n_dims", [0, D + 1])
+def test_active_dimensions_that_there_are_not_are_refused(n_dims):
+    with pytest.raises(ValueError, match=rf"n_dims = {n_dims} is outside 1\.\.{D}"):
+        sample("lr", n_dims=n_dims)
+
+
 @ALL
 def test_a_function_has_the_same_values_at_a_prefix_of_the_points(name):
     task = make_task(name, D)
