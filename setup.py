@@ -51,6 +51,7 @@ def engine_build():
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs, use_ninja=False)
+            self.force = True  # what is up to date with the sources may be of another torch
 
         def build_extensions(self):
             try:
@@ -93,7 +94,7 @@ def engine_build():
         [f"csrc/{name}" for name in (*SOURCES, *ISA_FLAGS)],
         depends=[str(header) for header in Path("csrc").glob("*.h")],
         extra_compile_args=[
-            "-O3", "-fopenmp", "-DLOOPED_FAST_X86", "-g0", "-Wall",
+            "-O3", "-fopenmp", "-g0", "-Wall",
             # ATen headers: pragmas for clang; gcc 12's own AVX-512 headers: false positives
             "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized",
         ],

@@ -28,7 +28,7 @@ struct Head {
   int64_t seq_len;
   int64_t head_dim;
 
-  // Scores are scaled for 2^x rather than e^x.
+  // Of scores, in the natural base; softmax takes it times kLog2E, for 2^x rather than e^x.
   float scale() const { return 1.f / std::sqrt(static_cast<float>(head_dim)); }
 };
 

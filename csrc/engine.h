@@ -91,10 +91,8 @@ struct Engine {
                    void* workspace, int n_threads);
 };
 
-#if defined(LOOPED_FAST_X86)
 extern const Engine kEngineAvx2Fp32;
 extern const Engine kEngineAvx512Fp32;
 extern const Engine kEngineAvx512Bf16;
-#endif
 
 }  // namespace looped_fast

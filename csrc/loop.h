@@ -31,12 +31,12 @@ inline void loop_forward(const Problem& problem, const Inputs& inputs,
                          const ForwardOutputs& outputs, void* workspace, int n_threads) {
   Arena arena(workspace);
   const ForwardPlan<T> plan(arena, problem, n_threads);
-  parallel(n_threads, [&](int thread, int n) {
-    const Phase phase("looped_fast::pack_weights", thread);
-    plan.weights.pack(inputs.blocks, thread, n);
-  });
-  Barrier barrier;
-  parallel(n_threads, [&](int thread, int n) {
+  parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
+    {
+      const Phase phase("looped_fast::pack_weights", thread);
+      plan.weights.pack(inputs.blocks, thread, n);
+      barrier.wait(n);
+    }
     const BrgemmScope<T> brgemm_scope;
     for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const Phase phase("looped_fast::loop_steps", thread);
@@ -94,14 +94,15 @@ inline void loop_backward(const Problem& problem, const Inputs& inputs,
   const bool recompute = outer.saved.activations == nullptr;
   Arena arena(workspace);
   BackwardPlan<T> plan(arena, problem, recompute, n_threads);
-  parallel(n_threads, [&](int thread, int n) {
-    const Phase phase("looped_fast::pack_weights", thread);
-    plan.weights.pack(inputs.blocks, thread, n);
-    if (recompute) plan.forward->weights.pack(inputs.blocks, thread, n);
-    if (thread == 0) plan.sums.erase(plan.sums.begin() + n, plan.sums.end());  // threads we got
-  });
-  Barrier barrier;
-  parallel(n_threads, [&](int thread, int n) {
+  // One region: OpenMP may give the next one another number of threads, and so of sums.
+  parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
+    {
+      const Phase phase("looped_fast::pack_weights", thread);
+      plan.weights.pack(inputs.blocks, thread, n);
+      if (recompute) plan.forward->weights.pack(inputs.blocks, thread, n);
+      if (thread == 0) plan.sums.erase(plan.sums.begin() + n, plan.sums.end());  // threads we got
+      barrier.wait(n);
+    }
     const BrgemmScope<T> brgemm_scope;
     const ThreadSums& sums = plan.sums[thread];
     sums.clear();
@@ -131,8 +132,7 @@ inline void loop_backward(const Problem& problem, const Inputs& inputs,
       }
       step.end_item();
     });
-  });
-  parallel(n_threads, [&](int thread, int n) {
+    barrier.wait(n);
     const Phase phase("looped_fast::reduce_gradients", thread);
     reduce(plan.sums, problem, gradients, thread, n);
   });

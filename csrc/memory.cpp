@@ -5,6 +5,7 @@
 #include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <deque>
 #include <mutex>
 
@@ -31,6 +32,12 @@ class Recycler {
           return data;
         }
       }
+      // The size has changed, as at a step of a curriculum: old and new together would double
+      // the peak.
+      const auto is_similar = [n_bytes](const Buffer& buffer) {
+        return n_bytes / 2 <= buffer.n_bytes && buffer.n_bytes <= 2 * n_bytes;
+      };
+      free_.erase(std::remove_if(free_.begin(), free_.end(), is_similar), free_.end());
     }
     c10::DataPtr data = c10::GetCPUAllocator()->allocate(n_bytes);
     use_huge_pages(data.get(), n_bytes);

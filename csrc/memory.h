@@ -9,7 +9,8 @@
 namespace looped_fast {
 
 // An uninitialised CPU tensor (filled with NaN when torch is asked to fill such memory). When it
-// dies its memory is kept for the next one of the same size in bytes; a few such are kept.
+// dies its memory is kept for the next one of the same size in bytes; a few such are kept, until
+// a size near theirs is asked for.
 at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace looped_fast

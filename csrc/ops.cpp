@@ -52,7 +52,6 @@ struct Choice {
 };
 
 Choice choose_engine(const std::string& precision) {
-#if defined(LOOPED_FAST_X86)
   const bool avx512 = torch_uses("AVX512");
   if (precision == "fp32") {
     if (avx512) return {&kEngineAvx512Fp32, ""};
@@ -68,9 +67,6 @@ Choice choose_engine(const std::string& precision) {
     return {&kEngineAvx512Bf16, ""};
   }
   return {nullptr, "it computes in fp32 and bf16, not " + precision};
-#else
-  return {nullptr, "it is built for x86-64 only"};
-#endif
 }
 
 const Engine& engine_for(const std::string& precision) {

@@ -4,13 +4,11 @@
 #include <ATen/record_function.h>
 #include <c10/util/ParallelGuard.h>
 #include <omp.h>
+#include <pthread.h>
 
 #include <exception>
+#include <stdexcept>
 #include <thread>
-
-#if !defined(_WIN32)
-#include <pthread.h>
-#endif
 
 namespace looped_fast {
 
@@ -18,9 +16,7 @@ namespace {
 
 std::atomic<bool> forked{false};
 
-#if !defined(_WIN32)
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#endif
 
 }  // namespace
 
@@ -30,8 +26,9 @@ int available_threads() {
 }
 
 void run_parallel(int n_threads, ThreadBody body, void* context) {
+  Barrier barrier;
   if (n_threads == 1) {
-    body(context, 0, 1);
+    body(context, 0, 1, barrier);
     return;
   }
   std::exception_ptr error;
@@ -40,10 +37,11 @@ void run_parallel(int n_threads, ThreadBody body, void* context) {
     at::internal::ThreadIdGuard thread_guard(omp_get_thread_num());
     c10::ParallelGuard region_guard(true);
     try {
-      body(context, omp_get_thread_num(), omp_get_num_threads());
+      body(context, omp_get_thread_num(), omp_get_num_threads(), barrier);
     } catch (...) {
 #pragma omp critical(looped_fast_error)
-      error = std::current_exception();
+      if (!error) error = std::current_exception();  // the cause: waits throw after it
+      barrier.abort();
     }
   }
   if (error) std::rethrow_exception(error);
@@ -58,12 +56,13 @@ void Barrier::wait(int n_threads) {
   }
   constexpr int kSpinsBeforeYield = 20000;
   for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+    if (aborted_.load(std::memory_order_relaxed)) {
+      throw std::runtime_error("another thread of the team failed");
+    }
     if (spins > kSpinsBeforeYield) {
       std::this_thread::yield();
     } else {
-#if defined(__x86_64__)
       __builtin_ia32_pause();
-#endif
     }
   }
 }

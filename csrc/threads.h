@@ -23,11 +23,14 @@ inline Range split(int64_t n, int64_t index, int64_t n_parts, int64_t unit = 1) 
 // a thread that waits for one without a core would spin for a whole time slice.
 class Barrier {
  public:
+  // Throws after abort(): a thread that failed will not arrive.
   void wait(int n_threads);
+  void abort() { aborted_.store(true, std::memory_order_relaxed); }
 
  private:
   std::atomic<int> arrived_{0};
   std::atomic<int> generation_{0};
+  std::atomic<bool> aborted_{false};
 };
 
 // The threads that work on one item together, as one of them sees it: thread `rank` of `size`.
@@ -43,17 +46,21 @@ struct Team {
   Range share(int64_t n, int64_t unit = 1) const { return split(n, rank, size, unit); }
 };
 
-using ThreadBody = void (*)(void* context, int thread, int n_threads);
+using ThreadBody = void (*)(void* context, int thread, int n_threads, Barrier& barrier);
 
-// Runs `body` on up to n_threads threads and returns when all are done. An exception in one
-// is rethrown here.
+// Runs `body` on up to n_threads threads, which may meet at `barrier`, and returns when all are
+// done. An exception in one ends the waits of the others and is rethrown here.
 void run_parallel(int n_threads, ThreadBody body, void* context);
 
+// f(thread, n_threads, barrier). n_threads is what OpenMP gave, and may differ between regions.
 template <class F>
 void parallel(int n_threads, F&& f) {
   run_parallel(
       n_threads,
-      [](void* context, int thread, int n) { (*static_cast<F*>(context))(thread, n); }, &f);
+      [](void* context, int thread, int n, Barrier& barrier) {
+        (*static_cast<F*>(context))(thread, n, barrier);
+      },
+      &f);
 }
 
 // Threads that the engine may use: torch.get_num_threads(), and 1 in a forked child, where the

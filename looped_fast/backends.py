@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from looped_fast import cpu_engine, triton_backend
+from looped_fast import cpu_engine, loop_autograd, triton_backend
 from looped_fast.choice import Choice, choose
 
 
@@ -54,7 +54,7 @@ def _why_not_cpu(problem: Problem) -> str | None:
         return f"D = {D} is not a multiple of 32 up to {cpu_engine.MAX_WIDTH}"
     if head_dim % 8:
         return f"head_dim = {head_dim} is not a multiple of 8"
-    return cpu_engine.why_not_precision(problem.precision)
+    return loop_autograd.why_not() or cpu_engine.why_not_precision(problem.precision)
 
 
 def _why_not_reference(problem: Problem) -> str | None:
@@ -80,9 +80,7 @@ def explain(problem: Problem, backend: str = "auto") -> Explanation:
             reason is in the message.
     """
     obstacles = {name: why_not(problem) for name, why_not in BACKENDS.items()}
-    if backend == "auto" and problem.device == "cpu" and "triton" in obstacles:
-        obstacles["triton"] = obstacles["triton"] or "interpreted kernels run only when asked for"
-    choice = choose("backend", backend, obstacles)
+    choice = _choose(backend, problem.device, obstacles)
     attention = None
     if choice.chosen == "triton":
         from looped_fast.kernels import providers  # needs Triton
@@ -94,3 +92,20 @@ def explain(problem: Problem, backend: str = "auto") -> Explanation:
             f"{choice.reasons['triton']}. Use attention='auto', or backend='triton'"
         )
     return Explanation(choice.kind, choice.chosen, choice.reasons, attention)
+
+
+def choose_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "auto") -> Choice:
+    """Choose who embeds a prompt to ``width`` D: a kernel of ``triton``, or else plain PyTorch.
+
+    Raises:
+        ValueError: as ``explain``.
+    """
+    obstacles = dict.fromkeys(BACKENDS)
+    obstacles["triton"] = triton_backend.why_not_tensors(device, dtype, width)
+    return _choose(backend, device, obstacles)
+
+
+def _choose(backend: str, device: str, obstacles: dict[str, str | None]) -> Choice:
+    if backend == "auto" and device == "cpu" and "triton" in obstacles:
+        obstacles["triton"] = obstacles["triton"] or "interpreted kernels run only when asked for"
+    return choose("backend", backend, obstacles)

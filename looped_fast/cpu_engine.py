@@ -7,6 +7,7 @@ the extension ``looped_fast._C``; this adds shapes for torch.compile, and autogr
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -14,12 +15,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from looped_fast import loop_autograd
+
 MAX_WIDTH = 1024  # widest D that the engine is tested at
+
+_loading = threading.Lock()  # functools.cache lets a thread in while another is at work
+
+
+def why_not_loaded() -> str | None:
+    """Load the extension, once; the reason where there is none."""
+    with _loading:
+        return _load()
 
 
 @functools.cache
-def why_not_loaded() -> str | None:
-    """Load the extension, once; the reason where there is none."""
+def _load() -> str | None:
     # Beside this file: an editable install would find another copy's.
     spec = PathFinder.find_spec("looped_fast._C", [str(Path(__file__).parent)])
     if spec is None or spec.origin is None:
@@ -55,14 +65,10 @@ def loop(
 ) -> Tensor:
     """``ops.loop`` on the engine: arguments and result are its."""
     tensors = (embeddings, positions, state, *weights)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    save_activations = needs_grad and checkpoint == "none"
-    # The state before the window is an argument where the window covers every step.
-    save_start = needs_grad and window < n_loops
-    save_start = save_start and (checkpoint == "state" or injection == "mul")
+    save = loop_autograd.what_to_save(tensors, n_loops, window, injection, checkpoint)
     states, *_ = torch.ops.looped_fast.cpu_loop_forward(
         embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
-        precision, save_activations, save_start,
+        precision, *save,
     )  # fmt: skip
     return states
 
@@ -95,29 +101,10 @@ def _backward_fake(
     return grads
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    embeddings, positions, state, weights, *settings, _, _ = inputs
-    ctx.save_for_backward(*output, embeddings, positions, state, *weights)
-    ctx.settings = settings
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_states, *_):
-    n_settings = 7  # n_heads .. precision, save_activations, save_start
-    if grad_states is None:
-        return (None,) * (4 + n_settings)
-    (states, activations, statistics, start, embeddings, positions, state, *weights) = (
-        ctx.saved_tensors
+def _gradients(grad_states, states, history, inputs, settings):
+    return torch.ops.looped_fast.cpu_loop_backward(
+        grad_states, states, *history, *inputs, *settings
     )
-    n_heads, n_loops, window, injection, precision = ctx.settings
-    grads = torch.ops.looped_fast.cpu_loop_backward(
-        grad_states, states, activations, statistics, start, embeddings, positions, state, weights,
-        n_heads, n_loops, window, injection, precision,
-    )  # fmt: skip
-    d_embeddings = None if injection == "none" else grads[0]
-    d_state = grads[2] if window == n_loops else None
-    return d_embeddings, grads[1], d_state, grads[3:], *(None,) * n_settings
 
 
 def _evaluate_trees_fake(xs, coordinates, leaf_values):
@@ -126,7 +113,6 @@ def _evaluate_trees_fake(xs, coordinates, leaf_values):
 
 def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_evaluate_trees")(_evaluate_trees_fake)
-    name = "looped_fast::cpu_loop_forward"
-    torch.library.register_fake(name)(_forward_fake)
+    torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
-    torch.library.register_autograd(name, _backward, setup_context=_setup_context)
+    loop_autograd.register("cpu", _gradients)

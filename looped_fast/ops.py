@@ -54,8 +54,8 @@ def _run(
 
 
 def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-    wanted = backend == "triton" or (backend == "auto" and xs.device.type == "cuda")
-    if wanted and triton_backend.why_not_tensors(xs.device.type, xs.dtype, len(weight)) is None:
+    choice = backends.choose_read_in(xs.device.type, xs.dtype, len(weight), backend)
+    if choice.chosen == "triton":
         return torch.ops.looped_fast.triton_read_in(xs, ys, weight, bias)
     return reference.read_in(xs, ys, weight, bias)
 
@@ -177,6 +177,9 @@ def read_in(
 
     Returns:
         e, [B, 2n, D]; differentiable in all four.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or forced and unable; the reason is in the message.
     """
     return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
 

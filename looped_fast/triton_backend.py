@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from looped_fast import loop_autograd
 from looped_fast.reference import AUTOCAST_DTYPES
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ HEAD_DIMS = (16, 32, 64)
 MIN_CAPABILITY = (8, 0)
 MIN_TORCH = "2.8"  # has products of bf16 and fp16 matrices with a result in fp32
 MAX_ELEMENTS = 2**31  # kernels index with 32 bits
+
+_registering = threading.Lock()  # functools.cache lets a thread in while another is at work
 
 
 @functools.cache
@@ -44,7 +48,8 @@ def why_not_loaded() -> str | None:
 
     if TorchVersion(triton.__version__) < MIN_TRITON:
         return f"Triton is {triton.__version__}; {MIN_TRITON} or later is needed"
-    _register()
+    with _registering:
+        _register()
     return None
 
 
@@ -62,7 +67,7 @@ def why_not_tensors(device: str, dtype: torch.dtype, width: int) -> str | None:
             "tensors are on the CPU; move them to a GPU, or for a test set TRITON_INTERPRET=1 "
             "before Python starts"
         )
-    if reason := why_not_loaded():
+    if reason := why_not_loaded() or loop_autograd.why_not():
         return reason
     if device == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no GPU"
@@ -84,10 +89,11 @@ def why_not(problem: Problem) -> str | None:
     D, head_dim = problem.n_embd, problem.n_embd // problem.n_heads
     if head_dim not in HEAD_DIMS:
         return f"head_dim = {head_dim} is not one of {HEAD_DIMS}"
-    if (elements := problem.batch * problem.seq_len * 4 * D) >= MAX_ELEMENTS:
-        return f"{elements} hidden activations (B S 4D) are not below 2^31; use smaller batches"
     if reason := why_not_tensors(problem.device, problem.dtype, D):
         return reason
+    # After the device: torch.export would take it for a limit of a model on the CPU too.
+    if (elements := problem.batch * problem.seq_len * 4 * D) >= MAX_ELEMENTS:
+        return f"{elements} hidden activations (B S 4D) are not below 2^31; use smaller batches"
     if problem.precision == "fp32" and D == 512 and _has_little_shared_memory(problem):
         return (
             f"fp32 at D = {D} does not fit in the 99 KiB of shared memory that a block has on "
@@ -119,14 +125,10 @@ def loop(
 ) -> Tensor:
     """``ops.loop`` in Triton kernels: arguments and result are its; ``attention`` is chosen."""
     tensors = (embeddings, positions, state, *weights)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    save_activations = needs_grad and checkpoint == "none"
-    # The state before the window is an argument where the window covers every step.
-    save_start = needs_grad and window < n_loops
-    save_start = save_start and (checkpoint == "state" or injection == "mul")
+    save = loop_autograd.what_to_save(tensors, n_loops, window, injection, checkpoint)
     states, *_ = torch.ops.looped_fast.triton_loop_forward(
         embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
-        precision, attention, save_activations, save_start,
+        precision, attention, *save,
     )  # fmt: skip
     return states
 
@@ -189,29 +191,11 @@ def _backward_fake(
     return [*grads, empty(state, window == n_loops), *(empty(w) for w in weights)]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    embeddings, positions, state, weights, *settings, _, _ = inputs
-    ctx.n_outputs = len(output)
-    ctx.save_for_backward(*output, embeddings, positions, state, *weights)
-    ctx.settings = settings
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_states, *_):
-    n_settings = 8  # n_heads .. attention, save_activations, save_start
-    if grad_states is None:
-        return (None,) * (4 + n_settings)
-    states, *history = ctx.saved_tensors[: ctx.n_outputs]
-    embeddings, positions, state, *weights = ctx.saved_tensors[ctx.n_outputs :]
-    n_heads, n_loops, window, injection, _, attention = ctx.settings
-    grads = torch.ops.looped_fast.triton_loop_backward(
-        grad_states, states, history, embeddings, positions, state, weights, n_heads, n_loops,
-        window, injection, attention,
-    )  # fmt: skip
-    d_embeddings = None if injection == "none" else grads[0]
-    d_state = grads[2] if window == n_loops else None
-    return d_embeddings, grads[1], d_state, grads[3:], *(None,) * n_settings
+def _gradients(grad_states, states, history, inputs, settings):
+    n_heads, n_loops, window, injection, _, attention = settings  # precision is the history's
+    return torch.ops.looped_fast.triton_loop_backward(
+        grad_states, states, history, *inputs, n_heads, n_loops, window, injection, attention
+    )
 
 
 def _read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -235,7 +219,10 @@ def _read_in_backward(ctx, grad):
         d_weight = torch.einsum("bno,bni->oi", of_x, xs)
         d_first = torch.einsum("bno,bn->o", of_y, ys)  # y is in coordinate 0
         d_weight = torch.cat([d_weight[:, :1] + d_first[:, None], d_weight[:, 1:]], dim=1)
-        return of_x @ weight, of_y @ weight[:, 0], d_weight, grad.sum((0, 1))
+        needs_xs, needs_ys, *_ = ctx.needs_input_grad  # of data: seldom
+        d_xs = of_x @ weight if needs_xs else None
+        d_ys = of_y @ weight[:, 0] if needs_ys else None
+        return d_xs, d_ys, d_weight, grad.sum((0, 1))
 
 
 @functools.cache
@@ -245,10 +232,7 @@ def _register() -> torch.library.Library:
     tensors = "Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights"
     settings = "int n_heads, int n_loops, int window, str injection"
     outputs = ", ".join(["Tensor"] * (1 + len(History._fields)))
-    library, name = (
-        torch.library.Library("looped_fast", "FRAGMENT"),
-        "looped_fast::triton_loop_forward",
-    )
+    library = torch.library.Library("looped_fast", "FRAGMENT")
     library.define(
         f"triton_loop_forward({tensors}, {settings}, str precision, str attention, "
         f"bool save_activations, bool save_start) -> ({outputs})"
@@ -260,10 +244,10 @@ def _register() -> torch.library.Library:
     for key in ("CPU", "CUDA"):
         library.impl("triton_loop_forward", _forward, key)
         library.impl("triton_loop_backward", _backward_op, key)
-    name = "looped_fast::triton_loop_forward"
-    torch.library.register_fake(name, _forward_fake, lib=library)
-    torch.library.register_fake("looped_fast::triton_loop_backward", _backward_fake, lib=library)
-    torch.library.register_autograd(name, _backward, setup_context=_setup_context, lib=library)
+    name = "looped_fast::triton_loop"
+    torch.library.register_fake(f"{name}_forward", _forward_fake, lib=library)
+    torch.library.register_fake(f"{name}_backward", _backward_fake, lib=library)
+    loop_autograd.register("triton", _gradients, library)
 
     library.define("triton_read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias) -> Tensor")
     for key in ("CPU", "CUDA"):

@@ -106,6 +106,17 @@ def test_explain_backend_describes_the_models_problem(monkeypatch):
     assert seen == [expected]
 
 
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp32"}])
+def test_explain_backend_follows_autocast_unless_told_otherwise(monkeypatch, settings):
+    seen = []
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem.precision) or None}
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        explain_backend(small_model(), batch_size=2, n_points=5, **settings)
+    assert seen == [settings.get("precision", "bf16")]
+
+
 def test_explain_backend_respects_a_forced_one():
     model = small_model()
     model.backend = "reference"

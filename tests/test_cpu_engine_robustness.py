@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import torch
 from conftest import cast, leaves, loop_inputs, require_grad
 from torch.utils.data import DataLoader, Dataset
 
-from looped_fast import backends, cpu_engine, explain_backend, ops
+from looped_fast import backends, cpu_engine, explain_backend, ops, triton_backend
 from looped_fast.model import LoopedTransformer, ModelConfig
 
 needs_engine = pytest.mark.skipif(
@@ -153,6 +155,65 @@ def run_python(code, **environment):
     return done.stdout.strip()
 
 
+FIRST_CALLS = """
+    import sys, threading, warnings
+    from looped_fast import cpu_engine, triton_backend
+    backend = {backend}
+    warnings.simplefilter("error", UserWarning)  # as of a second registration
+    sys.setswitchinterval(1e-6)
+    start, reasons = threading.Barrier(8), []
+    def ask():
+        start.wait()
+        reasons.append(backend.why_not_loaded())
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(reasons)
+"""
+
+
+@pytest.mark.parametrize("backend", [cpu_engine, triton_backend])
+def test_the_first_call_may_be_of_several_threads(backend):
+    if reason := backend.why_not_loaded():
+        pytest.skip(reason)
+    name = backend.__name__.rpartition(".")[2]
+    assert run_python(FIRST_CALLS.format(backend=name)) == str([None] * 8)
+
+
+ALTERNATING_LOAD = """
+    int getloadavg(double averages[], int n) {  // by which OpenMP chooses how many threads to give
+        static int calls;
+        const double load = calls++ % 2 ? 1000 : 0;
+        for (int i = 0; i < n; ++i) averages[i] = load;
+        return n;
+    }
+"""
+AGREEMENT = """
+    import torch
+    from conftest import loop_inputs
+    from test_cpu_engine_robustness import results
+    torch.manual_seed(0)
+    inputs = loop_inputs(B=5, S=23, D=64, dtype=torch.float32)
+    torch.set_num_threads(1)
+    alone = results(inputs)
+    torch.set_num_threads(2)
+    for _ in range(4):
+        for one, several in zip(alone, results(inputs), strict=True):
+            assert (one - several).norm() <= 1e-5 * one.norm()
+"""
+
+
+@needs_engine
+@pytest.mark.skipif(shutil.which("cc") is None, reason="compiles a stand-in for the system's load")
+def test_openmp_may_give_each_region_another_number_of_threads(tmp_path):
+    source, library = tmp_path / "load.c", tmp_path / "load.so"
+    source.write_text(ALTERNATING_LOAD)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
+    run_python(AGREEMENT, LD_PRELOAD=str(library), OMP_DYNAMIC="true")
+
+
 ACCURACY = """
     import torch
     from conftest import loop_inputs
@@ -252,10 +313,18 @@ def test_phases_show_in_a_profile(inputs):
     assert {f"looped_fast::{phase}" for phase in phases} <= names
 
 
+def peak_memory() -> int:
+    """Of this process, in KiB; getrusage would answer with its parent's where that was larger."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
 MEMORY = """
-    import resource, sys, torch
+    import sys, torch
     from types import SimpleNamespace
     from golden_cases import plain_predictions
+    from test_cpu_engine_robustness import peak_memory
     from looped_fast import LoopedTransformer, ModelConfig
     torch.set_num_threads(2)
     backend, precision = sys.argv[1:]
@@ -272,13 +341,14 @@ MEMORY = """
                 predictions = plain_predictions(official, dict(model.named_parameters()), xs, ys)
             (predictions - ys).square().mean().backward()
     step(1)  # libraries, compiled kernels
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     step(16)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(peak_memory() - before)
 """
 
 
 @needs_engine
+@needs_linux
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_adds_little_of_the_memory_of_the_official_arithmetic(precision):
     if cpu_engine.why_not_precision(precision):
@@ -293,3 +363,54 @@ def test_a_step_adds_little_of_the_memory_of_the_official_arithmetic(precision):
         assert done.returncode == 0, done.stderr
         added[backend] = int(done.stdout)
     assert added["cpu"] <= added["official"] / 3, added
+
+
+GROWTH = """
+    import torch
+    from test_cpu_engine_robustness import peak_memory
+    from looped_fast import LoopedTransformer, ModelConfig
+    torch.set_num_threads(2)
+    config = ModelConfig(n_dims=5, n_embd=128, n_head=4, n_loops=10, window=10)
+    model = LoopedTransformer(config, backend="cpu")
+    def peak_after_steps(B, n):
+        for _ in range(2):
+            xs, ys = torch.randn(B, n, 5), torch.randn(B, n)
+            (model(xs, ys) - ys).square().mean().backward()
+        return peak_memory()
+    print(peak_after_steps(1, 2), peak_after_steps(32, 29), peak_after_steps(32, 30))
+"""
+
+
+@needs_engine
+@needs_linux
+def test_a_curriculum_step_adds_little_to_the_peak_of_memory():
+    before, shorter, longer = map(int, run_python(GROWTH).split())
+    assert longer - shorter <= 0.2 * (shorter - before)
+
+
+def test_a_build_compiles_what_is_up_to_date_with_its_sources(tmp_path, monkeypatch):
+    """It may be of another torch."""
+    setuptools = pytest.importorskip("setuptools")
+    arguments, compiled = {}, []
+    monkeypatch.setattr(setuptools, "setup", arguments.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    if "ext_modules" not in arguments:
+        pytest.skip("no engine is built here")
+    build = arguments["cmdclass"]["build_ext"](
+        setuptools.Distribution({"ext_modules": arguments["ext_modules"]})
+    )
+    build.build_lib = build.build_temp = str(tmp_path)
+    build.ensure_finalized()
+    built = Path(build.get_ext_fullpath("looped_fast._C"))
+    built.parent.mkdir()
+    built.touch()
+
+    def compile_nothing(sources, **_):
+        compiled.extend(sources)
+        raise RuntimeError("a test")
+
+    monkeypatch.setattr(build, "_check_openmp", lambda: None)
+    monkeypatch.setattr(build, "_compile", compile_nothing)
+    build.run()
+    assert "csrc/ops.cpp" in compiled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -37,3 +39,13 @@ def test_the_read_in_passes_opcheck():
     arguments = [t.requires_grad_() for t in leaves]
     torch.library.opcheck(torch.ops.looped_fast.triton_read_in.default, tuple(arguments))
     torch.library.opcheck(torch.ops.looped_fast.read_in.default, (*arguments, "triton"))
+
+
+def test_gradients_of_data_are_computed_only_where_asked_for():
+    xs, ys, weight = torch.randn(2, 3, 5), torch.randn(2, 3), torch.randn(64, 5)
+    context = SimpleNamespace(
+        saved_tensors=(xs, ys, weight), needs_input_grad=(False, False, True, True)
+    )
+    d_xs, d_ys, *_ = triton_backend._read_in_backward(context, torch.randn(2, 6, 64))
+    assert d_xs is None
+    assert d_ys is None

@@ -16,10 +16,13 @@ from conftest import (
     require_grad,
     small_model,
 )
+from test_backends import PROBLEM
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from looped_fast import ops, reference
+from looped_fast import backends, ops, reference
 
 
 @pytest.fixture(autouse=True)
@@ -228,3 +231,105 @@ def test_a_forced_backend_that_can_not_run_says_why(backend):
     inputs = loop_inputs(dtype=torch.float64)  # neither engine takes float64
     with pytest.raises(ValueError, match=rf"backend '{backend}' can't run this: .+ backend='auto'"):
         run(inputs, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "message"),
+    [
+        ("refrence", torch.float32, "unknown backend 'refrence'; did you mean 'reference'?"),
+        ("triton", torch.float64, "backend 'triton' can't run this: "),
+    ],
+)
+def test_a_backend_that_can_not_embed_a_prompt_is_refused(backend, dtype, message):
+    xs, ys = prompt(dtype=dtype)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.read_in(xs, ys, torch.ones(64, 3, dtype=dtype), torch.ones(64), backend=backend)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def fast_loop(request):
+    """The loop on a fast backend, as a function of embeddings [1, 4, 64]; and those."""
+    if reason := backends.BACKENDS[request.param](PROBLEM):
+        pytest.skip(reason)
+    inputs = loop_inputs(B=1, S=4, D=64, dtype=torch.float32)
+
+    def loop(embeddings, backend=request.param):
+        changed = {**inputs, "embeddings": embeddings}
+        return ops.loop(**changed, n_heads=4, n_loops=1, window=1, backend=backend)
+
+    return loop, inputs["embeddings"].requires_grad_()
+
+
+def test_a_second_derivative_is_refused_with_the_remedy(fast_loop):
+    loop, embeddings = fast_loop
+    loss = loop(embeddings).square().sum()
+    (first,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives; use backend='reference'"):
+        (loss + first.square().sum()).backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        (first,) = torch.autograd.grad(
+            loop(embeddings, "reference").square().sum(), embeddings, create_graph=True
+        )
+        first.square().sum().backward()
+    assert embeddings.grad.abs().sum() > 0
+
+
+class Unused(torch.autograd.Function):
+    """The identity, with no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_an_undefined_gradient_of_the_states_is_none_of_the_inputs(fast_loop):
+    loop, embeddings = fast_loop
+    loss = Unused.apply(loop(embeddings)).sum()
+    assert torch.autograd.grad(loss, embeddings, allow_unused=True) == (None,)
+
+
+def directional(loss, embeddings):
+    direction = torch.ones_like(embeddings).cumsum(-1)
+    return torch.func.jvp(loss, (embeddings,), (direction,))[1]
+
+
+def directional_by_dual_numbers(loss, embeddings):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(embeddings, torch.ones_like(embeddings).cumsum(-1))
+        return forward_ad.unpack_dual(loss(dual)).tangent
+
+
+DERIVATIVES = {
+    "grad": lambda loss, embeddings: torch.func.grad(loss)(embeddings),
+    "jacrev": lambda loss, embeddings: torch.func.jacrev(loss)(embeddings),
+    "vmap": lambda loss, embeddings: torch.vmap(torch.func.grad(loss))(embeddings[None]),
+    "jvp": directional,
+    "dual": directional_by_dual_numbers,
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES.keys())
+def test_only_the_reference_is_inside_other_derivatives(fast_loop, derivative):
+    loop, embeddings = fast_loop
+    embeddings = embeddings.detach()
+
+    def loss(backend):
+        return lambda embeddings: loop(embeddings, backend).square().sum()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = derivative(loss("reference"), embeddings)
+        assert expected.abs().sum() > 0
+        assert torch.equal(derivative(loss("auto"), embeddings), expected)
+    with pytest.raises(ValueError, match=r"can't run this: inside .*backend='auto'"):
+        derivative(lambda embeddings: loop(embeddings).sum(), embeddings)
+
+
+def test_the_transform_around_is_the_reason_against_fast_backends():
+    seen = []
+    torch.func.grad(lambda x: seen.append(backends.explain(PROBLEM)) or x)(torch.ones(()))
+    assert seen[0].chosen == "reference"
+    assert seen[0].reasons["cpu"] == "inside a torch.func transform"

@@ -88,7 +88,6 @@ def test_what_the_kernels_can_not_do_is_said(changes, reason):
 
 
 @needs_triton
-@needs_triton
 @pytest.mark.parametrize(
     ("capability", "precision", "runs"),
     [
@@ -161,3 +160,13 @@ def test_accelerated_models_are_as_accurate_as_plain_ones(make, args):
 def test_explain_backend_tells_of_the_triton_backend():
     model = LoopedTransformer(looped_fast.ModelConfig(**WIDE), backend="triton")
     assert str(explain_backend(model, 4, 9)).startswith("backend: triton\n")
+
+
+def test_a_model_exports_with_any_batch(monkeypatch):
+    """The limit of the kernels' indices is none of a model on the CPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    batch = torch.export.Dim("batch")
+    model, args = small_model(**WIDE), prompt(B=3)
+    exported = torch.export.export(model, args, dynamic_shapes=({0: batch}, {0: batch}))
+    larger = prompt(B=5)
+    torch.testing.assert_close(exported.module()(*larger), model(*larger))

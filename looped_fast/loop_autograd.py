@@ -1,0 +1,79 @@
+"""Autograd of the fast backends' ops: first derivatives in reverse mode, and no others.
+
+Others are those of the reference; asking a fast backend for one is a refusal, never a wrong value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# (grad_states, states, history, [e, p, z, weights], settings) -> gradients of e, p, z, *weights
+Gradients = Callable[[Tensor, Tensor, list[Tensor], list[Any], list[Any]], list[Tensor]]
+
+
+def why_not() -> str | None:
+    """What, around the caller, asks for derivatives that only plain PyTorch has; or None."""
+    if forward_ad._current_level >= 0:
+        return "inside torch.autograd.forward_ad.dual_level"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    return None
+
+
+def what_to_save(
+    tensors: Sequence[Tensor], n_loops: int, window: int, injection: str, checkpoint: str
+) -> tuple[bool, bool]:
+    """Whether a forward of ``tensors`` saves activations, and the state before the window."""
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    # The state before the window is an argument where the window covers every step.
+    save_start = needs_grad and window < n_loops and (checkpoint == "state" or injection == "mul")
+    return needs_grad and checkpoint == "none", save_start
+
+
+def register(backend: str, gradients: Gradients, lib: torch.library.Library | None = None) -> None:
+    """Make ``looped_fast::{backend}_loop_forward`` differentiable, once.
+
+    Args:
+        backend: whose op it is; the op takes the tensors of ``ops.loop``, settings that begin with
+            n_heads, n_loops, window and injection, and the two flags of ``what_to_save``.
+        gradients: calls ``looped_fast::{backend}_loop_backward``. History is what the forward
+            returned after the states.
+        lib: that defines the ops; None where the extension does.
+    """
+
+    def setup_context(ctx, inputs, output) -> None:
+        embeddings, positions, state, weights, *settings, _, _ = inputs
+        ctx.n_outputs, ctx.settings = len(output), settings
+        ctx.save_for_backward(*output, embeddings, positions, state, *weights)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_states, *_):
+        states, *history = ctx.saved_tensors[: ctx.n_outputs]
+        embeddings, positions, state, *weights = ctx.saved_tensors[ctx.n_outputs :]
+        of_settings = (None,) * (len(ctx.settings) + 2)
+        if grad_states is None:
+            return None, None, None, [None] * len(weights), *of_settings
+        inputs = [embeddings, positions, state, weights]
+        grads = gradients(grad_states, states, history, inputs, ctx.settings)
+        _, n_loops, window, injection, *_ = ctx.settings
+        d_embeddings = None if injection == "none" else grads[0]
+        d_state = grads[2] if window == n_loops else None
+        return d_embeddings, grads[1], d_state, grads[3:], *of_settings
+
+    def second_backward(ctx, *_):
+        raise NotImplementedError(
+            f"the {backend} backend has no second derivatives; use backend='reference', inside "
+            f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
+
+    name = f"looped_fast::{backend}_loop"
+    torch.library.register_autograd(
+        f"{name}_forward", backward, setup_context=setup_context, lib=lib
+    )
+    torch.library.register_autograd(f"{name}_backward", second_backward, lib=lib)
