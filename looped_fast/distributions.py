@@ -28,7 +28,8 @@ class ShiftedPrompts(NamedTuple):
     """Prompts, and what is asked after each of their first i points.
 
     xs [B, n, d] and ys [B, n] are what a predictor has seen; queries [B, n, d] (None: xs) what it
-    is asked at each position, and targets [B, n] the function's values there, without noise.
+    is asked at each position, and targets [B, n] the function's values there: without the noise of
+    a shift, with that of ``noisy_lr`` itself.
     """
 
     xs: Tensor

@@ -8,9 +8,7 @@ with ``--ood``, of a sweep over prompts from other distributions. ``--help`` lis
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,8 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-import looped_fast
-from looped_fast import figures
+from looped_fast import figures, published
 from looped_fast.baselines import QUICK_BASELINES, Baseline, figure_baselines
 from looped_fast.checkpoint import CheckpointError
 from looped_fast.distributions import SHIFTS, shifted_prompts
@@ -35,11 +32,10 @@ from looped_fast.evaluation import (
     model_predictor,
     prompt_errors,
 )
+from looped_fast.provenance import versions
 from looped_fast.report import error_table
 from looped_fast.runs import Run, load_run
 from looped_fast.tasks import Batch, DecisionTree, Task
-
-_VERSIONS = ("torch", "numpy", "scikit-learn", "xgboost", "numba")
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,16 @@ class Command:
     """Of prompts and bootstrap."""
     points: int | None = None
     """In-context points n of a prompt; none: as many as at the end of training."""
-    loops: int | None = None
-    """Loop steps of looped models where positions are compared; none: the trained b."""
+    loops: tuple[int, ...] = ()
+    """Loop steps of looped models where positions are compared, a curve each; none: the trained b,
+    and (but for --ood) as many as in the official figure: 500, dt 200."""
     max_loops: int = 500
     """Last loop step of the figure over loop counts; 0: no such figure."""
     loop_prompts: int = 256
     """Prompts of the figure over loop counts."""
     baselines: Literal["figure", "quick", "none"] = "figure"
-    """figure: those of the official figure (minutes); quick: those of seconds; or none."""
+    """figure: those of the official figure (minutes; with --ood as quick); quick: those of seconds;
+    or none."""
     out: Path = Path("evaluation")
     """Folder to write to; files of an earlier evaluation are replaced."""
     device: str = "auto"
@@ -123,9 +121,11 @@ def _check(command: Command) -> None:
                 f"{name} = {getattr(command, name)}: at least {MIN_PROMPTS} are needed for a "
                 f"5-95 % bootstrap band"
             )
-    for name, least in (("seed", 0), ("max_loops", 0), ("loops", 1), ("points", 2)):
-        value = getattr(command, name)
-        if value is not None and value < least:
+    limits = [("seed", command.seed, 0), ("max_loops", command.max_loops, 0)]
+    limits += [("loops", n_loops, 1) for n_loops in command.loops]
+    limits += [("points", command.points, 2)] if command.points is not None else []
+    for name, value, least in limits:
+        if value < least:
             raise ValueError(f"{name} = {value}: at least {least} is needed")
 
 
@@ -154,34 +154,33 @@ def load_runs(sources: tuple[str, ...], device: str) -> list[Run]:
 
 def provenance(command: Command, runs: list[Run]) -> dict[str, Any]:
     """What the numbers depend on: settings, checkpoints by hash, versions, device."""
-    versions = {"looped_fast": looped_fast.__version__, "python": platform.python_version()}
-    for package in _VERSIONS:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     device = runs[0].device
     return {
         "task": repr(runs[0].task),
         "prompts": command.prompts,
         "seed": command.seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": versions,
+        "versions": versions(),
         "runs": {
             run.name: {
                 "checkpoint": str(run.path),
                 "sha256": run.sha256,
                 "step": run.step,
                 "trained_loops": run.config.n_loops,
-                "loops": _loops(command, run),
+                "loops": loop_counts(command, run),
             }
             for run in runs
         },
     }
 
 
-def evaluate_positions(command: Command, runs: list[Run], n_points: int) -> dict[str, Any]:
-    """Error by in-context position, of runs and baselines, over the task's variance."""
+def evaluate_positions(
+    command: Command, runs: list[Run], n_points: int, known: Mapping[str, Curve] | None = None
+) -> dict[str, Any]:
+    """Error by in-context position, of runs and baselines, over the task's variance.
+
+    Those of ``known`` are not computed again.
+    """
     task, predictors = runs[0].task, _predictors(command, runs)
     batches = evaluation_batches(
         task, command.prompts, n_points, seed=command.seed, device=runs[0].device
@@ -189,6 +188,9 @@ def evaluate_positions(command: Command, runs: list[Run], n_points: int) -> dict
     prompts = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
     curves = {}
     for name, predict in predictors.items():
+        if known and name in known:
+            curves[name] = known[name]
+            continue
         started = time.perf_counter()
         errors = prompt_errors(predict, task, [prompts])
         curves[name] = bootstrap_curve(errors, seed=command.seed)
@@ -224,7 +226,8 @@ def evaluate_shifts(command: Command, runs: list[Run], n_points: int) -> dict[st
     """Error by position under each shift, over the mean square of what is to be predicted."""
     task = runs[0].task
     panels: dict[str, dict[str, Curve]] = {}
-    predictors = _predictors(replace(command, baselines="quick"), runs)
+    quick = "quick" if command.baselines == "figure" else command.baselines
+    predictors = _predictors(replace(command, baselines=quick), runs)
     most = min(run.config.n_positions for run in runs)
     for shift, settings in SHIFTS.items():
         n = n_points
@@ -264,19 +267,30 @@ def write_csv(path: Path, counted: str, counts: Sequence[int], curves: Mapping[s
 
 
 def _predictors(command: Command, runs: list[Run]) -> dict[str, Baseline]:
-    """Runs at their loop counts, then the baselines that were asked for."""
+    """Runs at each of their loop counts, then the baselines that were asked for."""
     baselines: dict[str, Baseline] = {}
     if command.baselines == "figure":
         baselines = figure_baselines(runs[0].task)
     elif command.baselines == "quick":  # "zero" is the dashed line
         baselines = {name: b for name, b in QUICK_BASELINES.items() if name != "zero"}
-    return {run.name: model_predictor(run.model, _loops(command, run)) for run in runs} | baselines
+    models = {
+        run.name if n_loops == run.config.n_loops else f"{run.name}, {n_loops} loops": (
+            model_predictor(run.model, n_loops)
+        )
+        for run in runs
+        for n_loops in loop_counts(command, run)
+    }
+    return models | baselines
 
 
-def _loops(command: Command, run: Run) -> int:
-    """Loop steps of a run where positions are compared."""
-    is_looped = run.config.model == "looped"
-    return command.loops if is_looped and command.loops is not None else run.config.n_loops
+def loop_counts(command: Command, run: Run) -> list[int]:
+    """Loop steps after which positions of a run are compared."""
+    config = run.config
+    if config.model != "looped":
+        return [config.n_loops]
+    official = published.LOOPS.get(config.task, published.LOOPS["lr"])  # noisy_lr has no figure
+    default = [config.n_loops] if command.ood else [config.n_loops, official]
+    return list(dict.fromkeys(command.loops or default))
 
 
 def _as_dicts(curves: Mapping[str, Curve]) -> dict[str, dict[str, list[float]]]:

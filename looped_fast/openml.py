@@ -26,23 +26,22 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-import looped_fast
 from looped_fast import checkpoint
 from looped_fast.baselines import nearest_neighbours
 from looped_fast.config import ModelConfig
 from looped_fast.errors import unknown_name
 from looped_fast.experiments import last_checkpoint, shortened
 from looped_fast.presets import preset_config
+from looped_fast.provenance import versions, weights_sha256
 from looped_fast.settings import TrainConfig, config_from_dict
 from looped_fast.tabular_data import (
-    DownloadError,
     TabularSet,
     check_fits,
     held_out_prompts,
     load_sets,
     training_prompts,
 )
-from looped_fast.trainer import Interrupted, NonFiniteError, Trainer
+from looped_fast.trainer import Interrupted, Trainer
 
 PAPER_STEPS = 100_000  # official exec/script_openml.sh
 RESULTS_FILE = "openml.json"
@@ -193,7 +192,7 @@ def main(args: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (DownloadError, NonFiniteError, checkpoint.CheckpointError, OSError) as error:
+    except (checkpoint.CheckpointError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     write(command, results, out)
@@ -206,7 +205,8 @@ def run(command: Command, sets: list[TabularSet], out: Path) -> dict[str, Any]:
 
     Returns:
         Set -> ``looped``, ``standard``, ``3-nearest neighbours``, ``majority`` -> (mean accuracy
-        at the last position, its standard deviation over seeds), and ``rows``.
+        at the last position, its standard deviation over seeds), ``rows``, and ``sha256`` of the
+        weights of each model.
 
     Raises:
         ValueError: an unknown set, no seed, or a folder that holds a run with other settings.
@@ -234,8 +234,9 @@ def run(command: Command, sets: list[TabularSet], out: Path) -> dict[str, Any]:
             trainer = TabularTrainer(config, sets, run_dir, last_checkpoint(config, run_dir))
             trainer.fit()
             wrong = [trainer.is_wrong(command.test_rows, config.n_loops, s)[:, -1] for s in seeds]
-            row = results.setdefault(name, {"rows": len(wrong[0])})
+            row = results.setdefault(name, {"rows": len(wrong[0]), "sha256": {}})
             row[model] = _accuracy(wrong)
+            row["sha256"][model] = weights_sha256(run_dir)
         prompts = [
             held_out_prompts(
                 trainer.test_set, config.n_points, config.n_dims, rows=command.test_rows, seed=s
@@ -257,8 +258,7 @@ def _accuracy(wrong: list[Tensor]) -> tuple[float, float]:
 def write(command: Command, results: dict[str, Any], out: Path) -> None:
     """``openml.json``, ``openml.csv`` and ``openml.png`` in ``out``."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(command).items()}
-    versions = {"looped_fast": looped_fast.__version__, "torch": torch.__version__}
-    document = {"settings": settings, **versions, "sets": results}
+    document = {"settings": settings, "versions": versions(), "sets": results}
     (out / RESULTS_FILE).write_text(json.dumps(document))
     with (out / "openml.csv").open("w", newline="") as file:
         table = csv.writer(file)

@@ -16,7 +16,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ from typing import Any
 import torch
 import tyro
 
-import looped_fast
 from looped_fast import checkpoint, evaluate, openml, pretrained, state_probes, sweep, train
 from looped_fast.ablations import SWEEPS
+from looped_fast.baselines import figure_baselines
 from looped_fast.errors import unknown_name
+from looped_fast.evaluation import Curve
 from looped_fast.model import LoopedTransformer
 from looped_fast.presets import preset_config
-from looped_fast.results_page import draw, write_page
+from looped_fast.provenance import versions
+from looped_fast.results_figures import draw
+from looped_fast.results_page import write_page
 from looped_fast.runs import Run, load_run
 from looped_fast.tasks import sample_batch
 from looped_fast.trainer import step_flops
@@ -173,15 +176,16 @@ def find_models(command: Command, task: str, missing: list[str]) -> list[Run]:
     return found
 
 
-def up_to_date(earlier: Numbers, key: dict[str, Any], compute: Callable[[], Numbers]) -> Numbers:
-    """``earlier`` if it is of ``key``, else what ``compute`` returns, under that key."""
+def up_to_date(
+    earlier: Numbers,
+    key: dict[str, Any],
+    compute: Callable[[], Numbers],
+    packages: Sequence[str] = ("torch",),
+) -> Numbers:
+    """``earlier`` if it is of ``key`` and ``packages``, else what ``compute`` returns, as that."""
     # Through JSON and back, as the key of a file has been.
-    key = json.loads(json.dumps({**key, "versions": _versions()}))
+    key = json.loads(json.dumps({**key, "versions": versions(packages)}))
     return earlier if earlier.get("key") == key else {"key": key, **compute()}
-
-
-def _versions() -> dict[str, str]:
-    return {"looped_fast": looped_fast.__version__, "torch": torch.__version__}
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -203,16 +207,27 @@ def positions_and_loops(task: str) -> Callable[[Command, Numbers, list[str]], Nu
             return earlier
         n_points = min(run.config.n_points for run in runs)
         settings = _evaluation(command, task)
+        loops = {run.name: evaluate.loop_counts(settings, run) for run in runs}
+        # Baselines take minutes, and stay what they are when models change.
+        of_baselines = {
+            "task": repr(runs[0].task), "points": n_points, "prompts": command.prompts,
+            "seed": command.seed, "versions": versions(),
+        }  # fmt: skip
+        known: dict[str, Curve] = {}
+        if earlier.get("key", {}).get("baselines") == of_baselines:
+            names = figure_baselines(runs[0].task)
+            known = {n: Curve(**c) for n, c in earlier["positions"].items() if n in names}
 
         def compute() -> Numbers:
             settings.out.mkdir(parents=True, exist_ok=True)
-            numbers = {"positions": evaluate.evaluate_positions(settings, runs, n_points)}
+            numbers = {"positions": evaluate.evaluate_positions(settings, runs, n_points, known)}
             looped = [run for run in runs if run.name == "looped"]
             if looped:
                 numbers["loops"] = evaluate.evaluate_loops(settings, looped, n_points)
             return numbers
 
-        return up_to_date(earlier, _key(command, runs), compute)
+        key = {**_key(command, runs), "loops": loops, "baselines": of_baselines}
+        return up_to_date(earlier, key, compute, ("torch", "numpy"))
 
     return numbers
 
@@ -229,12 +244,12 @@ def out_of_distribution(command: Command, earlier: Numbers, missing: list[str]) 
         settings.out.mkdir(parents=True, exist_ok=True)
         return {"shifts": evaluate.evaluate_shifts(settings, runs, n_points)}
 
-    return up_to_date(earlier, _key(command, runs), compute)
+    return up_to_date(earlier, _key(command, runs), compute, ("torch", "numpy"))
 
 
 def _evaluation(command: Command, name: str) -> evaluate.Command:
     return evaluate.Command(
-        (), prompts=command.prompts, seed=command.seed, max_loops=LOOPS,
+        (), ood=name == "ood", prompts=command.prompts, seed=command.seed, max_loops=LOOPS,
         loop_prompts=min(command.prompts, 256), out=command.work / "evaluations" / name,
         device=command.device,
     )  # fmt: skip
@@ -246,12 +261,12 @@ def _key(command: Command, runs: list[Run]) -> dict[str, Any]:
 
 
 def ablations(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
-    """Every sweep that was run, at whatever scale."""
+    """Every sweep that was run, at whatever scale; missing is what was not at this preset's."""
     sweeps = {**earlier.get("sweeps", {}), **_finished(command, "sweeps", sweep.RESULTS_FILE)}
     for name in SWEEPS:
-        if any(folder.startswith(f"{name}-") for folder in sweeps):
-            continue
         out = command.work / "sweeps" / f"{name}-lr-{command.preset}"
+        if out.name in sweeps:
+            continue
         line = [name, "--preset", command.preset, "--out", str(out)]
         try:
             _train_or_name(command, "sweep", sweep.main, line)
@@ -291,14 +306,15 @@ def probes(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
 
 
 def tabular(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
-    """The OpenML experiment, on whatever sets it was run."""
+    """The OpenML experiment, on whatever sets it was run; missing is this preset's."""
     found = {**earlier.get("experiments", {}), **_finished(command, "openml", openml.RESULTS_FILE)}
-    if not found:
-        out = command.work / "openml" / f"offline-{command.preset}"
-        line = ["--preset", command.preset, "--out", str(out)]
+    data = "openml" if command.preset == "paper" else "offline"
+    out = command.work / "openml" / f"{data}-{command.preset}"
+    if out.name not in found:
+        line = ["--data", data, "--preset", command.preset, "--out", str(out)]
         try:
             _train_or_name(command, "openml", openml.main, line)
-            found = _finished(command, "openml", openml.RESULTS_FILE)
+            found |= _finished(command, "openml", openml.RESULTS_FILE)
         except Missing as how:
             missing.append(str(how))
     return {"experiments": found}

@@ -1,16 +1,15 @@
-"""The page of results: numbers and figures of ``reproduce.py`` beside the published values."""
+"""The page of results: numbers of ``reproduce.py`` beside the published values."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from looped_fast import figures, openml, published, state_probes, sweep
-from looped_fast.evaluation import Curve
+from looped_fast import openml, published, state_probes, sweep
 from looped_fast.tabular_data import OPENML_IDS
 
 Numbers = dict[str, Any]
@@ -28,89 +27,14 @@ GPU_PEAKS = {"A100 SXM": 312e12, "H100 SXM": 989e12}
 ASSUMED_SHARE = 0.2
 
 
-def draw(name: str, out: Path) -> None:
-    """The figures of ``<out>/results/<name>.json``, as PNG files beside it."""
-    for path in _draw(name, _read(out, name), out / "results"):
-        _shrink(path)
-
-
-def _draw(name: str, numbers: Numbers, folder: Path) -> Iterator[Path]:
-    path = folder / f"{name}.png"
-    if "positions" in numbers:
-        _draw_task(path, name, numbers)
-        yield path
-    elif "shifts" in numbers:
-        panels = {
-            shift: {who: Curve(**curve) for who, curve in curves.items()}
-            for shift, curves in numbers["shifts"].items()
-        }
-        title = "linear regression out of distribution"
-        figures.shift_figure(panels, title).savefig(path, dpi=50)
-        yield path
-    elif "sweeps" in numbers:
-        for label, result in numbers["sweeps"].items():
-            title = f"{label}: {result['scale']}"
-            path = folder / f"sweep-{label}.png"
-            sweep.plot(path, result["runs"], title)
-            yield path
-    elif "runs" in numbers:
-        state_probes.plot(path, numbers["runs"])
-        yield path
-    elif "experiments" in numbers:
-        for label, result in numbers["experiments"].items():
-            path = folder / f"openml-{label}.png"
-            openml.plot(path, result["sets"])
-            yield path
-
-
-def _shrink(path: Path) -> None:
-    """Rewrite a PNG with 64 colours: a third of the size, which a repository keeps for ever."""
-    from PIL import Image  # comes with matplotlib
-
-    with Image.open(path) as image:
-        image.convert("RGB").quantize(64).save(path, optimize=True)
-
-
-def _draw_task(path: Path, task: str, numbers: Numbers) -> None:
-    from matplotlib.figure import Figure  # slow to import; pyplot would look for a display
-
-    panels: list[tuple[str, str, Mapping[str, Sequence[float]], Sequence[int] | None]] = []
-    if task == "lr":
-        panels.append(
-            ("published, d = 20", "in-context examples", published.LINEAR_REGRESSION, None)
-        )
-    means = {who: curve["mean"] for who, curve in numbers["positions"].items()}
-    panels.append((f"here, {_scale(numbers)}", "in-context examples", means, None))
-    if "loops" in numbers:
-        curves = {who: curve["mean"] for who, curve in numbers["loops"]["curves"].items()}
-        counts = range(1, 1 + len(next(iter(curves.values()))))
-        panels.append(("here, at the last position", "loops", curves, counts))
-    everyone = list(dict.fromkeys(who for _, _, lines, _ in panels for who in lines))
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    for axes, (title, xlabel, lines, xs) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        for who, values in lines.items():
-            width = 2.5 if who in ("looped", "standard") else 1.2
-            color = f"C{everyone.index(who)}"
-            axes.plot(xs or range(len(values)), values, color, linewidth=width, label=who)
-        axes.set(title=title, xlabel=xlabel, ylabel="squared error / variance")
-        axes.grid(alpha=0.3)
-        if xlabel == "loops":
-            axes.set(xscale="log", yscale="log")
-            axes.axvline(numbers["key"]["models"]["looped"]["n_loops"], color="k", linestyle=":")
-        else:
-            axes.set_ylim(0, 1.6)
-        axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=80)
-
-
-def _read(out: Path, name: str) -> Numbers:
+def read_numbers(out: Path, name: str) -> Numbers:
+    """What ``reproduce`` wrote of a figure; nothing where it has not."""
     path = out / "results" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _scale(numbers: Numbers) -> str:
+def scale(numbers: Numbers) -> str:
+    """The size of the task that a figure's models learned."""
     settings = next(iter(numbers["key"]["models"].values()))
     depth = f", depth {settings['depth']}" if settings["depth"] else ""
     return f"d = {settings['n_dims']}{depth}"
@@ -118,10 +42,12 @@ def _scale(numbers: Numbers) -> str:
 
 def write_page(out: Path) -> None:
     """``<out>/results.md`` from whatever numbers there are."""
-    sections = {name: render(_read(out, name)) for name, render in SECTIONS.items()}
+    sections = {name: render(read_numbers(out, name)) for name, render in SECTIONS.items()}
     parts = [_INTRODUCTION, _claims(out)]
     for name, text in sections.items():
-        missing = _read(out, name).get("missing", [f"python -m looped_fast.reproduce {name}"])
+        missing = read_numbers(out, name).get(
+            "missing", [f"python -m looped_fast.reproduce {name}"]
+        )
         if missing:
             text += "\n\nMissing here; made by:\n\n" + "\n".join(f"    {how}" for how in missing)
         parts.append(f"## {_TITLES[name]}\n\n{text.strip()}")
@@ -141,26 +67,26 @@ regression: over d), as in the paper; predicting zero scores 1."""
 
 
 def _claims(out: Path) -> str:
-    rows: list[tuple[str, str, bool | None]] = []
-    lr, sparse, dt, relu = (_read(out, task) for task in TASKS)
+    rows: list[tuple[str, str, float | None, bool | None]] = []
+    lr, sparse, dt, relu = (read_numbers(out, task) for task in TASKS)
     if {"looped", "standard"} <= lr.get("positions", {}).keys():
         looped, standard = (_last(lr, who) for who in ("looped", "standard"))
         rows.append(
             ("lr: looped at most 2 x standard", f"{looped:.4f} and {standard:.4f}",
-             looped <= 2 * standard)
+             _far(lr, "lr"), looped <= 2 * standard)
         )  # fmt: skip
         low, high = (lr["positions"]["looped"][end][-1] for end in ("low", "high"))
         is_open = low <= 0.01 <= high
         rows.append(
             ("lr: looped at most 0.01", f"{looped:.4f} ({low:.4f} to {high:.4f})",
-             None if is_open else looped <= 0.01)
+             _far(lr, "lr"), None if is_open else looped <= 0.01)
         )  # fmt: skip
     if "loops" in lr:
         b, errors = lr["key"]["models"]["looped"]["n_loops"], _loop_errors(lr)
         for times in (2, 10):
             ratio = errors[times * b - 1] / errors[b - 1]
             rows.append(
-                (f"lr: error at {times}b at most 2 x that at b", f"{ratio:.2f} x", ratio <= 2)
+                (f"lr: error at {times}b at most 2 x that at b", f"{ratio:.2f} x", None, ratio <= 2)
             )
     if "looped" in sparse.get("positions", {}):
         half = sparse["key"]["models"]["looped"]["n_dims"] // 2
@@ -169,7 +95,7 @@ def _claims(out: Path) -> str:
         )
         rows.append(
             ("sparse_lr: looped below least squares after d/2 examples",
-             f"{looped:.3f} and {exact:.3f}", looped < exact)
+             f"{looped:.3f} and {exact:.3f}", _far(sparse, "sparse_lr", half), looped < exact)
         )  # fmt: skip
     for numbers, task, other, factor in (
         (dt, "dt", "3-nearest neighbours", 1.0),
@@ -179,10 +105,23 @@ def _claims(out: Path) -> str:
         if {"looped", other} <= numbers.get("positions", {}).keys():
             looped, theirs = _last(numbers, "looped"), _last(numbers, other)
             claim = f"{task}: looped {'below' if factor == 1 else 'at most 1.1 x'} {other}"
-            rows.append((claim, f"{looped:.3f} and {theirs:.3f}", looped <= factor * theirs))
-    verdicts = {True: "yes", False: "**no**", None: "open: the 5-95 % band spans it"}
-    table = [(claim, found, verdicts[holds]) for claim, found, holds in rows]
-    return "## Claims\n\n" + _table(table, ["claim (last position)", "here", "holds here"])
+            found = f"{looped:.3f} and {theirs:.3f}"
+            rows.append((claim, found, _far(numbers, task), looped <= factor * theirs))
+    has_recipes = (out / "recipes.md").exists()  # beside the page of the models that ship
+    verdicts = {
+        True: "yes",
+        False: "**no**" + "; [curves of the recipes tried](recipes.md)" * has_recipes,
+        None: "open: the 5-95 % band spans it",
+    }
+    table = [(claim, found, far, verdicts[holds]) for claim, found, far, holds in rows]
+    headers = ["claim (last position)", "here, b loops", "looped, 500 loops (dt 200)", "holds here"]
+    return f"## Claims\n\n{_table(table, headers)}"
+
+
+def _far(numbers: Numbers, task: str, position: int = -1) -> float | None:
+    """The error of the looped model after as many loops as the published one was read at."""
+    curve = numbers["positions"].get(f"looped, {published.LOOPS[task]} loops")
+    return curve and curve["mean"][position]
 
 
 def _last(numbers: Numbers, who: str) -> float:
@@ -207,14 +146,18 @@ def _provenance(numbers: Numbers) -> str:
         + f", sha256 {m['sha256'][:12]}"
         for who, m in key["models"].items()
     )
-    versions = ", ".join(f"{name} {version}" for name, version in key["versions"].items())
-    return f"{_scale(numbers)}, {key['prompts']} prompts, seed {key['seed']}; {models}; {versions}."
+    versions = _versions(key.get("baselines", key)["versions"])
+    return f"{scale(numbers)}, {key['prompts']} prompts, seed {key['seed']}; {models}; {versions}."
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _task_section(task: str) -> Callable[[Numbers], str]:
     def render(numbers: Numbers) -> str:
         if "positions" not in numbers:
-            return f"Published: {published.READ_OFF[task]}." if task in published.READ_OFF else ""
+            return _published(task)
         d = next(iter(numbers["key"]["models"].values()))["n_dims"]
         n = len(next(iter(numbers["positions"].values()))["mean"])
         places = [i for i in dict.fromkeys((d // 2, d, 2 * d, n - 1)) if i < n]
@@ -227,23 +170,60 @@ def _task_section(task: str) -> Callable[[Numbers], str]:
             ]
             rows.append([who, *cells])
         parts = [f"![{task}](results/{task}.png)", _provenance(numbers), _table(rows, headers)]
-        if task == "lr":
-            headers = ["published, d = 20", "after 10", "after 20", "after 40"]
-            rows = [
-                [who, *(curve[i] for i in (10, 20, 40))]
-                for who, curve in published.LINEAR_REGRESSION.items()
-            ]
-            parts.append(_table(rows, headers))
-        else:
-            parts.append(f"Published: {published.READ_OFF[task]}.")
+        parts += [_published(task), _order(task, numbers)]
         if "loops" in numbers:
             b, errors = numbers["key"]["models"]["looped"]["n_loops"], _loop_errors(numbers)
             counts = [i for i in dict.fromkeys((b // 2, b, 2 * b, 10 * b, len(errors))) if i >= 1]
             table = _table([[errors[i - 1] for i in counts]], [f"{i} loops" for i in counts])
-            parts.append(f"Looped further than trained (b = {b}), at the last position:\n\n{table}")
-        return "\n\n".join(parts)
+            prompts = f"{numbers['loops']['prompts']} prompts"
+            what = f"Looped further than trained (b = {b}), at the last position, {prompts}"
+            parts.append(f"{what}:\n\n{table}")
+        return "\n\n".join(filter(None, parts))
 
     return render
+
+
+def _published(task: str) -> str:
+    """The printed curves as a table, and what was read off a figure as a sentence."""
+    parts = []
+    if task in published.CURVES:
+        curves = published.CURVES[task]
+        places = [i for i in (10, 20, 40, 100) if i < len(curves["looped"])]
+        rows = [[who, *(curve[i] for i in places)] for who, curve in curves.items()]
+        parts.append(_table(rows, ["published, d = 20", *(f"after {i}" for i in places)]))
+    if task in published.READ_OFF:
+        read = (f"{who} about {error}" for who, error in published.READ_OFF[task].items())
+        parts.append(
+            f"Read off the published figure, after 100 examples (d = 20, "
+            f"{published.READ_OFF_SCALE[task]}): {'; '.join(read)}."
+        )
+    parts.append(f"Published errors of looped models are after {published.LOOPS[task]} loops.")
+    return "\n\n".join(parts)
+
+
+_BEST_CLASSICAL = {
+    "lr": "least squares",
+    "sparse_lr": "lasso",
+    "dt": "XGBoost, signs",
+    "relu_2nn": "2-layer network",
+}
+
+
+def _order(task: str, numbers: Numbers) -> str:
+    """Whether models and the best classical algorithm end in the published order here."""
+    printed = {who: curve[-1] for who, curve in published.CURVES.get(task, {}).items()}
+    theirs = printed or published.READ_OFF[task]  # not both: what was read off is but about right
+    ours = {who: curve["mean"][-1] for who, curve in numbers["positions"].items()}
+    far = _far(numbers, task)
+    if far is not None:
+        ours["looped"] = far
+    both = {*openml.MODELS, _BEST_CLASSICAL[task]} & theirs.keys() & ours.keys()
+    if len(both) < 2:
+        return ""
+    first, order = (" < ".join(sorted(both, key=errors.__getitem__)) for errors in (theirs, ours))
+    loops = f", looped after {published.LOOPS[task]} loops" if far is not None else ""
+    here = "the same" if order == first else f"**another**, {order}"
+    return f"Order at the last position{loops}: published {first}; here {here}."
 
 
 def _shifts(numbers: Numbers) -> str:
@@ -252,9 +232,10 @@ def _shifts(numbers: Numbers) -> str:
     shifts = numbers["shifts"]
     names = list(next(iter(shifts.values())))
     rows = [
-        [shift, *(curves[who]["mean"][-1] for who in names)] for shift, curves in shifts.items()
+        [shift, len(curves[names[0]]["mean"]) - 1, *(curves[who]["mean"][-1] for who in names)]
+        for shift, curves in shifts.items()
     ]
-    table = _table(rows, ["error / mean square, last position", *names])
+    table = _table(rows, ["error / mean square", "after examples", *names])
     return f"![out of distribution](results/ood.png)\n\n{_provenance(numbers)}\n\n{table}"
 
 
@@ -265,12 +246,12 @@ def _sweeps(numbers: Numbers) -> str:
         for label, run in result["runs"].items():
             b, by_loops = run["n_loops"], run["by_loops"]
             far = [by_loops[i * b - 1] if len(by_loops) > 1 else None for i in (2, sweep.FAR)]
-            rows.append([label, run["by_position"]["mean"][-1], *far])
-        headers = ["error at the last position", "b loops", "2b", f"{sweep.FAR}b"]
+            rows.append([label, run["by_position"]["mean"][-1], *far, run["sha256"][:12]])
+        headers = ["error at the last position", "b loops", "2b", f"{sweep.FAR}b", "sha256"]
         parts.append(
             f"**{name}**: {result['question']} Scale: {result['scale']}; {result['prompts']} "
-            f"prompts, seed {result['seed']}.\n\n![{name}](results/sweep-{name}.png)\n\n"
-            + _table(rows, headers)
+            f"prompts, seed {result['seed']}; {_versions(result['versions'])}.\n\n"
+            f"![{name}](results/sweep-{name}.png)\n\n{_table(rows, headers)}"
         )
     return "\n\n".join(parts)
 
@@ -311,7 +292,7 @@ def _openml(numbers: Numbers) -> str:
         steps = settings["steps"] or "all"
         parts.append(
             f"**{name}**: preset {settings['preset']}, {steps} steps, accuracy over "
-            f"{settings['test_seeds']} seeds; torch {result['torch']}.\n\n"
+            f"{settings['test_seeds']} seeds; {_versions(result['versions'])}.\n\n"
             f"![{name}](results/openml-{name}.png)\n\n"
             + _table([*rows, ["mean", *means]], ["set held out", *openml.PREDICTORS], 3)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from looped_fast import checkpoint, pretrained
 from looped_fast.model import LoopedTransformer
+from looped_fast.provenance import weights_sha256
 from looped_fast.settings import TrainConfig, config_from_dict
 from looped_fast.tasks import Task
 from looped_fast.trainer import resolve_device
@@ -49,10 +49,14 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
     Raises:
         FileNotFoundError: ``source`` is none of these.
         CheckpointError: the checkpoint is damaged or of another model.
-        ValueError: a device that can't be used.
+        ValueError: a classifier of tabular sets, or a device that can't be used.
     """
     path = pretrained.find_checkpoint(Path(source))
     loaded = checkpoint.load(path)
+    if "held_out" in loaded.config:  # a setting of ``openml.TabularConfig``
+        raise ValueError(
+            f"{source} is a classifier of tabular sets; python -m looped_fast.openml evaluates it"
+        )
     config = config_from_dict(loaded.config, TrainConfig())
     model = LoopedTransformer(config.model_config())
     checkpoint.restore_into(loaded, model)
@@ -60,7 +64,7 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
     return Run(
         name=Path(source).resolve().name if is_named else _checkpoint_name(path.resolve()),
         path=path,
-        sha256=hashlib.sha256((path / checkpoint.MODEL).read_bytes()).hexdigest(),
+        sha256=weights_sha256(path),
         step=loaded.step,
         config=config,
         task=config.make_task(),

@@ -28,11 +28,11 @@ import tyro
 from tabulate import tabulate
 from torch import Tensor, nn
 
-import looped_fast
 from looped_fast import checkpoint, reference
 from looped_fast.config import LAYER_NORM_EPS
 from looped_fast.evaluation import evaluation_batches
 from looped_fast.model import LoopedTransformer, initial_state
+from looped_fast.provenance import versions
 from looped_fast.runs import Run, load_run
 from looped_fast.tasks import Batch, LinearRegression, sample_batch
 
@@ -167,15 +167,16 @@ def probe(run: Run, settings: Settings, *, control: bool = False) -> dict[str, d
 
     Raises:
         ValueError: a run of another task, fewer points than dimensions or more than the model
-            takes, or no step.
+            takes, or no step, prompt of a step or test prompt.
     """
     if type(run.task) is not LinearRegression:
         raise ValueError(
             f"{run.name} was trained on {run.config.task!r}; X^T y and w_OLS are probed on a run "
             f"of task 'lr'"
         )
-    if settings.steps < 1:
-        raise ValueError(f"steps = {settings.steps}: at least 1 is needed")
+    for name in ("steps", "batch_size", "test_prompts"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} = {getattr(settings, name)}: at least 1 is needed")
     n_points = settings.n_points or run.config.n_points
     n_loops = settings.n_loops or run.config.n_loops
     device = next(run.model.parameters()).device
@@ -266,11 +267,11 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     command.out.mkdir(parents=True, exist_ok=True)
-    versions = {"looped_fast": looped_fast.__version__, "torch": torch.__version__}
-    document = {"settings": dataclasses.asdict(command.settings), **versions, "runs": results}
+    settings = dataclasses.asdict(command.settings)
+    document = {"settings": settings, "versions": versions(), "runs": results}
     (command.out / "probes.json").write_text(json.dumps(document))
     plot(command.out / "probes.png", results)
-    print(f"\\n{results_table(results)}\\n\\nplot: {command.out / 'probes.png'}")
+    print(f"\n{results_table(results)}\n\nplot: {command.out / 'probes.png'}")
     return 0
 
 

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from tabulate import tabulate
 
-import looped_fast
 from looped_fast import checkpoint
 from looped_fast.ablations import SWEEPS
 from looped_fast.errors import unknown_name
@@ -31,6 +29,7 @@ from looped_fast.evaluation import (
 )
 from looped_fast.experiments import last_checkpoint, shortened
 from looped_fast.presets import preset_config
+from looped_fast.provenance import versions, weights_sha256
 from looped_fast.settings import TrainConfig, config_from_dict
 from looped_fast.trainer import Interrupted, NonFiniteError, Trainer
 
@@ -114,8 +113,9 @@ def run(runs: dict[str, TrainConfig], out: Path, n_prompts: int) -> dict[str, An
     """Train each run, or what is left of it, in a folder of ``out``, and evaluate it.
 
     Returns:
-        Label -> ``n_loops`` it was trained with, ``by_position`` (squared error / variance there,
-        a ``Curve``) and ``by_loops`` (at the last position, after 1, 2, ... loops).
+        Label -> ``n_loops`` it was trained with, ``sha256`` of its weights, ``by_position``
+        (squared error / variance there, a ``Curve``) and ``by_loops`` (at the last position, after
+        1, 2, ... loops).
 
     Raises:
         ValueError: too few prompts for a band, or a folder holds a run with other settings.
@@ -150,6 +150,7 @@ def _evaluate(trainer: Trainer, n_prompts: int) -> dict[str, Any]:
     trained = counts.index(config.n_loops)
     return {
         "n_loops": config.n_loops,
+        "sha256": weights_sha256(trainer.run_dir),
         "by_position": dataclasses.asdict(bootstrap_curve(errors[trained], seed=config.seed)),
         "by_loops": errors[:, :, -1].double().mean(1).tolist(),
     }
@@ -157,8 +158,8 @@ def _evaluate(trainer: Trainer, n_prompts: int) -> dict[str, Any]:
 
 def write(description: dict[str, Any], results: dict[str, Any], out: Path) -> None:
     """``sweep.json``, ``sweep.csv`` (every point of every curve) and ``sweep.png`` in ``out``."""
-    versions = {"looped_fast": looped_fast.__version__, "torch": torch.__version__}
-    (out / RESULTS_FILE).write_text(json.dumps({**description, **versions, "runs": results}))
+    document = {**description, "versions": versions(), "runs": results}
+    (out / RESULTS_FILE).write_text(json.dumps(document))
     with (out / "sweep.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["run", "curve", "at", "error"])

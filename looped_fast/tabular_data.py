@@ -2,7 +2,7 @@
 
 Source: arXiv 2311.12424, appendix on OpenML; official ``scripts/gen_openml_data.py``. Sets have at
 most 20 numeric features, no missing values, and classes within a factor of two of each other.
-Needs scikit-learn: ``pip install 'looped_fast[eval]'``.
+Needs scikit-learn, and pandas for sets of OpenML: ``pip install 'looped_fast[eval]'``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.nn.functional import pad
 
 from looped_fast.errors import unknown_name
 from looped_fast.tasks import Batch, batch_generator
+from looped_fast.tree_baselines import needs_extra
 
 # The ten sets behind the published accuracies, in their order. The official code selects them by
 # their properties from the OpenML of 2023; these ids have the row counts that the published test
@@ -61,16 +63,27 @@ def tabular_set(name: str, features: ArrayLike, target: ArrayLike) -> TabularSet
     """Check and standardise a set. features: [N, d], numeric; target: [N], two distinct values.
 
     Raises:
-        ValueError: missing or infinite values, or other than two classes.
+        ValueError: features that are no numbers, missing or infinite values, missing labels, or
+            other than two classes.
     """
-    values = np.asarray(features, dtype=np.float64)
+    try:
+        values = np.asarray(features, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"set {name!r} has features that are no numbers ({error}); drop those columns or "
+            f"encode them as numbers"
+        ) from error
     bad = ~np.isfinite(values)
     if bad.any():
         raise ValueError(
             f"set {name!r} has {bad.sum()} missing or infinite values in {bad.any(0).sum()} "
             f"columns; drop those columns or impute them"
         )
-    classes, labels = np.unique(np.asarray(target), return_inverse=True)
+    given = np.asarray(target)
+    missing = sum(map(_is_missing, given.tolist()))
+    if missing:
+        raise ValueError(f"set {name!r} lacks {missing} of {len(given)} labels; drop those rows")
+    classes, labels = np.unique(given, return_inverse=True)
     if len(classes) != 2:
         shown = ", ".join(map(str, classes[:5]))
         raise ValueError(
@@ -80,6 +93,11 @@ def tabular_set(name: str, features: ArrayLike, target: ArrayLike) -> TabularSet
     spread = values.std(0)
     scaled = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
     return TabularSet(name, torch.from_numpy(scaled).float(), torch.from_numpy(labels).float())
+
+
+def _is_missing(label: object) -> bool:
+    """None, NaN and pandas' NA: what does not equal itself."""
+    return label is None or (label == label) is not True
 
 
 def training_prompts(
@@ -176,7 +194,9 @@ def openml_sets() -> list[TabularSet]:
     Raises:
         DownloadError: a set is neither cached nor to be had now.
         ValueError: what came is not a set of two classes without missing values.
+        ImportError: scikit-learn or pandas is not installed.
     """
+    import_module("pandas")  # fetch_openml needs it, and says so after a download
     return [_fetch(name, data_id) for name, data_id in OPENML_IDS.items()]
 
 
@@ -206,7 +226,11 @@ def load_sets(collection: str) -> list[TabularSet]:
     Raises:
         ValueError: an unknown collection; and as that collection.
         DownloadError: as ``openml_sets``.
+        RuntimeError: scikit-learn or pandas is not installed.
     """
     if collection not in COLLECTIONS:
         raise unknown_name("collection", collection, COLLECTIONS)
-    return COLLECTIONS[collection]()
+    try:
+        return COLLECTIONS[collection]()
+    except ImportError as error:
+        raise needs_extra("tabular sets need", "scikit-learn and pandas") from error

@@ -21,6 +21,7 @@ SIZE = {"n_dims": 3, "n_points": 5, "n_positions": 7, "n_embd": 16, "n_head": 2}
 LOOPED = {"n_loops": 4, "window": 2}
 STANDARD = {"model": "standard", "injection": "none", "n_loops": 1, "window": 1, "n_layer": 2}
 QUICK = ["--prompts", "20", "--loop-prompts", "20", "--max-loops", "9", "--baselines", "quick"]
+FAR = "looped, 500 loops"  # as officially
 
 
 def make_run(path, **changes):
@@ -72,7 +73,9 @@ def test_the_numbers_are_those_of_the_model_with_a_band_around_them(run, out):
     for one in (*found["positions"].values(), loops):
         for low, mean, high in zip(one["low"], one["mean"], one["high"], strict=True):
             assert low <= mean <= high
-    assert set(found["positions"]) == {"looped", "least squares", "3-nearest neighbours"}
+    assert set(found["positions"]) == {"looped", FAR, "least squares", "3-nearest neighbours"}
+    after_500 = model_errors(loaded.model, loaded.task, [500], 20, 5, seed=3)[500]
+    assert found["positions"][FAR]["mean"] == pytest.approx(after_500.tolist(), rel=1e-4)
 
 
 def test_the_csv_holds_the_same_numbers(run, out):
@@ -97,7 +100,7 @@ def test_results_state_what_they_depend_on(run, out):
         "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "step": 8,
         "trained_loops": 4,
-        "loops": 6,
+        "loops": [6],
     }
     assert (found["prompts"], found["seed"], found["loops"]["prompts"]) == (20, 7, 20)
     assert found["task"] == "LinearRegression(n_dims=3)"
@@ -119,11 +122,18 @@ def test_it_repeats_byte_for_byte_under_a_seed(run, tmp_path):
 def test_several_runs_share_figures_and_only_looped_ones_have_loops(run, tmp_path, out):
     standard = make_run(tmp_path / "standard", **STANDARD)
     other = make_run(tmp_path / "more" / "looped", n_loops=3, window=3)
-    assert evaluate(run, standard, other, *QUICK, "--loops", 2, out=out) == 0
+    assert evaluate(run, standard, other, *QUICK, "--loops", 3, 2, out=out) == 0
     found = results(out)
-    assert list(found["positions"])[:3] == [run, "standard", other]  # two are named looped
+    of_run, of_other = [f"{run}, 3 loops", f"{run}, 2 loops"], [other, f"{other}, 2 loops"]
+    assert list(found["positions"])[:5] == [*of_run, "standard", *of_other]  # two named looped
     assert list(found["loops"]["curves"]) == [run, other]
-    assert [r["loops"] for r in found["runs"].values()] == [2, 1, 2]
+    assert [r["loops"] for r in found["runs"].values()] == [[3, 2], [1], [3, 2]]
+
+
+def test_trees_are_looped_as_far_as_officially(tmp_path, out):
+    run = make_run(tmp_path / "tree", task="dt", depth=2)
+    assert evaluate(run, *QUICK, out=out) == 0
+    assert list(results(out)["positions"])[:2] == ["tree", "tree, 200 loops"]
 
 
 def test_a_checkpoint_is_evaluated_as_its_run(run, tmp_path, out):
@@ -133,7 +143,9 @@ def test_a_checkpoint_is_evaluated_as_its_run(run, tmp_path, out):
     assert results(tmp_path / "by_checkpoint")["positions"]["looped-step-00000008"] == mine
 
 
-def test_a_checkpoint_is_named_by_its_run_from_within_its_folder_too(run, tmp_path, out, monkeypatch):
+def test_a_checkpoint_is_named_by_its_run_from_within_its_folder_too(
+    run, tmp_path, out, monkeypatch
+):
     step = checkpoint.latest(run)
     monkeypatch.chdir(step.parent)
     assert evaluate(step.name, *QUICK, out=out) == 0
@@ -153,7 +165,7 @@ def test_a_pretrained_model_is_evaluated_by_its_name(run, tmp_path, out, monkeyp
 def test_no_baselines_no_loops(run, out):
     quick = ["--prompts", "20", "--max-loops", "0", "--baselines", "none"]
     assert evaluate(run, *quick, out=out) == 0
-    assert list(results(out)["positions"]) == ["looped"]
+    assert list(results(out)["positions"]) == ["looped", FAR]
     assert not (out / "loops.csv").exists()
 
 
@@ -168,6 +180,18 @@ def test_the_sweep_over_distributions_has_a_panel_for_each(run, out):
     assert lengths.pop("longer prompts") == 7  # all positions of the model
     assert lengths.pop("orthogonal queries") == 3  # d
     assert set(lengths.values()) == {5}
+
+
+def test_a_sweep_over_distributions_has_quick_baselines_or_none(tmp_path, out):
+    run = make_run(tmp_path / "looped", n_points=3)
+    for choice, names in {
+        (): ["looped", "least squares", "3-nearest neighbours"],
+        ("--baselines", "none", "--loops", "1", "4"): ["looped, 1 loops", "looped"],
+    }.items():
+        assert evaluate(run, "--ood", "--prompts", 20, *choice, out=out) == 0
+        found = results(out, "ood")
+        assert all(list(curves) == names for curves in found["shifts"].values())
+    assert found["runs"]["looped"]["loops"] == [1, 4]
 
 
 def test_shifts_show_in_least_squares(tmp_path, out):
@@ -191,7 +215,7 @@ def test_shifts_show_in_least_squares(tmp_path, out):
         (["--prompts", "19"], "prompts = 19: at least 20"),
         (["--loop-prompts", "1"], "loop_prompts = 1: at least 20"),
         (["--seed", "-1"], "seed = -1: at least 0"),
-        (["--loops", "0"], "loops = 0: at least 1"),
+        (["--loops", "3", "0"], "loops = 0: at least 1"),
         (["--max-loops", "-5"], "max_loops = -5: at least 0"),
         (["--points", "1"], "points = 1: at least 2"),
         (["--points", "8"], "points = 8 exceeds the 7 positions of looped; lower --points"),
@@ -202,6 +226,16 @@ def test_settings_that_do_not_fit_are_errors(run, out, arguments, message, capsy
     assert evaluate(run, *arguments, out=out) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_classifier_of_tabular_sets_is_an_error(tmp_path, out, capsys):
+    run = make_run(tmp_path / "looped")
+    index = checkpoint.latest(run) / checkpoint.INDEX
+    document = json.loads(index.read_text())
+    document["config"] |= {"data": "offline", "held_out": "iris"}
+    index.write_text(json.dumps(document))
+    assert evaluate(run, out=out) == 2
+    assert "tabular sets; python -m looped_fast.openml evaluates it" in capsys.readouterr().err
 
 
 def test_an_unknown_run_is_an_error(tmp_path, out, capsys):

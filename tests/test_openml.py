@@ -3,15 +3,19 @@
 import csv
 import json
 import socket
+import sys
 import time
+from hashlib import sha256
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
+import sklearn.datasets
 import torch
 from conftest import FP32_EPS
 
-from looped_fast import openml, tabular_data
+from looped_fast import checkpoint, openml, tabular_data
 from looped_fast.openml import Command, TabularTrainer, tabular_config
 from looped_fast.runs import load_run
 from looped_fast.tabular_data import (
@@ -21,8 +25,6 @@ from looped_fast.tabular_data import (
     tabular_set,
     training_prompts,
 )
-
-sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
 
 def separable(name="apart", rows=60, d=3):
@@ -49,6 +51,14 @@ def test_features_are_standardised_and_classes_numbered():
         ([[1.0], [np.inf]], [0, 1], "'s' has 1 missing or infinite"),
         ([[1.0], [2.0]], [1, 1], r"'s' has 1 class \(1\); two are needed"),
         ([[1.0], [2.0], [3.0]], ["x", "y", "z"], r"'s' has 3 classes \(x, y, z\)"),
+        ([[1.0], [2.0], [3.0]], ["x", None, "y"], "'s' lacks 1 of 3 labels; drop those rows"),
+        ([[1.0], [2.0], [3.0]], [0.0, np.nan, np.nan], "'s' lacks 2 of 3 labels"),
+        ([[1.0], [2.0]], pandas.Series(["x", pandas.NA], dtype="string"), "'s' lacks 1 of 2"),
+        (
+            [[1.0, "red"], [2.0, "blue"]],
+            [0, 1],
+            "'s' has features that are no numbers .*'red'.*; drop those columns or encode",
+        ),
     ],
 )
 def test_a_set_that_is_not_two_complete_classes_is_refused(features, target, message):
@@ -114,7 +124,6 @@ def test_ten_sets_need_no_network(monkeypatch):
 
 
 def test_an_openml_set_keeps_its_numeric_columns(monkeypatch):
-    pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"a": [1.0, 2.0, 3.0], "b": pandas.Categorical(["u", "v", "u"])})
     fetched = []
 
@@ -122,7 +131,7 @@ def test_an_openml_set_keeps_its_numeric_columns(monkeypatch):
         fetched.append(data_id)
         return SimpleNamespace(data=frame, target=pandas.Series(["N", "P", "P"]))
 
-    monkeypatch.setattr(sklearn_datasets, "fetch_openml", fetch)
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch)
     sets = load_sets("openml")
     assert fetched == list(tabular_data.OPENML_IDS.values())
     assert all(s.xs.shape == (3, 1) and s.labels.tolist() == [0, 1, 1] for s in sets)
@@ -147,6 +156,17 @@ def test_a_failed_download_says_what_to_do_and_leaves_the_cache_alone(
     assert cached.read_bytes() == b"fetched before"
     assert openml.main(["--data", "openml", "--out", str(tmp_path / "out")]) == 1
     assert str(tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("collection", "package"), [("openml", "pandas"), ("offline", "sklearn")])
+def test_a_missing_package_is_an_error_with_the_command_that_installs_it(
+    collection, package, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert openml.main(["--data", collection, "--out", str(tmp_path / "out")]) == 1
+    assert "pip install 'looped_fast[eval]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_collection_is_named():
@@ -199,6 +219,10 @@ def test_the_command_compares_both_models_on_each_set(tmp_path, monkeypatch, cap
     assert list(results) == ["one", "two"]
     assert results["one"]["rows"] == 20
     assert results["one"]["3-nearest neighbours"][0] > 0.8
+    weights = checkpoint.latest(tmp_path / "standard-two") / checkpoint.MODEL
+    assert results["two"]["sha256"]["standard"] == sha256(weights.read_bytes()).hexdigest()
+    versions = json.loads((tmp_path / "openml.json").read_text())["versions"]
+    assert versions["scikit-learn"] == sklearn.__version__
     with (tmp_path / "openml.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2 * 4
     assert (tmp_path / "openml.png").read_bytes().startswith(b"\x89PNG")
@@ -216,7 +240,7 @@ def test_the_command_compares_both_models_on_each_set(tmp_path, monkeypatch, cap
 def test_a_tabular_run_is_not_taken_for_one_of_linear_regression(tmp_path):
     trainer = TabularTrainer(tiny_config(), [separable("apart"), separable("other")], tmp_path)
     trainer.save()
-    with pytest.raises(ValueError, match="unknown setting 'data'"):
+    with pytest.raises(ValueError, match=r"tabular sets; python -m looped_fast\.openml evaluates"):
         load_run(tmp_path)
 
 

@@ -120,6 +120,8 @@ def test_probing_is_a_function_of_the_seed():
         (make_run(), dataclasses.replace(QUICK, n_points=4), "at least 5 points"),
         (make_run(), dataclasses.replace(QUICK, n_points=8), "n_positions = 7"),
         (make_run(), dataclasses.replace(QUICK, steps=0), "steps = 0"),
+        (make_run(), dataclasses.replace(QUICK, batch_size=0), "batch_size = 0: at least 1"),
+        (make_run(), dataclasses.replace(QUICK, test_prompts=0), "test_prompts = 0: at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -139,6 +141,8 @@ def test_the_command_writes_numbers_and_a_figure(tmp_path, capsys):
     assert len(result["sha256"]) == 64
     assert len(result["control"]["w_OLS"]["mse"]) == 4
     assert (out / "probes.png").read_bytes().startswith(b"\x89PNG")
-    assert "w_OLS" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "w_OLS" in printed
+    assert f"\nplot: {out / 'probes.png'}\n" in printed
     assert state_probes.main([str(tmp_path / "none"), *line, str(out)]) == 2
     assert "does not exist" in capsys.readouterr().err

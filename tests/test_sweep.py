@@ -2,7 +2,9 @@
 
 import csv
 import json
+from hashlib import sha256
 
+import numpy as np
 import pytest
 
 from looped_fast import ablations, checkpoint, sweep
@@ -63,6 +65,9 @@ def test_a_sweep_trains_evaluates_and_draws(two_runs, tmp_path, capsys):
     looped, standard = results["runs"]["looped"], results["runs"]["standard"]
     assert len(looped["by_loops"]) == sweep.FAR * 3
     assert len(standard["by_loops"]) == 1
+    weights = checkpoint.latest(tmp_path / "1-looped") / checkpoint.MODEL
+    assert looped["sha256"] == sha256(weights.read_bytes()).hexdigest()
+    assert results["versions"]["numpy"] == np.__version__
     assert looped["by_loops"][2] == pytest.approx(looped["by_position"]["mean"][-1])
     with (tmp_path / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
