@@ -129,9 +129,11 @@ class FastForward:
         self.graphed = graphed
 
     def install(self) -> None:
+        """Shadow the forward of the model's class."""
         self.model.forward = self
 
     def remove(self) -> None:
+        """Undo ``install``."""
         del self.model.forward
 
     @property
@@ -140,6 +142,7 @@ class FastForward:
         return self.architecture.stack(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own forward returns. Raises UnsupportedModel: see ``accelerate``."""
         reasons = [
             *self.unfit.get(self.model.training, ()), *_dropout(self.model), *_hooks(self.stack)
         ]  # fmt: skip
@@ -237,9 +240,7 @@ def _supported(model: nn.Module) -> tuple[Architecture, dict[bool, list[str]]]:
     if reasons:
         raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
     stack = architecture.stack(model)
-    on_reference = FastForward(
-        model, architecture, "reference", "auto", "fp32", GraphedLoop("off")
-    )
+    on_reference = FastForward(model, architecture, "reference", "auto", "fp32", GraphedLoop("off"))
     reasons = [*_unfit_parameters(stack, on_reference), *_dropout(model), *_hooks(stack)]
     reasons = reasons or probe.differences(model, architecture, on_reference.loop)
     if reasons:

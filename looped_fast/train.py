@@ -115,8 +115,9 @@ def _check_resume(command: Command, resumed: checkpoint.Checkpoint, before: Trai
     for name in ("preset", "out", "init_from"):
         value = getattr(settings, name)
         if value != getattr(before, name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {value} is for a new run; leave it out, or leave out --resume")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} is for a new run; leave it out, or --resume"
+            )
     if settings.steps < resumed.step:
         raise ValueError(
             f"--steps {settings.steps}: {command.resume} is at step {resumed.step} already; give "

@@ -22,8 +22,8 @@ from looped_fast.compat import load_official_checkpoint
 from looped_fast.config import ModelConfig
 from looped_fast.curriculum import Stage
 from looped_fast.evaluation import model_errors
-from looped_fast.metrics import MetricsLog
 from looped_fast.explain import explain_backend
+from looped_fast.metrics import MetricsLog
 from looped_fast.model import LoopedTransformer
 from looped_fast.reference import AUTOCAST_DTYPES
 from looped_fast.settings import TrainConfig
