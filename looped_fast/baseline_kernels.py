@@ -1,7 +1,8 @@
 """Two baselines that no library batches, compiled by Numba: one prompt to a thread.
 
 Imported when used (``baselines.py``), since Numba is an optional package. Loops over hidden units
-come last and run over contiguous memory, so that they become vector instructions.
+come last and run over contiguous memory, so that they become vector instructions; starting one costs
+as much as 50 units, so each does a tile of ROWS points by INPUTS inputs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from numba import njit, prange
 
 _FLOAT = np.float32
 _BETA1, _BETA2, _EPS = 0.9, 0.999, _FLOAT(1e-8)  # torch.optim.Adam's defaults
-INPUTS, ROWS = 3, 5  # that one pass over the hidden units takes in
+INPUTS, ROWS = 3, 5  # that one pass over the hidden units takes in; unrolled below
 
 
 @njit(parallel=True, cache=True)
@@ -78,10 +79,15 @@ def fit_networks(xs, ys, batches, lr, hidden, output, bias):
         output: [P, h].
         bias: [P].
     """
-    P, _, width = xs.shape
+    P, n, width = xs.shape
     h = hidden.shape[2]
     n_steps, size = batches.shape
+    n_rows = -(-size // ROWS) * ROWS
+    rows = np.full((n_steps, n_rows), n)  # of a tile that is not full: a point of zeros
+    rows[:, :size] = batches
     for prompt in prange(P):
+        points = np.zeros((n + 1, width), _FLOAT)
+        points[:n] = xs[prompt]
         # One array of hidden, output and bias, so that Adam is one loop.
         n_hidden = width * h
         weights = np.empty(n_hidden + h + 1, _FLOAT)
@@ -94,69 +100,112 @@ def fit_networks(xs, ys, batches, lr, hidden, output, bias):
         inner, outer = weights[:n_hidden].reshape(width, h), weights[n_hidden:]
         inner_gradient = gradient[:n_hidden].reshape(width, h)
         outer_gradient = gradient[n_hidden:]
-        rows = -(-size // ROWS) * ROWS  # those beyond size stay zero
-        x = np.zeros((rows, width), _FLOAT)
-        slopes = np.zeros((rows, h), _FLOAT)  # of the loss, by hidden unit
-        activation = np.empty(h, _FLOAT)
+        slopes = np.empty((n_rows, h), _FLOAT)  # of the loss, by hidden unit
+        hidden_values = np.empty((n_rows, h), _FLOAT)  # before ReLU
+        errors = np.empty(n_rows, _FLOAT)  # first the outputs
         decay1, decay2 = 1.0, 1.0
         for step in range(n_steps):
-            for row in range(size):
-                point = batches[step, row]
-                for k in range(width):
-                    x[row, k] = xs[prompt, point, k]
-                prediction = _predict(x, row, inner, outer, activation)
-                error = _FLOAT(2) * (prediction - ys[prompt, point]) / _FLOAT(size)
-                outer_gradient[h] += error
-                for j in range(h):
-                    outer_gradient[j] += error * activation[j]
-                    slopes[row, j] = error * outer[j] if activation[j] > 0 else _FLOAT(0)
-            _add_hidden_gradient(x, slopes, inner_gradient)
+            _hidden_values(points, rows[step], inner, hidden_values)
+            _output(hidden_values, outer, errors)
+            for i in range(size):
+                target = ys[prompt, rows[step, i]]
+                errors[i] = _FLOAT(2) * (errors[i] - target) / _FLOAT(size)
+            errors[size:] = 0
+            _add_output_gradient(hidden_values, outer, errors, outer_gradient, slopes)
+            _add_hidden_gradient(points, rows[step], slopes, inner_gradient)
             decay1 *= _BETA1
             decay2 *= _BETA2
             rate = _FLOAT(lr / (1 - decay1))
             scale = _FLOAT(1 / math.sqrt(1 - decay2))
             _adam(weights, gradient, mean, square, rate, scale)
-            gradient[:] = 0
         hidden[prompt] = inner
         output[prompt] = outer[:h]
         bias[prompt] = outer[h]
 
 
 @njit(fastmath=True, error_model="numpy", cache=True)
-def _predict(x, row, inner, outer, activation):
-    """The network's value at x[row]; leaves relu(inner^T x) in ``activation`` [h]."""
-    h = len(activation)
-    activation[:] = 0
-    for k in range(0, x.shape[1], INPUTS):
-        x0, x1, x2 = x[row, k], x[row, k + 1], x[row, k + 2]
-        for j in range(h):
-            activation[j] += x0 * inner[k, j] + x1 * inner[k + 1, j] + x2 * inner[k + 2, j]
-    value = outer[h]
-    for j in range(h):
-        activation[j] = max(activation[j], _FLOAT(0))
-        value += activation[j] * outer[j]
-    return value
+def _hidden_values(x, rows, inner, values):
+    """values [rows, h] = x[rows] inner, before ReLU."""
+    values[:] = 0
+    for r in range(0, len(rows), ROWS):
+        p, q, s, t, u = rows[r], rows[r + 1], rows[r + 2], rows[r + 3], rows[r + 4]
+        for k in range(0, x.shape[1], INPUTS):
+            a0, a1, a2 = x[p, k], x[p, k + 1], x[p, k + 2]
+            b0, b1, b2 = x[q, k], x[q, k + 1], x[q, k + 2]
+            c0, c1, c2 = x[s, k], x[s, k + 1], x[s, k + 2]
+            d0, d1, d2 = x[t, k], x[t, k + 1], x[t, k + 2]
+            e0, e1, e2 = x[u, k], x[u, k + 1], x[u, k + 2]
+            for j in range(inner.shape[1]):
+                w0, w1, w2 = inner[k, j], inner[k + 1, j], inner[k + 2, j]
+                values[r, j] += a0 * w0 + a1 * w1 + a2 * w2
+                values[r + 1, j] += b0 * w0 + b1 * w1 + b2 * w2
+                values[r + 2, j] += c0 * w0 + c1 * w1 + c2 * w2
+                values[r + 3, j] += d0 * w0 + d1 * w1 + d2 * w2
+                values[r + 4, j] += e0 * w0 + e1 * w1 + e2 * w2
 
 
 @njit(fastmath=True, error_model="numpy", cache=True)
-def _add_hidden_gradient(x, slopes, gradient):
-    """gradient += x^T slopes."""
-    rows, width = x.shape
-    for k in range(width):
-        for r in range(0, rows, ROWS):
-            x0, x1, x2, x3, x4 = x[r, k], x[r + 1, k], x[r + 2, k], x[r + 3, k], x[r + 4, k]
+def _output(hidden, outer, values):
+    """values [rows] = outer · (relu(hidden), 1)."""
+    zero, h = _FLOAT(0), hidden.shape[1]
+    for r in range(0, len(values), ROWS):
+        a, b, c, d, e = outer[h], outer[h], outer[h], outer[h], outer[h]
+        for j in range(h):
+            a += max(hidden[r, j], zero) * outer[j]
+            b += max(hidden[r + 1, j], zero) * outer[j]
+            c += max(hidden[r + 2, j], zero) * outer[j]
+            d += max(hidden[r + 3, j], zero) * outer[j]
+            e += max(hidden[r + 4, j], zero) * outer[j]
+        values[r], values[r + 1], values[r + 2], values[r + 3], values[r + 4] = a, b, c, d, e
+
+
+@njit(fastmath=True, error_model="numpy", cache=True)
+def _add_output_gradient(hidden, outer, errors, gradient, slopes):
+    """gradient [h + 1] += errors · (relu(hidden), 1); slopes [rows, h], of the loss by hidden."""
+    zero, h = _FLOAT(0), hidden.shape[1]
+    for r in range(0, len(errors), ROWS):
+        a, b, c, d, e = errors[r], errors[r + 1], errors[r + 2], errors[r + 3], errors[r + 4]
+        gradient[h] += a + b + c + d + e
+        for j in range(h):
+            v, w = max(hidden[r, j], zero), max(hidden[r + 1, j], zero)
+            x, y = max(hidden[r + 2, j], zero), max(hidden[r + 3, j], zero)
+            z = max(hidden[r + 4, j], zero)
+            gradient[j] += a * v + b * w + c * x + d * y + e * z
+            slopes[r, j] = a * outer[j] if v > zero else zero
+            slopes[r + 1, j] = b * outer[j] if w > zero else zero
+            slopes[r + 2, j] = c * outer[j] if x > zero else zero
+            slopes[r + 3, j] = d * outer[j] if y > zero else zero
+            slopes[r + 4, j] = e * outer[j] if z > zero else zero
+
+
+@njit(fastmath=True, error_model="numpy", cache=True)
+def _add_hidden_gradient(x, rows, slopes, gradient):
+    """gradient [width, h] += x[rows]^T slopes."""
+    for r in range(0, len(rows), ROWS):
+        p, q, s, t, u = rows[r], rows[r + 1], rows[r + 2], rows[r + 3], rows[r + 4]
+        for k in range(0, x.shape[1], INPUTS):
+            a0, a1, a2 = x[p, k], x[p, k + 1], x[p, k + 2]
+            b0, b1, b2 = x[q, k], x[q, k + 1], x[q, k + 2]
+            c0, c1, c2 = x[s, k], x[s, k + 1], x[s, k + 2]
+            d0, d1, d2 = x[t, k], x[t, k + 1], x[t, k + 2]
+            e0, e1, e2 = x[u, k], x[u, k + 1], x[u, k + 2]
             for j in range(slopes.shape[1]):
-                gradient[k, j] += (
-                    x0 * slopes[r, j] + x1 * slopes[r + 1, j] + x2 * slopes[r + 2, j]
-                    + x3 * slopes[r + 3, j] + x4 * slopes[r + 4, j]
-                )  # fmt: skip
+                s0, s1, s2 = slopes[r, j], slopes[r + 1, j], slopes[r + 2, j]
+                s3, s4 = slopes[r + 3, j], slopes[r + 4, j]
+                gradient[k, j] += a0 * s0 + b0 * s1 + c0 * s2 + d0 * s3 + e0 * s4
+                gradient[k + 1, j] += a1 * s0 + b1 * s1 + c1 * s2 + d1 * s3 + e1 * s4
+                gradient[k + 2, j] += a2 * s0 + b2 * s1 + c2 * s2 + d2 * s3 + e2 * s4
 
 
 @njit(fastmath=True, error_model="numpy", cache=True)
 def _adam(weights, gradient, mean, square, rate, scale):
-    """One step of torch.optim.Adam; ``rate`` and ``scale`` hold its bias corrections."""
+    """One step of torch.optim.Adam, which clears the gradient.
+
+    ``rate`` and ``scale`` hold its bias corrections.
+    """
     for i in range(len(weights)):
         g = gradient[i]
+        gradient[i] = _FLOAT(0)
         mean[i] = _FLOAT(_BETA1) * mean[i] + _FLOAT(1 - _BETA1) * g
         square[i] = _FLOAT(_BETA2) * square[i] + _FLOAT(1 - _BETA2) * g * g
         weights[i] -= rate * mean[i] / (np.sqrt(square[i]) * scale + _EPS)
