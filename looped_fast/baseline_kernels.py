@@ -1,8 +1,8 @@
 """Two baselines that no library batches, compiled by Numba: one prompt to a thread.
 
 Imported when used (``baselines.py``), since Numba is an optional package. Loops over hidden units
-come last and run over contiguous memory, so that they become vector instructions; starting one costs
-as much as 50 units, so each does a tile of ROWS points by INPUTS inputs.
+come last and run over contiguous memory, so that they become vector instructions; starting one
+costs as much as 50 units, so each does a tile of ROWS points by INPUTS inputs.
 """
 
 from __future__ import annotations
