@@ -252,7 +252,7 @@ BASELINES: dict[str, Baseline] = {
     "greedy tree": partial(greedy_tree, max_depth=2),
     "greedy tree, signs": on_signs(partial(greedy_tree, max_depth=4)),
     "XGBoost": boosted_trees,
-    "XGBoost, signs": on_signs(boosted_trees),
+    "XGBoost, signs": on_signs(partial(boosted_trees, tree_method="hist")),
     "2-layer network": two_layer_network,
 }
 

@@ -50,12 +50,14 @@ def boosted_trees(
     max_depth: int = 4,
     learning_rate: float = 0.1,
     n_estimators: int = 50,
+    tree_method: str = "exact",
 ) -> Tensor:
     """XGBoost on the points seen, with the settings of the official figure; [B, n].
 
     Splits are found by XGBoost's exact method, the default at this size until version 2; with
     fewer points than histogram bins both consider the same splits, but it cuts half-way between
-    points, and takes less time.
+    points, and takes less time. Where x has two values, as signs have, both cut alike, and ``hist``
+    takes less.
 
     Args:
         xs: [B, n, d].
@@ -64,6 +66,7 @@ def boosted_trees(
         max_depth: of each tree.
         learning_rate: shrinkage of each tree.
         n_estimators: trees.
+        tree_method: of XGBoost: exact or hist.
 
     Raises:
         RuntimeError: XGBoost or scikit-learn is not installed.
@@ -75,15 +78,19 @@ def boosted_trees(
     settings = {
         "max_depth": max_depth,
         "learning_rate": learning_rate,
-        "tree_method": "exact",
+        "tree_method": tree_method,
         "nthread": 1,
         "verbosity": 0,
     }
 
+    class Booster(xgboost.Booster):
+        def _assign_dmatrix_features(self, data: xgboost.DMatrix) -> None:
+            """Each round would compare names of features, for a tenth of its time."""
+
     def fit(points: np.ndarray, values: np.ndarray, query: np.ndarray) -> float:
         # Half the time of XGBRegressor, which wraps the same calls.
         data = xgboost.DMatrix(points, values, nthread=1)
-        booster = xgboost.Booster(settings, [data])
+        booster = Booster(settings, [data])
         for i in range(n_estimators):
             booster.update(data, i)
         return booster.inplace_predict(query).item()
