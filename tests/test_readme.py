@@ -35,4 +35,4 @@ def test_the_commands_parse(command):
 
 def test_there_are_examples_and_commands():
     assert len(EXAMPLES) == 4
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 7
