@@ -48,7 +48,7 @@ def main() -> None:
     total = sum(row["figure_s"] for row in rows)
     print(f"\nall, for 1280 prompts: {total:.0f} s; without XGBoost {total - trees:.0f} s")
     if options.out:
-        origin = provenance() | {"command": f"python -m benchmarks.baselines {vars(options)}"}
+        origin = provenance("benchmarks.baselines")
         size = {"prompts": options.prompts, "points": options.points, "dims": options.dims}
         options.out.write_text(json.dumps({"provenance": origin, **size, "rows": rows}, indent=1))
 

@@ -93,7 +93,7 @@ def compare(
     threads = sorted({1, len(os.sched_getaffinity(0))}) if device == "cpu" else [1]
     settings = ["--device", device, "--threads", *map(str, threads), "--repeats", str(repeats),
                 "--seconds", str(seconds)]  # fmt: skip
-    result: dict[str, Any] = {"provenance": report.provenance(device)}
+    result: dict[str, Any] = {"provenance": report.provenance("benchmarks.compare", device)}
     load = result["provenance"]["load_before"]
     if load > 0.5 and device == "cpu":
         print(f"the machine is busy (load {load:.1f}): figures will be off", file=sys.stderr)

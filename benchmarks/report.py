@@ -26,12 +26,12 @@ HEADERS = (
 )  # fmt: skip
 
 
-def provenance(device: str = "cpu") -> dict[str, Any]:
-    """Where, when, from which code and by which command the figures come."""
+def provenance(module: str, device: str = "cpu") -> dict[str, Any]:
+    """Where, when, from which code and by which command, of ``module``, the figures come."""
     gpu = _gpu() if device == "cuda" else {}
     return gpu | {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),

@@ -58,13 +58,14 @@ def load_config(
     if {"inherit", "training"} & content.keys():
         config = _from_official(load_official_config(path), path)
         return config, f"official settings of {path} (not taken over: {NOT_TAKEN_OVER})"
+    content |= given or {}
     choices = {name: content.get(name) for name in ("preset", "task", "model")}
     named = {name: value for name, value in choices.items() if isinstance(value, str)}
     if named.get("preset", "").endswith((".yaml", ".yml")):
         del named["preset"]  # of a run that began with a file: a label
     try:
-        base = preset_config(**{"preset": by_default, **named, **(given or {})})
-        config = config_from_dict({"preset": str(path), **content, **(given or {})}, base)
+        base = preset_config(**{"preset": by_default, **named})
+        config = config_from_dict({"preset": str(path), **content}, base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config, f"settings of {path}"

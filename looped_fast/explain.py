@@ -30,9 +30,11 @@ def explain_backend(
     """
     replacement = dropin.replaced(model)
     if isinstance(model, LoopedTransformer):
-        described = {name: getattr(model.config, name) for name in _SETTINGS}
-        weight, backend, attention = model._read_in.weight, model.backend, model.attention
-        seq_len, n_heads = 2 * n_points, model.config.n_head
+        config, weight = model.config, model._read_in.weight
+        settings = ("n_embd", "n_layer", "n_loops", "window", "injection")
+        described = {name: getattr(config, name) for name in settings}
+        backend, attention = model.backend, model.attention
+        seq_len, n_heads = 2 * n_points, config.n_head
     elif isinstance(replacement, dropin.FastForward):
         stack = replacement.stack
         weight, backend, attention = stack.wpe.weight, replacement.backend, replacement.attention
@@ -45,12 +47,12 @@ def explain_backend(
         raise ValueError(
             f"a {type(model).__name__} runs its own code; looped_fast.accelerate(model) first"
         )
-    if precision is None:
-        precision = replacement.precision if replacement is not None else None
+    device = weight.device.type
+    given = precision or (replacement and replacement.precision)
     problem = backends.Problem(
-        device=weight.device.type,
+        device=device,
         dtype=weight.dtype,
-        precision=precision or ambient_precision(weight.device.type),
+        precision=given or ambient_precision(device),
         batch=batch_size,
         seq_len=seq_len,
         n_heads=n_heads,
@@ -58,6 +60,3 @@ def explain_backend(
         **described,
     )
     return backends.explain(problem, backend)
-
-
-_SETTINGS = ("n_embd", "n_layer", "n_loops", "window", "injection")

@@ -84,16 +84,16 @@ def parse(args: list[str]) -> tuple[Command, str, checkpoint.Checkpoint | None]:
     else:
         on_gpu = resolve_device(chosen.device or "auto").type != "cpu"
         by_default = "paper" if on_gpu else "small"
-        given = {name: getattr(chosen, name) for name in ("preset", "task", "model")}
-        given = {name: value for name, value in given.items() if value is not None}
         if chosen.config is not None:
+            names = ("preset", "task", "model")
+            given = {name: getattr(chosen, name) for name in names if getattr(chosen, name)}
             base, origin = load_config(chosen.config, given, by_default)
         else:
             base = preset_config(
                 chosen.preset or by_default, chosen.task or "lr", chosen.model or "looped"
             )
             origin = f"preset {base.preset}"
-            if "preset" not in given:
+            if chosen.preset is None:
                 origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"
     default = Command(base, chosen.config, chosen.resume)
     command = tyro.cli(Command, args=args, default=default, prog="python -m looped_fast.train")
@@ -139,11 +139,10 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
         FileNotFoundError: there is none.
         CheckpointError: it is damaged.
     """
-    if (run_dir / checkpoint.INDEX).exists():
-        raise FileNotFoundError(
-            f"{run_dir} is one checkpoint; give its run: --resume {run_dir.resolve().parents[1]}"
-        )
     latest = checkpoint.latest(run_dir)
+    run = run_dir.resolve().parent.parent
+    if latest is None and checkpoint.latest(run) is not None:
+        raise FileNotFoundError(f"{run_dir} is one checkpoint; give its run: --resume {run}")
     if latest is None:
         raise FileNotFoundError(
             f"{run_dir} holds no checkpoint to resume; give the folder of a run, "
