@@ -17,8 +17,9 @@ namespace looped_fast {
 
 namespace {
 
-// Of a step, in turn: the forward's workspace, activations, statistics, the backward's workspace.
-constexpr size_t kKept = 4;
+// Of a step, in turn: states, activations and statistics of the forward and its workspace, the
+// gradient of the states, the backward's workspace.
+constexpr size_t kKept = 6;
 
 class Recycler {
  public:

@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const auto floats = embeddings.options().requires_grad(false);
   const auto operand = precision == "bf16" ? at::kBFloat16 : at::kFloat;
   const int64_t B = p.batch, S = p.seq_len, D = p.n_embd, L = p.n_layer, H = p.n_heads;
-  Tensor states = at::empty({window, B, S, D}, floats);
+  Tensor states = empty_recycled({window, B, S, D}, at::kFloat);
   Tensor activations = at::empty({0}, floats.dtype(operand)), statistics = at::empty({0}, floats);
   if (save_activations) {
     activations = empty_recycled({window, 10 * L, B, S, D}, operand);

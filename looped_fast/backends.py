@@ -105,6 +105,20 @@ def choose_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "
     return _choose(backend, device, obstacles)
 
 
+def choose_read_out(device: str, dtype: torch.dtype, backend: str = "auto") -> Choice:
+    """Choose who predicts from states: the ``cpu`` engine, or else plain PyTorch.
+
+    Raises:
+        ValueError: as ``explain``.
+    """
+    obstacles: dict[str, str | None] = dict.fromkeys(BACKENDS)
+    if (device, dtype) != ("cpu", torch.float32):
+        obstacles["cpu"] = f"it takes float32 tensors on the CPU, not {dtype} on {device}"
+    else:
+        obstacles["cpu"] = loop_autograd.why_not() or cpu_engine.why_not_loaded()
+    return _choose(backend, device, obstacles)
+
+
 def _choose(backend: str, device: str, obstacles: dict[str, str | None]) -> Choice:
     if backend == "auto" and device == "cpu" and "triton" in obstacles:
         obstacles["triton"] = obstacles["triton"] or "interpreted kernels run only when asked for"

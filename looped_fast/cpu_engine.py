@@ -1,7 +1,7 @@
 """The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
 
-``looped_fast::cpu_loop_forward``, ``cpu_loop_backward`` and ``cpu_evaluate_trees`` are defined by
-the extension ``looped_fast._C``; this adds shapes for torch.compile, and autograd.
+``looped_fast::cpu_loop_forward``, ``cpu_read_out``, their backward ops and ``cpu_evaluate_trees``
+are defined by the extension ``looped_fast._C``; this adds shapes for torch.compile, and autograd.
 """
 
 from __future__ import annotations
@@ -107,6 +107,22 @@ def _gradients(grad_states, states, history, inputs, settings):
     )
 
 
+def _read_out_fake(states, weight, bias):
+    return states.new_empty((*states.shape[:-1], len(weight)))
+
+
+def _read_out_backward_fake(grad, states, weight):
+    return torch.empty_like(states), torch.empty_like(weight), weight.new_empty(len(weight))
+
+
+def _save_read_out(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _read_out_gradients(ctx, grad):
+    return torch.ops.looped_fast.cpu_read_out_backward(grad, *ctx.saved_tensors)
+
+
 def _evaluate_trees_fake(xs, coordinates, leaf_values):
     return leaf_values.new_empty(xs.shape[:2])
 
@@ -116,3 +132,8 @@ def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     loop_autograd.register("cpu", _gradients)
+    name = "looped_fast::cpu_read_out"
+    torch.library.register_fake(name, _read_out_fake)
+    torch.library.register_fake(f"{name}_backward", _read_out_backward_fake)
+    torch.library.register_autograd(name, _read_out_gradients, setup_context=_save_read_out)
+    loop_autograd.refuse_second_derivatives(f"{name}_backward", "cpu")

@@ -66,14 +66,22 @@ def register(backend: str, gradients: Gradients, lib: torch.library.Library | No
         d_state = grads[2] if window == n_loops else None
         return d_embeddings, grads[1], d_state, grads[3:], *of_settings
 
+    name = f"looped_fast::{backend}_loop"
+    torch.library.register_autograd(
+        f"{name}_forward", backward, setup_context=setup_context, lib=lib
+    )
+    refuse_second_derivatives(f"{name}_backward", backend, lib)
+
+
+def refuse_second_derivatives(
+    name: str, backend: str, lib: torch.library.Library | None = None
+) -> None:
+    """Make the backward op ``name`` of ``backend`` raise where it is differentiated."""
+
     def second_backward(ctx, *_):
         raise NotImplementedError(
             f"the {backend} backend has no second derivatives; use backend='reference', inside "
             f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
 
-    name = f"looped_fast::{backend}_loop"
-    torch.library.register_autograd(
-        f"{name}_forward", backward, setup_context=setup_context, lib=lib
-    )
-    torch.library.register_autograd(f"{name}_backward", second_backward, lib=lib)
+    torch.library.register_autograd(name, second_backward, lib=lib)

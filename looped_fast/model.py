@@ -192,7 +192,8 @@ class LoopedTransformer(nn.Module):
         )  # [W, B, 2n, D]
         with torch.autocast(device, enabled=False):
             # Of all tokens: to slice the states would copy them, here and in the backward.
-            predictions = self._read_out(states)[:, :, ::2]  # [W, B, n, n_outputs]
+            predictions = ops.read_out(states, *self._read_out.parameters(), backend=self.backend)
+            predictions = predictions[:, :, ::2]  # [W, B, n, n_outputs]
         if self.config.pred_type == "classification":
             return predictions
         return predictions.squeeze(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from looped_fast import backends, cpu_engine, reference, triton_backend
@@ -23,6 +24,7 @@ _library.define(
     "str attention) -> Tensor"
 )
 _library.define("read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias, str backend) -> Tensor")
+_library.define("read_out(Tensor states, Tensor weight, Tensor bias, str backend) -> Tensor")
 
 
 def _run(
@@ -60,10 +62,18 @@ def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: 
     return reference.read_in(xs, ys, weight, bias)
 
 
+def _run_read_out(states: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+    choice = backends.choose_read_out(states.device.type, states.dtype, backend)
+    if choice.chosen == "cpu":
+        return torch.ops.looped_fast.cpu_read_out(states, weight, bias)
+    return F.linear(states, weight, bias)
+
+
 # One function under both keys: below autograd it only computes, at autograd it is differentiated.
 for _key in ("CompositeExplicitAutograd", "Autograd"):
     _library.impl("loop", _run, _key)
     _library.impl("read_in", _run_read_in, _key)
+    _library.impl("read_out", _run_read_out, _key)
 
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
@@ -77,6 +87,11 @@ def _fake(
 @torch.library.register_fake("looped_fast::read_in", lib=_library)
 def _fake_read_in(xs, ys, weight, bias, backend):
     return xs.new_empty((xs.shape[0], 2 * xs.shape[1], len(weight)))
+
+
+@torch.library.register_fake("looped_fast::read_out", lib=_library)
+def _fake_read_out(states, weight, bias, backend):
+    return states.new_empty((*states.shape[:-1], len(weight)))
 
 
 def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision, attention):
@@ -182,6 +197,24 @@ def read_in(
         ValueError: ``backend`` is unknown, or forced and unable; the reason is in the message.
     """
     return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
+
+
+def read_out(states: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
+    """Predict from states: ``F.linear``. Its gradient for states is as large as they are.
+
+    Args:
+        states: [..., D].
+        weight: of the read-out, [n_outputs, D].
+        bias: [n_outputs].
+        backend: as of ``loop``; ``cpu`` uses that gradient's memory again in the next step.
+
+    Returns:
+        Predictions, [..., n_outputs]; differentiable in all three.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or forced and unable; the reason is in the message.
+    """
+    return torch.ops.looped_fast.read_out(states, weight, bias, backend)
 
 
 def _check(embeddings, positions, state, weights, n_heads) -> None:

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from conftest import FP32_EPS, cast, leaves, loop_inputs, require_grad
+import torch.nn.functional as F
+from conftest import FP32_EPS, cast, leaves, loop_inputs, relative_error, require_grad
 from golden_cases import (
     MODEL_CASES,
     assert_as_good_as_plain,
@@ -225,6 +226,42 @@ def test_the_ops_pass_opcheck(precision, window, two_threads):
         torch.ops.looped_fast.cpu_loop_backward.default,
         (torch.randn_like(states), states, *saved, *arguments[:-2]),
     )
+
+
+def read_out_with_gradients(read_out, inputs, grad):
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    predictions = read_out(*inputs)
+    return predictions, *torch.autograd.grad(predictions, inputs, grad)
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2])
+def test_the_read_out_is_as_accurate_as_plain_pytorch(n_outputs):
+    inputs = torch.randn(2, 3, 8, 64), torch.randn(n_outputs, 64), torch.randn(n_outputs)
+    grad = torch.randn(2, 3, 8, n_outputs)
+    on_engine = functools.partial(ops.read_out, backend="cpu")
+    results = read_out_with_gradients(on_engine, inputs, grad)
+    plain = read_out_with_gradients(F.linear, inputs, grad)
+    truth = read_out_with_gradients(F.linear, [t.double() for t in inputs], grad.double())
+    for result, of_torch, exact in zip(results, plain, truth, strict=True):
+        bound = 2 * relative_error(of_torch, exact) + FP32_EPS
+        assert relative_error(result, exact) <= bound
+
+
+def test_the_read_out_passes_opcheck():
+    states, weight, bias = torch.randn(2, 5, 32), torch.randn(2, 32), torch.randn(2)
+    read_out = torch.ops.looped_fast.cpu_read_out
+    torch.library.opcheck(read_out.default, (states, weight, bias))
+    torch.library.opcheck(read_out.default, (states, weight.requires_grad_(), bias))
+    arguments = read_out(states, weight, bias).detach(), states, weight.detach()
+    torch.library.opcheck(torch.ops.looped_fast.cpu_read_out_backward.default, arguments)
+
+
+def test_a_second_derivative_of_the_read_out_is_refused():
+    weight = torch.randn(1, 32, requires_grad=True)
+    loss = ops.read_out(torch.randn(4, 32), weight, torch.zeros(1)).square().sum()
+    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives; use backend='reference'"):
+        first.square().sum().backward()
 
 
 def test_a_compiled_step_on_the_engine_is_one_graph_with_the_same_numbers():

@@ -388,6 +388,29 @@ def test_a_curriculum_step_adds_little_to_the_peak_of_memory():
     assert longer - shorter <= 0.2 * (shorter - before)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted for Linux's malloc")
+def test_a_training_step_uses_the_memory_of_the_last_one():
+    code = """
+    import resource
+    import torch
+    from looped_fast import LoopedTransformer, ModelConfig
+
+    config = ModelConfig(n_dims=5, n_positions=20, n_embd=256, n_head=8, n_loops=16, window=16)
+    model = LoopedTransformer(config, backend="cpu", checkpoint="state")
+    xs, ys = torch.randn(64, 20, 5), torch.randn(64, 20)
+
+    def faults_of_a_step():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        model(xs, ys).square().mean().backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of_a_step()
+    print(faults_of_a_step())
+    """
+    states = 16 * 64 * 40 * 256 * 4  # bytes; their gradient takes as much
+    assert int(run_python(code)) < states / 4096 / 2
+
+
 def test_a_build_compiles_what_is_up_to_date_with_its_sources(tmp_path, monkeypatch):
     """It may be of another torch."""
     setuptools = pytest.importorskip("setuptools")

@@ -246,6 +246,20 @@ def test_a_backend_that_can_not_embed_a_prompt_is_refused(backend, dtype, messag
         ops.read_in(xs, ys, torch.ones(64, 3, dtype=dtype), torch.ones(64), backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("refrence", "unknown backend 'refrence'; did you mean 'reference'?"),
+        ("cpu", "backend 'cpu' can't run this: it takes float32 tensors on the CPU, not"),
+    ],
+)
+def test_a_backend_that_can_not_read_out_is_refused(backend, message):
+    states, weight, bias = (torch.ones(*s, dtype=torch.float64) for s in [(4, 64), (1, 64), (1,)])
+    assert (ops.read_out(states, weight, bias) == 65).all()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.read_out(states, weight, bias, backend=backend)
+
+
 @pytest.fixture(params=["cpu", "triton"])
 def fast_loop(request):
     """The loop on a fast backend, as a function of embeddings [1, 4, 64]; and those."""
