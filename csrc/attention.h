@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "pack.h"
 #include "workspace.h"
@@ -60,44 +59,52 @@ struct SoftmaxState {
   Vec total[kVecs];    // of 2^(scale * score - log_max)
 };
 
+// The largest of n rows of a column of vectors, or `floor`. Four chains: one would wait for itself.
+inline Vec max_of_column(const float* column, int64_t n, Vec floor) {
+  Vec max_[4] = {floor, floor, floor, floor};
+  int64_t k = 0;
+  for (; k + 4 <= n; k += 4) {
+    for (int64_t c = 0; c < 4; ++c) {
+      max_[c] = max(max_[c], Vec::loadu(column + (k + c) * kQueryTile));
+    }
+  }
+  for (; k < n; ++k) max_[0] = max(max_[0], Vec::loadu(column + k * kQueryTile));
+  return max(max(max_[0], max_[1]), max(max_[2], max_[3]));
+}
+
 // Scores of n keys, first_key.., to numerators of the softmax, for queries first_query... Keys
 // that a query does not see get zero; a missing last row of a pair too. Returns in `correction`
-// what is to be multiplied to results of earlier chunks.
+// what is to be multiplied to results of earlier chunks. Overwrites scores that no query sees.
 template <class T>
-inline void softmax_chunk(const float* scores, int64_t first_key, int64_t n, int64_t first_query,
+inline void softmax_chunk(float* scores, int64_t first_key, int64_t n, int64_t first_query,
                           float scale, bool first_chunk, SoftmaxState& state, T* probs,
                           Vec* correction) {
-  const int64_t first_masked = std::max<int64_t>(0, first_query + 1 - first_key);
+  const Vec lowest(-1e30f);  // 2^x of it is 0, and of infinity NaN
   for (int64_t q = 0; q < SoftmaxState::kVecs; ++q) {
-    const float* column = scores + q * kVec;
-    // Lane of the first query that sees key k.
-    const auto first_lane = [&](int64_t k) { return first_key + k - first_query - q * kVec; };
-    const Vec lowest(-std::numeric_limits<float>::infinity());
-    Vec max = lowest;
-    int64_t k = 0;
-    for (; k < std::min(n, first_masked); ++k) {
-      max = at::vec::maximum(max, Vec::loadu(column + k * kQueryTile));
+    float* column = scores + q * kVec;
+    // Of the keys, those that all lanes see come first, then those that some do.
+    const int64_t diagonal = first_query + q * kVec - first_key;
+    const int64_t n_seen = std::clamp<int64_t>(diagonal + kVec, 0, n);
+    for (int64_t k = std::max<int64_t>(0, diagonal + 1); k < n_seen; ++k) {
+      float* score = column + k * kQueryTile;
+      keep_lanes(Vec::loadu(score), lowest, k - diagonal, kVec).store(score);
     }
-    for (; k < n && first_lane(k) < kVec; ++k) {
-      const Vec score = Vec::loadu(column + k * kQueryTile);
-      max = at::vec::maximum(max, keep_lanes(score, lowest, first_lane(k), kVec));
-    }
-    Vec log_max = max * Vec(scale);
+    Vec log_max = max_of_column(column, n_seen, lowest) * Vec(scale);
     if (!first_chunk) {
-      log_max = at::vec::maximum(log_max, state.log_max[q]);
-      correction[q] = exp2<float>(state.log_max[q] - log_max);
+      log_max = max(log_max, state.log_max[q]);
+      correction[q] = exp2<T>(state.log_max[q] - log_max);
     }
+    const auto probability = [&](int64_t k) {
+      const Vec score = Vec::loadu(column + k * kQueryTile);
+      return exp2<T>(at::vec::fmsub(score, Vec(scale), log_max));
+    };
     Vec total(0.f);
-    for (k = 0; k < n; k += 2) {
-      Vec p[2] = {Vec(0.f), Vec(0.f)};
-      for (int64_t e = 0; e < 2 && k + e < n && first_lane(k + e) < kVec; ++e) {
-        const Vec score = Vec::loadu(column + (k + e) * kQueryTile);
-        p[e] = exp2<T>(at::vec::fmsub(score, Vec(scale), log_max));
-        if (first_lane(k + e) > 0) p[e] = keep_lanes(p[e], Vec(0.f), first_lane(k + e), kVec);
-      }
-      total = total + (p[0] + p[1]);
-      Operand<T>::store_rows(probs + packed_offset<T>(k, q * kVec, kQueryTile), kQueryTile, p[0],
-                             p[1]);
+    for (int64_t k = 0; k < n; k += 2) {
+      const Vec p_0 = k < n_seen ? probability(k) : Vec(0.f);
+      const Vec p_1 = k + 1 < n_seen ? probability(k + 1) : Vec(0.f);
+      total = total + (p_0 + p_1);
+      Operand<T>::store_rows(probs + packed_offset<T>(k, q * kVec, kQueryTile), kQueryTile, p_0,
+                             p_1);
     }
     state.total[q] = first_chunk ? total : at::vec::fmadd(state.total[q], correction[q], total);
     state.log_max[q] = log_max;

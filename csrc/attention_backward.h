@@ -78,12 +78,9 @@ inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const He
           }
         }
         Operand<T>::store(scratch.probs + at, p);
-        Operand<T>::store(scratch.d_scores + at, ds[e]);
       }
-      if constexpr (Operand<T>::kPack == 2) {
-        Operand<T>::store_rows(scratch.d_scores_rhs + packed_offset<T>(r, j, kChunk), kChunk,
-                               ds[0], ds[1]);
-      }
+      Operand<T>::store_rows(scratch.d_scores_rhs + packed_offset<T>(r, j, kChunk), kChunk,
+                             scratch.d_scores + r * kChunk + j, kChunk, ds[0], ds[1]);
     }
   }
 }

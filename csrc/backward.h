@@ -33,7 +33,7 @@ struct BackwardBuffers {
 // One thread's own, for a chunk of at most kChunkRows rows.
 template <class T>
 struct BackwardScratch {
-  static constexpr int64_t kChunkRows = 128;
+  static constexpr int64_t kChunkRows = 256;
 
   int64_t max_rows;  // in a chunk, even
   float* tile;       // [kTileRows][kPanel]
@@ -185,9 +185,10 @@ class BackwardStep {
              scratch_.tile, [&](const Tile& tile) {
                for (int64_t r = 0; r < tile.rows.size(); ++r) {
                  T* row = buffers_.d_attn + (chunk.begin + tile.rows.begin + r) * D_;
-                 for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
-                   Operand<T>::store(row + tile.columns.begin + j,
-                                     Vec::loadu(tile.data + r * kPanel + j));
+                 for (int64_t j = 0; j < tile.columns.size(); j += kStride) {
+                   const float* from = tile.data + r * kPanel + j;
+                   Operand<T>::store(row + tile.columns.begin + j, Vec::loadu(from),
+                                     Vec::loadu(from + kVec));
                  }
                }
              });
@@ -245,11 +246,10 @@ class BackwardStep {
           const auto gelu = gelu_and_derivative<T>(Operand<T>::load(fc + (r + e) * kPanel + j));
           hidden[e] = gelu.value;
           d[e] = gelu.derivative * Vec::loadu(tile.data + (r + e) * kPanel + j);
-          Operand<T>::store(d_fc + (r + e) * ld + j, d[e]);
         }
         total[j / kVec] = total[j / kVec] + (d[0] + d[1]);
         const int64_t packed = packed_offset<T>(r, j, kPanel);
-        Operand<T>::store_rows(d_fc_right + packed, kPanel, d[0], d[1]);
+        Operand<T>::store_rows(d_fc_right + packed, kPanel, d_fc + r * ld + j, ld, d[0], d[1]);
         Operand<T>::store_rows(hidden_right + packed, kPanel, hidden[0], hidden[1]);
       }
     }
@@ -261,22 +261,29 @@ class BackwardStep {
     const int64_t D = D_, m = chunk.size();
     const float* from = buffers_.dx + chunk.begin * D;
     T* to = scratch_.dx_operand;
-    for (int64_t j = 0; j < D; j += kVec) {
-      Vec total(0.f);
+    for (int64_t j = 0; j < D; j += kStride) {
+      Vec total_0(0.f), total_1(0.f);
       for (int64_t i = 0; i < m; ++i) {
-        const Vec dx = Vec::loadu(from + i * D + j);
-        Operand<T>::store(to + i * D + j, dx);
-        total = total + dx;
+        const Vec dx_0 = Vec::loadu(from + i * D + j), dx_1 = Vec::loadu(from + i * D + j + kVec);
+        Operand<T>::store(to + i * D + j, dx_0, dx_1);
+        total_0 = total_0 + dx_0;
+        total_1 = total_1 + dx_1;
       }
-      add_to(column_sums + j, total);
+      add_to(column_sums + j, total_0);
+      add_to(column_sums + j + kVec, total_1);
     }
   }
 
   static void add_column_sums(const T* rows, int64_t m, int64_t width, float* column_sums) {
-    for (int64_t j = 0; j < width; j += kVec) {
-      Vec total(0.f);
-      for (int64_t i = 0; i < m; ++i) total = total + Operand<T>::load(rows + i * width + j);
-      add_to(column_sums + j, total);
+    for (int64_t j = 0; j < width; j += kStride) {
+      Vec total_0(0.f), total_1(0.f);
+      for (int64_t i = 0; i < m; ++i) {
+        const T* row = rows + i * width + j;
+        total_0 = total_0 + Operand<T>::load(row);
+        total_1 = total_1 + Operand<T>::load(row + kVec);
+      }
+      add_to(column_sums + j, total_0);
+      add_to(column_sums + j + kVec, total_1);
     }
   }
 
@@ -292,9 +299,11 @@ class BackwardStep {
     const int64_t D = D_;
     for (int64_t i = chunk.begin; i < chunk.end; ++i) {
       T* h = scratch_.h + (i - chunk.begin) * D;
-      for (int64_t j = 0; j < D; j += kVec) {
-        const Vec v = Operand<T>::load(x_hat + i * D + j);
-        Operand<T>::store(h + j, at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j)));
+      const auto restored = [=](int64_t j) {
+        return scale_and_shift(Operand<T>::load(x_hat + i * D + j), weight, bias, j);
+      };
+      for (int64_t j = 0; j < D; j += kStride) {
+        Operand<T>::store(h + j, restored(j), restored(j + kVec));
       }
     }
   }

@@ -136,8 +136,9 @@ class ForwardStep {
       for (int64_t r = 0; r < tile.rows.size(); ++r) {
         T* row = qkv + (tile.rows.begin + r) * 3 * D + tile.columns.begin;
         const float* from = tile.data + r * kPanel;
-        for (int64_t j = 0; j < tile.columns.size(); j += kVec) {
-          Operand<T>::store(row + j, Vec::loadu(from + j) + Vec::loadu(bias + j));
+        const auto biased = [=](int64_t j) { return Vec::loadu(from + j) + Vec::loadu(bias + j); };
+        for (int64_t j = 0; j < tile.columns.size(); j += kStride) {
+          Operand<T>::store(row + j, biased(j), biased(j + kVec));
         }
       }
     });
@@ -188,10 +189,12 @@ class ForwardStep {
     const float* from = tile.data;
     const int64_t m = tile.rows.size();
     for (int64_t r = 0; r < m; ++r) {
-      for (int64_t j = 0; j < kPanel; j += kVec) {
-        const Vec x = Vec::loadu(from + r * kPanel + j) + Vec::loadu(bias + j);
-        if (fc) Operand<T>::store(fc + r * kPanel + j, x);
-        Operand<T>::store(hidden + r * ld + j, gelu<T>(x));
+      for (int64_t j = 0; j < kPanel; j += kStride) {
+        const float* at = from + r * kPanel + j;
+        const Vec x_0 = Vec::loadu(at) + Vec::loadu(bias + j);
+        const Vec x_1 = Vec::loadu(at + kVec) + Vec::loadu(bias + j + kVec);
+        if (fc) Operand<T>::store(fc + r * kPanel + j, x_0, x_1);
+        Operand<T>::store(hidden + r * ld + j, gelu<T>(x_0), gelu<T>(x_1));
       }
     }
   }
@@ -209,10 +212,11 @@ class ForwardStep {
         [=](int64_t i, int64_t j) {
           return Vec::loadu(x + i * D + j) + Vec::loadu(last_bias + j);
         },
-        [=](int64_t i, int64_t j, Vec x_hat) {
-          const Vec z = at::vec::fmadd(x_hat, Vec::loadu(weight + j), Vec::loadu(bias + j));
-          z.store(z_next + i * D + j);
-          if (saved_x_hat) x_hat.store(saved_x_hat + i * D + j);
+        [=](int64_t i, int64_t j, Vec v_0, Vec v_1) {
+          const int64_t at = i * D + j;
+          Operand<float>::store(z_next + at, scale_and_shift(v_0, weight, bias, j),
+                                scale_and_shift(v_1, weight, bias, j + kVec));
+          if (saved_x_hat) Operand<float>::store(saved_x_hat + at, v_0, v_1);
         },
         final.rstd);
   }
@@ -225,10 +229,11 @@ class ForwardStep {
     T* h = buffers_.h;
     normalize(
         rows_, D, buffers_.x, load,
-        [=](int64_t i, int64_t j, Vec v) {
-          const Vec y = at::vec::fmadd(v, Vec::loadu(weight + j), Vec::loadu(bias + j));
-          Operand<T>::store(h + i * D + j, y);
-          if (x_hat) Operand<T>::store(x_hat + i * D + j, v);
+        [=](int64_t i, int64_t j, Vec v_0, Vec v_1) {
+          const int64_t at = i * D + j;
+          Operand<T>::store(h + at, scale_and_shift(v_0, weight, bias, j),
+                            scale_and_shift(v_1, weight, bias, j + kVec));
+          if (x_hat) Operand<T>::store(x_hat + at, v_0, v_1);
         },
         rstd);
   }

@@ -13,6 +13,11 @@ inline namespace CPU_CAPABILITY {
 
 constexpr float kLayerNormEps = 1e-5f;  // config.LAYER_NORM_EPS
 
+// A LayerNorm's output at columns j.. from the normalised input.
+inline Vec scale_and_shift(Vec x_hat, const float* weight, const float* bias, int64_t j) {
+  return at::vec::fmadd(x_hat, Vec::loadu(weight + j), Vec::loadu(bias + j));
+}
+
 // Normalises rows i..i + kRows - 1 together: sums of one row alone would wait for each other.
 template <int kRows, class Load, class Emit>
 inline void normalize_rows(int64_t i, int64_t D, float* x, Load load, Emit emit,
@@ -46,15 +51,17 @@ inline void normalize_rows(int64_t i, int64_t D, float* x, Load load, Emit emit,
     if (rstd_out) rstd_out[i + r] = value;
     rstd[r] = Vec(value);
   }
-  for (int64_t j = 0; j < D; j += kVec) {
+  for (int64_t j = 0; j < D; j += kStride) {
     for (int r = 0; r < kRows; ++r) {
-      emit(i + r, j, (Vec::loadu(x + (i + r) * D + j) - mean[r]) * rstd[r]);
+      const float* row = x + (i + r) * D + j;
+      emit(i + r, j, (Vec::loadu(row) - mean[r]) * rstd[r],
+           (Vec::loadu(row + kVec) - mean[r]) * rstd[r]);
     }
   }
 }
 
-// Normalises rows of x [., D]: x = load(row, column) first, then emit(row, column, x_hat) for
-// every vector. rstd: 1 / std of each row; null where it is not wanted.
+// Normalises rows of x [., D]: x = load(row, column) first, then emit(row, column, x_hat, next
+// x_hat) for every two vectors. rstd: 1 / std of each row; null where it is not wanted.
 template <class Load, class Emit>
 inline void normalize(Range rows, int64_t D, float* x, Load load, Emit emit, float* rstd) {
   int64_t i = rows.begin;

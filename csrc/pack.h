@@ -33,27 +33,17 @@ inline void transpose_words(const void* src, int64_t ld_src, void* dst, int64_t 
 template <class T>
 inline void pack_rows(const T* src, int64_t ld, int64_t n_rows, int64_t n_columns, T* dst,
                       int64_t ld_packed) {
-  for (int64_t i = 0; i < n_rows; i += 2) {
-    const bool single = i + 1 == n_rows;
-    if (single && Operand<T>::kPack == 1) {  // there is no pair to complete
-      std::copy(src + i * ld, src + i * ld + n_columns, dst + i * ld_packed);
-      return;
-    }
-    for (int64_t j = 0; j < n_columns; j += kVec) {
-      const int64_t count = std::min(kVec, n_columns - j);
-      const T* p = src + i * ld + j;
-      T* to = dst + packed_offset<T>(i, j, ld_packed);
-      const Vec row_0 = Operand<T>::load(p, count);
-      const Vec row_1 = single ? Vec(0.f) : Operand<T>::load(p + ld, count);
-      if (count == kVec) {
-        Operand<T>::store_rows(to, ld_packed, row_0, row_1);
-      } else {
-        T edge[2 * kVec];
-        Operand<T>::store_rows(edge, kVec, row_0, row_1);
-        for (int64_t row = 0; row < 2 / Operand<T>::kPack; ++row) {
-          const T* from = edge + row * kVec;
-          std::copy(from, from + count * Operand<T>::kPack, to + row * ld_packed);
-        }
+  constexpr int64_t kPack = Operand<T>::kPack;
+  for (int64_t i = 0; i < n_rows; i += kPack) {
+    const T* row = src + i * ld;
+    if constexpr (kPack == 1) {
+      std::copy(row, row + n_columns, dst + i * ld_packed);
+    } else {
+      const bool single = i + 1 == n_rows;
+      for (int64_t j = 0; j < n_columns; j += kVec) {
+        Operand<T>::pack_rows(dst + packed_offset<T>(i, j, ld_packed), row + j,
+                              single ? nullptr : row + ld + j,
+                              std::min(kVec, n_columns - j));
       }
     }
   }
@@ -105,8 +95,10 @@ inline void pack_linear(const float* w, const PackedMatrix<T>& dst, int64_t p) {
   alignas(64) T block[kPanel * kDepth];
   for (int64_t k = 0; k < n_in; k += kDepth) {
     for (int64_t i = 0; i < width; ++i) {
-      for (int64_t j = 0; j < kDepth; j += kVec) {
-        Operand<T>::store(block + i * kDepth + j, Vec::loadu(w + (p * kPanel + i) * n_in + k + j));
+      const float* from = w + (p * kPanel + i) * n_in + k;
+      for (int64_t j = 0; j < kDepth; j += kStride) {
+        Operand<T>::store(block + i * kDepth + j, Vec::loadu(from + j),
+                          Vec::loadu(from + j + kVec));
       }
     }
     transpose_words(block, kDepth / kPack, dst.panel(p) + k * width, width, width, kDepth / kPack);

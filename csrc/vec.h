@@ -24,6 +24,15 @@ inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, v);
 }
 
+// The larger of each lane; b where one is NaN. at::vec::maximum would look for NaN.
+inline Vec max(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#else
+  return _mm256_max_ps(a, b);
+#endif
+}
+
 inline void add_to(float* p, Vec v) { (Vec::loadu(p) + v).store(p); }
 
 // `v` in lanes begin..end-1, `other` outside.
@@ -49,10 +58,22 @@ struct Operand<float> {
   static void store(float* p, Vec v) { v.store(p); }
   static void store(float* p, Vec v, int64_t count) { v.store(p, static_cast<int>(count)); }
 
+  // kStride columns of a row.
+  static void store(float* p, Vec v_0, Vec v_1) {
+    v_0.store(p);
+    v_1.store(p + kVec);
+  }
+
   // Two consecutive rows of a packed matrix of width ld, from an even row on.
-  static void store_rows(float* p, int64_t ld, Vec row_0, Vec row_1) {
-    row_0.store(p);
-    row_1.store(p + ld);
+  static void store_rows(float* packed, int64_t ld, Vec row_0, Vec row_1) {
+    row_0.store(packed);
+    row_1.store(packed + ld);
+  }
+  // The same, and as rows at stride ld_rows.
+  static void store_rows(float* packed, int64_t ld, float* rows, int64_t ld_rows, Vec row_0,
+                         Vec row_1) {
+    store_rows(packed, ld, row_0, row_1);
+    store_rows(rows, ld_rows, row_0, row_1);
   }
 };
 
@@ -83,11 +104,48 @@ struct Operand<at::BFloat16> {
     _mm256_mask_storeu_epi16(p, first(count), narrow(v));
   }
 
-  static void store_rows(at::BFloat16* p, int64_t, Vec row_0, Vec row_1) {
-    const __m512i words = _mm512_or_si512(
-        _mm512_cvtepu16_epi32(narrow(row_0)),
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(row_1)), 16));
-    _mm512_storeu_si512(p, words);
+  static void store(at::BFloat16* p, Vec v_0, Vec v_1) {
+    _mm512_storeu_si512(p, narrow(v_0, v_1));
+  }
+
+  static void store_rows(at::BFloat16* packed, int64_t, Vec row_0, Vec row_1) {
+    _mm512_storeu_si512(packed, interleave(narrow(row_0, row_1)));
+  }
+  static void store_rows(at::BFloat16* packed, int64_t, at::BFloat16* rows, int64_t ld_rows,
+                         Vec row_0, Vec row_1) {
+    const __m512i both = narrow(row_0, row_1);
+    _mm512_storeu_si512(packed, interleave(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows), _mm512_castsi512_si256(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + ld_rows),
+                        _mm512_extracti64x4_epi64(both, 1));
+  }
+
+  // `count` columns, 16 at most, of two rows of operands. row_1: null for zeros.
+  static void pack_rows(at::BFloat16* packed, const at::BFloat16* row_0,
+                        const at::BFloat16* row_1, int64_t count) {
+    const __mmask16 columns = first(count);
+    const __m256i low = _mm256_maskz_loadu_epi16(columns, row_0);
+    const __m256i high =
+        row_1 ? _mm256_maskz_loadu_epi16(columns, row_1) : _mm256_setzero_si256();
+    const __m512i words = interleave(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    if (count == kVec) {
+      _mm512_storeu_si512(packed, words);
+    } else {
+      _mm512_mask_storeu_epi32(packed, columns, words);
+    }
+  }
+
+ private:
+  static __m512i narrow(Vec low, Vec high) {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  }
+
+  // Lanes 0, 16, 1, 17, ...: one of the lower half, one of the upper.
+  static __m512i interleave(__m512i halves) {
+    alignas(64) static constexpr uint16_t kLanes[32] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kLanes), halves);
   }
 };
 #endif
