@@ -68,23 +68,29 @@ def measure(
     }
 
 
+_QUICK = 3e10  # operations: a third of a second, or less
+
+
 def _best_threads(
     case: Case, contender: Contender, mode: str, threads: list[int]
 ) -> tuple[int, float]:
-    """The fastest setting on two loop steps, and the longest first call in seconds (it compiles).
+    """The fastest setting, and the longest first call in seconds (it compiles).
 
-    A full run may take half a minute, and threads do not gain from a larger number of steps.
+    Where a full run may take half a minute two loop steps are timed: threads do not gain from a
+    larger number. In a run of milliseconds they do, as it pays once to wake them.
     """
     if len(threads) == 1:
         return threads[0], 0.0
-    case = dataclasses.replace(case, n_loops=2, window=2)
+    runs = 9
+    if flops(case, mode) > _QUICK:
+        case, runs = dataclasses.replace(case, n_loops=2, window=2), 3
     first, times = 0.0, {}
     for n in threads:
         torch.set_num_threads(n)
         with fresh_compiler(contender):
             run = Workload(case, contender, mode)
             first = max(first, seconds_of(run))
-            times[n] = min(seconds_of(run) for _ in range(3))
+            times[n] = min(seconds_of(run) for _ in range(runs))
     return min(times, key=lambda n: times[n]), first
 
 

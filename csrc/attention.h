@@ -74,12 +74,12 @@ inline Vec max_of_column(const float* column, int64_t n, Vec floor) {
 
 // Scores of n keys, first_key.., to numerators of the softmax, for queries first_query... Keys
 // that a query does not see get zero; a missing last row of a pair too. Returns in `correction`
-// what is to be multiplied to results of earlier chunks. Overwrites scores that no query sees.
+// what is to be multiplied to results of earlier chunks. Overwrites scores of keys out of sight.
 template <class T>
 inline void softmax_chunk(float* scores, int64_t first_key, int64_t n, int64_t first_query,
                           float scale, bool first_chunk, SoftmaxState& state, T* probs,
                           Vec* correction) {
-  const Vec lowest(-1e30f);  // 2^x of it is 0, and of infinity NaN
+  const Vec lowest(-1e30f);  // 2^x of it is below 1e-37; of infinity it is NaN
   for (int64_t q = 0; q < SoftmaxState::kVecs; ++q) {
     float* column = scores + q * kVec;
     // Of the keys, those that all lanes see come first, then those that some do.
@@ -92,7 +92,7 @@ inline void softmax_chunk(float* scores, int64_t first_key, int64_t n, int64_t f
     Vec log_max = max_of_column(column, n_seen, lowest) * Vec(scale);
     if (!first_chunk) {
       log_max = max(log_max, state.log_max[q]);
-      correction[q] = exp2<T>(state.log_max[q] - log_max);
+      correction[q] = exp2<float>(state.log_max[q] - log_max);
     }
     const auto probability = [&](int64_t k) {
       const Vec score = Vec::loadu(column + k * kQueryTile);

@@ -30,6 +30,7 @@ struct TiledMatrix {
   int64_t tiles_across() const { return (n_columns + kSide - 1) / kSide; }
   int64_t n_tiles() const { return tiles_down() * tiles_across(); }
   float* tile(int64_t index) const { return data + index * kSide * kSide; }
+  void clear() const { std::fill_n(data, n_tiles() * kSide * kSide, 0.f); }
   Range tile_rows(int64_t index) const { return side(index % tiles_down(), n_rows); }
   Range tile_columns(int64_t index) const { return side(index / tiles_down(), n_columns); }
 
@@ -65,6 +66,10 @@ struct BlockSums {
         attn_c_proj(arena, D, D),
         c_fc_t(arena, D, 4 * D),
         mlp_c_proj(arena, D, 4 * D) {}
+
+  void clear() const {
+    for (const TiledMatrix* m : {&c_attn_t, &attn_c_proj, &c_fc_t, &mlp_c_proj}) m->clear();
+  }
 };
 
 // Gradients of the vectors: every block's (13 D floats), then the final LayerNorm's (2 D).
@@ -81,6 +86,7 @@ struct VectorSums {
         n_layer(p.n_layer) {}
 
   int64_t size() const { return (kBlockWidths * n_layer + kFinalWidths) * D; }
+  void clear() const { std::fill_n(data, size(), 0.f); }
 
   // Matrices are null: only the vectors are here.
   Block<float> block(int64_t layer) const {
@@ -108,24 +114,25 @@ struct ThreadSums {
   VectorSums item_vectors;
   float* positions;  // [S, D]
   int64_t n_positions;
-  float* begin;
-  float* end;
 
   ThreadSums(Arena& arena, const Problem& p)
       : vectors(arena, p), item_vectors(arena, p), n_positions(p.seq_len * p.n_embd) {
-    begin = vectors.data;
     positions = arena.take<float>(n_positions);
     for (int64_t i = 0; i < p.n_layer; ++i) blocks.emplace_back(arena, p.n_embd);
-    end = arena.take<float>(0);
   }
 
-  void clear() const { std::fill(begin, end, 0.f); }
+  void clear() const {
+    vectors.clear();
+    item_vectors.clear();
+    std::fill_n(positions, n_positions, 0.f);
+    for (const BlockSums& block : blocks) block.clear();
+  }
 
   void end_item() const {
     for (int64_t j = 0; j < vectors.size(); j += kVec) {
       add_to(vectors.data + j, Vec::loadu(item_vectors.data + j));
     }
-    std::fill_n(item_vectors.data, item_vectors.size(), 0.f);
+    item_vectors.clear();
   }
 };
 
@@ -165,9 +172,10 @@ inline void reduce(const std::vector<ThreadSums>& sums, const Problem& problem,
   };
   const auto reduce_vector = [&](const float* first, int64_t n, float* grad) {
     std::fill_n(grad, n, 0.f);
-    const int64_t offset = first - sums[0].begin;
+    const int64_t offset = first - sums[0].vectors.data;  // the same in every thread's memory
     for (const ThreadSums& s : sums) {
-      for (int64_t j = 0; j < n; j += kVec) add_to(grad + j, Vec::loadu(s.begin + offset + j));
+      const float* from = s.vectors.data + offset;
+      for (int64_t j = 0; j < n; j += kVec) add_to(grad + j, Vec::loadu(from + j));
     }
   };
   const int64_t D = problem.n_embd;

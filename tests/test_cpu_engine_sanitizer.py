@@ -1,0 +1,95 @@
+"""The engine under AddressSanitizer: nothing is read or written outside of a buffer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from looped_fast import cpu_engine
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = [
+    pytest.mark.skipif(cpu_engine.why_not_loaded() is not None, reason="no engine is built here"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs GCC's AddressSanitizer"),
+]
+
+STEPS = """
+    import torch
+    from conftest import leaves, loop_inputs, require_grad
+    from looped_fast import cpu_engine, ops
+
+    shapes = [  # with tails of every kind: odd S, D and 4 D that end inside a panel, S > 256
+        dict(B=1, S=1, D=32, n_heads=4, window=1, injection="none"),
+        dict(B=3, S=23, D=64, n_heads=4, window=2, injection="add"),
+        dict(B=1, S=37, D=96, n_heads=4, window=1, injection="mul", checkpoint="state"),
+        dict(B=5, S=7, D=32, n_heads=1, window=2, injection="every_block", n_layer=2),
+        dict(B=1, S=263, D=32, n_heads=2, window=2, injection="add"),
+        dict(B=33, S=5, D=32, n_heads=2, window=2, injection="add"),
+    ]
+    precisions = [p for p in ("fp32", "bf16") if cpu_engine.why_not_precision(p) is None]
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        for precision in precisions:
+            for shape in shapes:
+                made_of = {k: v for k, v in shape.items() if k in ("B", "S", "D", "n_layer")}
+                settings = {k: v for k, v in shape.items() if k not in made_of}
+                inputs = require_grad(loop_inputs(**made_of, dtype=torch.float32))
+                states = ops.loop(
+                    **inputs, **settings, n_loops=2, precision=precision, backend="cpu"
+                )
+                states.square().sum().backward()
+                for name, leaf in leaves(inputs).items():
+                    assert leaf.grad is None or leaf.grad.isfinite().all(), (name, shape)
+    print(*precisions)
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Environment of a Python whose engine is built with AddressSanitizer."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    for name in ("csrc", "kernels", "looped_fast"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    flags = "-fsanitize=address -fno-omit-frame-pointer"
+    build = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        env={**os.environ, "CFLAGS": flags, "CXXFLAGS": flags},  # which, is up to setuptools
+        cwd=folder, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    built = list(folder.glob("looped_fast/_C*.so"))
+    assert built, build.stdout + build.stderr
+    assert b"__asan_report_store" in built[0].read_bytes(), "the flags did not reach the compiler"
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    return {
+        **os.environ,
+        "LD_PRELOAD": runtime.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # CPython's own
+        "PYTHONPATH": f"{folder}:{ROOT / 'tests'}",
+    }
+
+
+def run(code, environment):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", ["", "avx2"])
+def test_training_steps_stay_inside_their_buffers(sanitized, capability):
+    environment = {**sanitized, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
+    done = run(STEPS, environment)
+    assert done.returncode == 0, done.stderr[:4000]
+    assert "fp32" in done.stdout
