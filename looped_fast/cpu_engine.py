@@ -121,7 +121,8 @@ def _save_read_out(ctx, inputs, output) -> None:
 
 
 def _read_out_gradients(ctx, grad):
-    return torch.ops.looped_fast.cpu_read_out_backward(grad, *ctx.saved_tensors)
+    with torch.autocast(grad.device.type, enabled=False):  # around a backward, too
+        return torch.ops.looped_fast.cpu_read_out_backward(grad, *ctx.saved_tensors)
 
 
 def _evaluate_trees_fake(xs, coordinates, leaf_values):

@@ -144,12 +144,15 @@ def test_a_data_loader_worker_computes(inputs, threads):
         assert (batch[0] - expected).norm() <= 1e-5 * expected.norm()
 
 
-def run_python(code, **environment):
-    """Run in a fresh interpreter, with the tests' helpers at hand; its output."""
+def run_python(code, cwd=ROOT, **environment):
+    """Run in a fresh interpreter, with the tests' helpers at hand; its output.
+
+    Packages in the folder ``cwd`` come before all others.
+    """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
-        capture_output=True, text=True, timeout=120, cwd=ROOT,
+        capture_output=True, text=True, timeout=120, cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -262,13 +265,9 @@ def test_without_the_extension_the_reference_runs_and_says_why(tmp_path):
         model = LoopedTransformer(ModelConfig(n_dims=3, n_positions=4, n_embd=32, n_head=2))
         print(explain_backend(model, 2, 4), model(torch.randn(2, 4, 3), torch.randn(2, 4)).shape)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "backend: reference" in done.stdout
-    assert "not cpu: the C++ extension was not built" in done.stdout
+    text = run_python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "backend: reference" in text
+    assert "not cpu: the C++ extension was not built" in text
 
 
 def problem(**changes):
@@ -388,6 +387,7 @@ def test_a_curriculum_step_adds_little_to_the_peak_of_memory():
     assert longer - shorter <= 0.2 * (shorter - before)
 
 
+@needs_engine
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted for Linux's malloc")
 def test_a_training_step_uses_the_memory_of_the_last_one():
     code = """
