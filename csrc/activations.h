@@ -23,24 +23,24 @@ struct BlockActivations {
   float* log_sum_exp;  // [sequences, H, S], of attention, in base 2
 };
 
-// Of one item in the final LayerNorm of one loop step. x_hat is no operand of a product, and
-// plain PyTorch keeps it in fp32 at any precision: so does this.
+// Of one item in the final LayerNorm of one loop step.
+template <class T>
 struct FinalActivations {
-  float* x_hat;  // [rows, D]
+  T* x_hat;      // [rows, D]
   float* rstd;   // [rows]
 };
 
 // An array of activations of one step over `n_tokens` tokens, of which an item sees its own:
-// activations [10 L, n_tokens * D] of T and statistics [(H + 2) L + 1 + D, n_tokens] of float.
+// activations [10 L + 1, n_tokens * D] of T and statistics [(H + 2) L + 1, n_tokens] of float.
 template <class T>
 struct StepActivations {
   static constexpr int64_t kWidths = 10;  // D-wide columns of a block: 1 + 3 + 1 + 1 + 4
 
   static int64_t n_activations(const Problem& p, int64_t n_tokens) {
-    return kWidths * p.n_layer * p.n_embd * n_tokens;
+    return (kWidths * p.n_layer + 1) * p.n_embd * n_tokens;
   }
   static int64_t n_statistics(const Problem& p, int64_t n_tokens) {
-    return ((p.n_heads + 2) * p.n_layer + 1 + p.n_embd) * n_tokens;
+    return ((p.n_heads + 2) * p.n_layer + 1) * n_tokens;
   }
 
   const Problem& problem;
@@ -66,9 +66,10 @@ struct StepActivations {
             s + 2 * n_tokens + H * first_token};
   }
 
-  FinalActivations final() const {
-    float* s = statistics + (problem.n_heads + 2) * problem.n_layer * n_tokens;
-    return {s + n_tokens + problem.n_embd * first_token, s + first_token};
+  FinalActivations<T> final() const {
+    const int64_t D = problem.n_embd, L = problem.n_layer;
+    return {activations + D * (kWidths * L * n_tokens + first_token),
+            statistics + (problem.n_heads + 2) * L * n_tokens + first_token};
   }
 };
 

@@ -85,10 +85,15 @@ class BackwardStep {
     if (has_embedding_sums()) clear_rows(gradients_.embeddings + first());
   }
 
-  // Takes dx from the gradient of z', to which grad_state is added, to that of z.
-  // grad_state, z: [rows, D], the item's.
-  void run(const float* grad_state, const float* z, const StepActivations<T>& saved) const {
-    final_norm(grad_state, saved.final());
+  // Takes dx from the gradient of z', to which that of the step's output is added, to that of z.
+  // grad: [rows, D], or [rows, n_outputs] with a read-out; z: [rows, D]; the item's.
+  void run(const float* grad, const float* z, const StepActivations<T>& saved) const {
+    if (problem_.n_outputs == 0) {
+      add_rows(grad, buffers_.dx);
+    } else {
+      read_out(grad, saved.final());
+    }
+    final_norm(saved.final());
     for (int64_t layer = problem_.n_layer - 1; layer >= 0; --layer) {
       const BlockActivations<T> block = saved.block(layer);
       for_each_chunk([&](Range chunk) {
@@ -136,18 +141,43 @@ class BackwardStep {
     }
   }
 
-  [[gnu::flatten]] void final_norm(const float* grad_state, const FinalActivations& final) const {
-    const LayerNormBackward<float> ln{final.x_hat,
-                                      final.rstd,
-                                      inputs_.ln_f_weight,
-                                      buffers_.dx,
-                                      sums_.item_vectors.ln_f_weight(),
-                                      sums_.item_vectors.ln_f_bias()};
+  // predictions = z' w^T + bias: dx of z', from grad [rows, n_outputs].
+  void read_out(const float* grad, const FinalActivations<T>& final) const {
+    const int64_t D = D_, n_outputs = problem_.n_outputs;
+    const float* ln_f_weight = inputs_.ln_f_weight;
+    const float* ln_f_bias = inputs_.ln_f_bias;
+    float* dx = buffers_.dx;
+    for (int64_t o = 0; o < n_outputs; ++o) {
+      const float* weight = inputs_.read_out_weight + o * D;
+      float* weight_sum = sums_.item_vectors.read_out_weight() + o * D;
+      for (int64_t j = 0; j < D; j += kVec) {
+        const Vec w = Vec::loadu(weight + j);
+        Vec total(0.f);
+        for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+          const Vec g(grad[i * n_outputs + o]);
+          const Vec x_hat = Operand<T>::load(final.x_hat + i * D + j);
+          total = at::vec::fmadd(g, scale_and_shift(x_hat, ln_f_weight, ln_f_bias, j), total);
+          add_to(dx + i * D + j, g * w);
+        }
+        add_to(weight_sum + j, total);
+      }
+      double bias = 0.0;  // terms may nearly cancel
+      for (int64_t i = rows_.begin; i < rows_.end; ++i) bias += grad[i * n_outputs + o];
+      sums_.item_vectors.read_out_bias()[o] += static_cast<float>(bias);
+    }
+  }
+
+  [[gnu::flatten]] void final_norm(const FinalActivations<T>& final) const {
+    const LayerNormBackward<T> ln{final.x_hat,
+                                  final.rstd,
+                                  inputs_.ln_f_weight,
+                                  buffers_.dx,
+                                  sums_.item_vectors.ln_f_weight(),
+                                  sums_.item_vectors.ln_f_bias()};
     const int64_t D = D_;
     const float* dz = buffers_.dx;
-    layer_norm_backward<false>(ln, D, rows_, [=](int64_t i, int64_t j) {
-      return Vec::loadu(dz + i * D + j) + Vec::loadu(grad_state + i * D + j);
-    });
+    layer_norm_backward<false>(
+        ln, D, rows_, [=](int64_t i, int64_t j) { return Vec::loadu(dz + i * D + j); });
   }
 
   // x2 = x1 + Wproj gelu(fc) + bias, fc = Wfc LN2(x1) + bias: dx of x2 to dx of x1.

@@ -1,7 +1,7 @@
 // What the CPU engine computes, in plain C++: no torch types, so that kernels compile fast.
 //
 // The engine runs `states = loop(embeddings, positions, state, weights)` (see
-// looped_fast/reference.py) and its gradient. Its kernels are templates over the operand type of
+// looped_fast/reference.py), a read-out of the states if there is one, and their gradient. Its kernels are templates over the operand type of
 // matrix products (float or at::BFloat16), compiled once per instruction set (kernels_*.cpp) and
 // reached through the function table `Engine`.
 #pragma once
@@ -22,6 +22,7 @@ struct Problem {
   int64_t n_loops;   // b
   int64_t window;    // W, last steps that are returned and carry gradient
   Injection injection;
+  int64_t n_outputs;  // of the read-out; 0: there is none, and states are what is asked for
 
   int64_t head_dim() const { return n_embd / n_heads; }
   int64_t n_tokens() const { return batch * seq_len; }
@@ -51,23 +52,26 @@ struct Inputs {
   const Block<const float>* blocks;   // [L]
   const float* ln_f_weight;           // [D]
   const float* ln_f_bias;             // [D]
+  const float* read_out_weight;       // [n_outputs, D]
+  const float* read_out_bias;         // [n_outputs]
 };
 
 // What the backward needs of the forward. Layouts: activations.h.
 struct Saved {
-  void* activations;  // operand type, [W, 10 L, B S D]; null: recompute from states
-  float* statistics;  // [W, (H + 2) L + 1 + D, B S]; null with activations
+  void* activations;  // operand type, [W, 10 L + 1, B S D]; null: recompute from states
+  float* statistics;  // [W, (H + 2) L + 1, B S]; null with activations
   float* start;       // [B, S, D], z before the window; null where `state` is that
 };
 
 struct ForwardOutputs {
-  float* states;  // [W, B, S, D]
-  Saved saved;    // all null where no gradient is needed
+  float* states;       // [W, B, S, D]; null where they are not wanted
+  float* predictions;  // [W, B, S, n_outputs]; null without a read-out
+  Saved saved;         // all null where no gradient is needed
 };
 
 struct BackwardInputs {
-  const float* grad_states;  // [W, B, S, D]
-  const float* states;       // [W, B, S, D]
+  const float* grad;    // of states [W, B, S, D], or of predictions [W, B, S, n_outputs]
+  const float* states;  // [W, B, S, D]; null where not read: by kMul, and to recompute
   Saved saved;
 };
 
@@ -78,6 +82,8 @@ struct Gradients {
   const Block<float>* blocks;  // [L]
   float* ln_f_weight;          // [D]
   float* ln_f_bias;            // [D]
+  float* read_out_weight;      // [n_outputs, D]
+  float* read_out_bias;        // [n_outputs]
 };
 
 // Kernels for one instruction set and operand type. `workspace` is 64-byte aligned memory of the

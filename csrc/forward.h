@@ -2,7 +2,7 @@
 //
 //     x0 = inject(z, e) + p
 //     per block:  x1 = x0 + Wo attn(LN1(x0)) ;  x2 = x1 + Wproj gelu(Wfc LN2(x1))
-//     z' = LNf(x2)
+//     z' = LNf(x2) ;  predictions = z' Wout^T + bias, if there is a read-out
 //
 // Every phase but attention works on rows, and a thread does its own rows of the team's item.
 #pragma once
@@ -78,6 +78,23 @@ class ForwardStep {
       mlp(layer, block);
     }
     final_norm(z_next, saved);
+  }
+
+  // z: [rows, D], predictions: [rows, n_outputs], the item's.
+  void read_out(const float* z, float* predictions) const {
+    const int64_t D = D_, n_outputs = problem_.n_outputs;
+    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+      for (int64_t o = 0; o < n_outputs; ++o) {
+        const float* weight = inputs_.read_out_weight + o * D;
+        Vec sum_0(0.f), sum_1(0.f);
+        for (int64_t j = 0; j < D; j += kStride) {
+          const float* row = z + i * D + j;
+          sum_0 = at::vec::fmadd(Vec::loadu(row), Vec::loadu(weight + j), sum_0);
+          sum_1 = at::vec::fmadd(Vec::loadu(row + kVec), Vec::loadu(weight + j + kVec), sum_1);
+        }
+        predictions[i * n_outputs + o] = sum(sum_0 + sum_1) + inputs_.read_out_bias[o];
+      }
+    }
   }
 
  private:
@@ -205,8 +222,8 @@ class ForwardStep {
     const float* last_bias = inputs_.blocks[problem_.n_layer - 1].mlp_c_proj_bias;
     const float* weight = inputs_.ln_f_weight;
     const float* bias = inputs_.ln_f_bias;
-    const FinalActivations final = saved ? saved->final() : FinalActivations{};
-    float* saved_x_hat = final.x_hat;
+    const FinalActivations<T> final = saved ? saved->final() : FinalActivations<T>{};
+    T* saved_x_hat = final.x_hat;
     normalize(
         rows_, D, buffers_.x,
         [=](int64_t i, int64_t j) {
@@ -216,7 +233,7 @@ class ForwardStep {
           const int64_t at = i * D + j;
           Operand<float>::store(z_next + at, scale_and_shift(v_0, weight, bias, j),
                                 scale_and_shift(v_1, weight, bias, j + kVec));
-          if (saved_x_hat) Operand<float>::store(saved_x_hat + at, v_0, v_1);
+          if (saved_x_hat) Operand<T>::store(saved_x_hat + at, v_0, v_1);
         },
         final.rstd);
   }

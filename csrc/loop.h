@@ -47,7 +47,7 @@ inline void loop_forward(const Problem& problem, const Inputs& inputs,
       for (int64_t i = 0; i < problem.n_loops; ++i) {
         const int64_t w = i - (problem.n_loops - problem.window);  // step of the window
         float* z_next = plan.buffers[owner].x;
-        if (w >= 0) {
+        if (w >= 0 && outputs.states) {
           z_next = outputs.states + w * problem.n_tokens() * D + offset;
         } else if (w == -1 && outputs.saved.start) {
           z_next = outputs.saved.start + offset;
@@ -57,6 +57,10 @@ inline void loop_forward(const Problem& problem, const Inputs& inputs,
           step.run(z, z_next, &saved);
         } else {
           step.run(z, z_next, nullptr);
+        }
+        if (w >= 0 && outputs.predictions) {
+          const int64_t row = w * problem.n_tokens() + item.first_token();
+          step.read_out(z_next, outputs.predictions + row * problem.n_outputs);
         }
         z = z_next;
       }
@@ -109,25 +113,29 @@ inline void loop_backward(const Problem& problem, const Inputs& inputs,
     for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const Phase phase("looped_fast::loop_steps_backward", thread);
       const int64_t D = problem.n_embd, offset = item.first_token() * D;
-      const int64_t step_size = problem.n_tokens() * D;
+      const int64_t grad_width = problem.n_outputs ? problem.n_outputs : D;
       const BackwardStep<T> step(problem, inputs, plan.weights, gradients, plan.buffers[owner],
                                  plan.scratch[thread], sums, item, team);
       step.begin_item();
       for (int64_t w = problem.window - 1; w >= 0; --w) {
-        const float* z = w > 0               ? outer.states + (w - 1) * step_size
-                         : outer.saved.start ? outer.saved.start
-                                             : inputs.state;
-        z += offset;
-        const float* grad_state = outer.grad_states + w * step_size + offset;
+        const float* z = nullptr;
+        if (outer.states) {
+          z = w > 0               ? outer.states + (w - 1) * problem.n_tokens() * D
+              : outer.saved.start ? outer.saved.start
+                                  : inputs.state;
+          z += offset;
+        }
+        const int64_t row = w * problem.n_tokens() + item.first_token();
+        const float* grad = outer.grad + row * grad_width;
         if (recompute) {
           const ForwardPlan<T>& forward = *plan.forward;
           const StepActivations<T>& activations = plan.activations[owner];
           ForwardStep<T>(problem, inputs, forward.weights, forward.buffers[owner],
                          forward.scratch[thread], item, team)
               .run(z, forward.buffers[owner].x, &activations);
-          step.run(grad_state, z, activations);
+          step.run(grad, z, activations);
         } else {
-          step.run(grad_state, z, saved_step<T>(problem, outer.saved, w, item));
+          step.run(grad, z, saved_step<T>(problem, outer.saved, w, item));
         }
       }
       step.end_item();

@@ -17,9 +17,9 @@ namespace looped_fast {
 
 namespace {
 
-// Of a step, in turn: states, activations and statistics of the forward and its workspace, the
-// gradient of the states, the backward's workspace.
-constexpr size_t kKept = 6;
+// Of a step, in turn: states where they are asked for, activations and statistics of the forward
+// and its workspace, the backward's workspace.
+constexpr size_t kKept = 5;
 
 class Recycler {
  public:

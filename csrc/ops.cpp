@@ -83,17 +83,20 @@ Injection parse_injection(const std::string& name) {
   TORCH_CHECK_VALUE(false, "unknown injection ", name);
 }
 
-// Tensors of a call, contiguous, and the plain structs that point to them.
+// Tensors of a call, contiguous, and the plain structs that point to them. weights: twelve of each
+// block, two of the final LayerNorm, and two of the read-out if there is one.
 class Call {
  public:
   Call(const Tensor& embeddings, const Tensor& positions, const Tensor& state,
        at::TensorList weights, int64_t n_heads, int64_t n_loops, int64_t window,
        const std::string& injection) {
     TORCH_CHECK_VALUE(embeddings.dim() == 3, "embeddings: [B, S, D] is needed");
-    TORCH_CHECK_VALUE(weights.size() % kBlockTensors == 2, weights.size(), " weights");
-    const int64_t n_layer = static_cast<int64_t>(weights.size()) / kBlockTensors;
+    const int64_t n_weights = static_cast<int64_t>(weights.size());
+    const int64_t n_layer = n_weights / kBlockTensors, n_last = n_weights % kBlockTensors;
+    TORCH_CHECK_VALUE(n_last == 2 || n_last == 4, n_weights, " weights");
+    const int64_t n_outputs = n_last == 4 ? weights.back().numel() : 0;
     problem_ = {embeddings.size(0), embeddings.size(1), embeddings.size(2), n_heads, n_layer,
-                n_loops,            window,             parse_injection(injection)};
+                n_loops,            window,             parse_injection(injection), n_outputs};
     const int64_t D = problem_.n_embd, S = problem_.seq_len;
     TORCH_CHECK_VALUE(D % 32 == 0 && D % n_heads == 0 && D / n_heads % 8 == 0, "D = ", D,
                       " with ", n_heads, " heads");
@@ -111,9 +114,13 @@ class Call {
       }
       blocks_.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]});
     }
-    const float* ln_f_weight = keep(weights[weights.size() - 2], D);
-    const float* ln_f_bias = keep(weights[weights.size() - 1], D);
-    inputs_ = {e, p, z, blocks_.data(), ln_f_weight, ln_f_bias};
+    const at::TensorList last = weights.slice(n_layer * kBlockTensors);
+    const float* ln_f_weight = keep(last[0], D);
+    const float* ln_f_bias = keep(last[1], D);
+    const float* read_out_weight = n_outputs ? keep(last[2], n_outputs * D) : nullptr;
+    const float* read_out_bias = n_outputs ? keep(last[3], n_outputs) : nullptr;
+    inputs_ = {e,           p,         z,               blocks_.data(),
+               ln_f_weight, ln_f_bias, read_out_weight, read_out_bias};
   }
   Call(const Call&) = delete;
 
@@ -146,39 +153,48 @@ Tensor workspace(size_t n_bytes) {
   return empty_recycled({static_cast<int64_t>(n_bytes)}, at::kByte);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+// Predictions if there is a read-out, else states; and what the backward needs beside them, with no
+// elements where it does not.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& embeddings, const Tensor& positions, const Tensor& state, at::TensorList weights,
     int64_t n_heads, int64_t n_loops, int64_t window, std::string injection, std::string precision,
-    bool save_activations, bool save_start) {
+    bool save_activations, bool save_states) {
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
   const Problem& p = call.problem();
   const auto floats = embeddings.options().requires_grad(false);
   const auto operand = precision == "bf16" ? at::kBFloat16 : at::kFloat;
   const int64_t B = p.batch, S = p.seq_len, D = p.n_embd, L = p.n_layer, H = p.n_heads;
-  Tensor states = empty_recycled({window, B, S, D}, at::kFloat);
+  Tensor states = at::empty({0}, floats), predictions = at::empty({0}, floats);
+  if (p.n_outputs == 0 || save_states) {
+    states = empty_recycled({window, B, S, D}, at::kFloat);
+  }
+  if (p.n_outputs > 0) predictions = at::empty({window, B, S, p.n_outputs}, floats);
   Tensor activations = at::empty({0}, floats.dtype(operand)), statistics = at::empty({0}, floats);
   if (save_activations) {
-    activations = empty_recycled({window, 10 * L, B, S, D}, operand);
-    statistics = empty_recycled({window, (H + 2) * L + 1 + D, B, S}, at::kFloat);
+    activations = empty_recycled({window, 10 * L + 1, B, S, D}, operand);
+    statistics = empty_recycled({window, (H + 2) * L + 1, B, S}, at::kFloat);
   }
+  const bool save_start = save_states && window < n_loops;
   Tensor start = save_start ? at::empty({B, S, D}, floats) : at::empty({0}, floats);
-  if (states.numel() > 0) {
+  if (p.n_tokens() > 0) {
     const ForwardOutputs outputs{
-        states.data_ptr<float>(),
+        data_or_null(states),
+        data_or_null(predictions),
         {save_activations ? activations.data_ptr() : nullptr, data_or_null(statistics),
          data_or_null(start)}};
     const int n_threads = useful_threads(p, available_threads());
     Tensor memory = workspace(engine.forward_workspace(p, n_threads));
     engine.forward(p, call.inputs(), outputs, memory.data_ptr(), n_threads);
   }
-  return {states, activations, statistics, start};
+  if (p.n_outputs == 0) return {states, activations, statistics, at::empty({0}, floats), start};
+  return {predictions, activations, statistics, states, start};
 }
 
 // Gradients of embeddings, positions, state and then of the weights; of state, no elements where
 // the window does not cover every step.
-std::vector<Tensor> backward(const Tensor& grad_states, const Tensor& states,
-                             const Tensor& activations, const Tensor& statistics,
+std::vector<Tensor> backward(const Tensor& grad, const Tensor& outputs, const Tensor& activations,
+                             const Tensor& statistics, const Tensor& saved_states,
                              const Tensor& start, const Tensor& embeddings,
                              const Tensor& positions, const Tensor& state, at::TensorList weights,
                              int64_t n_heads, int64_t n_loops, int64_t window,
@@ -193,21 +209,30 @@ std::vector<Tensor> backward(const Tensor& grad_states, const Tensor& states,
                                window == n_loops ? empty(state) : at::empty({0}, state.options())};
   for (const Tensor& w : weights) grads.push_back(empty(w));
   if (p.injection == Injection::kNone) grads[0].zero_();
-  if (states.numel() == 0) {
+  if (p.n_tokens() == 0) {
     for (Tensor& g : grads) g.zero_();
     return grads;
   }
   std::vector<float*> data;
   for (const Tensor& g : grads) data.push_back(data_or_null(g));
   std::vector<Block<float>> blocks;
-  for (size_t i = 3; i + 2 < data.size(); i += kBlockTensors) {
-    float** w = data.data() + i;
+  for (int64_t layer = 0; layer < p.n_layer; ++layer) {
+    float** w = data.data() + 3 + layer * kBlockTensors;
     blocks.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]});
   }
-  const Gradients gradients{data[0],       data[1], data[2], blocks.data(), data[data.size() - 2],
-                            data[data.size() - 1]};
-  const BackwardInputs inputs{call.keep(grad_states, states.numel()),
-                              call.keep(states, states.numel()),
+  float** last = data.data() + 3 + p.n_layer * kBlockTensors;
+  const bool reads_out = p.n_outputs > 0;
+  const Gradients gradients{data[0],
+                            data[1],
+                            data[2],
+                            blocks.data(),
+                            last[0],
+                            last[1],
+                            reads_out ? last[2] : nullptr,
+                            reads_out ? last[3] : nullptr};
+  const Tensor& states = reads_out ? saved_states : outputs;
+  const BackwardInputs inputs{call.keep(grad, outputs.numel()),
+                              states.numel() ? call.keep(states, states.numel()) : nullptr,
                               {activations.numel() ? activations.data_ptr() : nullptr,
                                data_or_null(statistics), data_or_null(start)}};
   const int n_threads = useful_threads(p, available_threads());
@@ -225,10 +250,11 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
   library.def(
       "cpu_loop_forward(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
       "int n_heads, int n_loops, int window, str injection, str precision, bool save_activations, "
-      "bool save_start) -> (Tensor states, Tensor activations, Tensor statistics, Tensor start)");
+      "bool save_states) -> (Tensor outputs, Tensor activations, Tensor statistics, Tensor states, "
+      "Tensor start)");
   library.def(
-      "cpu_loop_backward(Tensor grad_states, Tensor states, Tensor activations, "
-      "Tensor statistics, Tensor start, Tensor embeddings, Tensor positions, Tensor state, "
+      "cpu_loop_backward(Tensor grad, Tensor outputs, Tensor activations, Tensor statistics, "
+      "Tensor states, Tensor start, Tensor embeddings, Tensor positions, Tensor state, "
       "Tensor[] weights, int n_heads, int n_loops, int window, str injection, str precision) "
       "-> Tensor[]");
   library.def("cpu_why_not(str precision) -> str", why_not);

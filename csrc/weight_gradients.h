@@ -72,20 +72,24 @@ struct BlockSums {
   }
 };
 
-// Gradients of the vectors: every block's (13 D floats), then the final LayerNorm's (2 D).
+// Gradients of the vectors: every block's (13 D floats), the final LayerNorm's (2 D), and the
+// read-out's, whose matrix has few rows.
 struct VectorSums {
   static constexpr int64_t kBlockWidths = 13, kFinalWidths = 2;
 
-  float* data;
   int64_t D;
   int64_t n_layer;
+  int64_t n_outputs;
+  float* data;
 
   VectorSums(Arena& arena, const Problem& p)
-      : data(arena.take<float>((kBlockWidths * p.n_layer + kFinalWidths) * p.n_embd)),
-        D(p.n_embd),
-        n_layer(p.n_layer) {}
+      : D(p.n_embd), n_layer(p.n_layer), n_outputs(p.n_outputs), data(arena.take<float>(size())) {}
 
-  int64_t size() const { return (kBlockWidths * n_layer + kFinalWidths) * D; }
+  // A multiple of kVec.
+  int64_t size() const {
+    const int64_t bias = (n_outputs + kVec - 1) / kVec * kVec;
+    return (kBlockWidths * n_layer + kFinalWidths + n_outputs) * D + bias;
+  }
   void clear() const { std::fill_n(data, size(), 0.f); }
 
   // Matrices are null: only the vectors are here.
@@ -104,6 +108,8 @@ struct VectorSums {
   }
   float* ln_f_weight() const { return data + n_layer * kBlockWidths * D; }
   float* ln_f_bias() const { return ln_f_weight() + D; }
+  float* read_out_weight() const { return ln_f_bias() + D; }
+  float* read_out_bias() const { return read_out_weight() + n_outputs * D; }
 };
 
 // All that one thread has summed. Vectors are summed over an item first: sums over all tokens
@@ -175,7 +181,7 @@ inline void reduce(const std::vector<ThreadSums>& sums, const Problem& problem,
     const int64_t offset = first - sums[0].vectors.data;  // the same in every thread's memory
     for (const ThreadSums& s : sums) {
       const float* from = s.vectors.data + offset;
-      for (int64_t j = 0; j < n; j += kVec) add_to(grad + j, Vec::loadu(from + j));
+      for (int64_t j = 0; j < n; ++j) grad[j] += from[j];
     }
   };
   const int64_t D = problem.n_embd;
@@ -199,6 +205,8 @@ inline void reduce(const std::vector<ThreadSums>& sums, const Problem& problem,
   if (thread != 0) return;
   reduce_vector(sums[0].vectors.ln_f_weight(), D, gradients.ln_f_weight);
   reduce_vector(sums[0].vectors.ln_f_bias(), D, gradients.ln_f_bias);
+  reduce_vector(sums[0].vectors.read_out_weight(), problem.n_outputs * D, gradients.read_out_weight);
+  reduce_vector(sums[0].vectors.read_out_bias(), problem.n_outputs, gradients.read_out_bias);
   reduce_vector(sums[0].positions, problem.seq_len * D, gradients.positions);
 }
 

@@ -44,18 +44,12 @@ class Explanation(Choice):
         return text if self.attention is None else f"{text}\n{self.attention}"
 
 
-def _why_not_cpu_tensors(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cpu":
-        return f"tensors are on {device}"
-    if dtype != torch.float32:
-        return f"it takes float32 tensors on the CPU, not {dtype}"
-    return None
-
-
 def _why_not_cpu(problem: Problem) -> str | None:
     D, head_dim = problem.n_embd, problem.n_embd // problem.n_heads
-    if reason := _why_not_cpu_tensors(problem.device, problem.dtype):
-        return reason
+    if problem.device != "cpu":
+        return f"tensors are on {problem.device}"
+    if problem.dtype != torch.float32:
+        return f"it takes float32 tensors on the CPU, not {problem.dtype}"
     if D % 32 or D > cpu_engine.MAX_WIDTH:
         return f"D = {D} is not a multiple of 32 up to {cpu_engine.MAX_WIDTH}"
     if head_dim % 8:
@@ -108,21 +102,6 @@ def choose_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "
     """
     obstacles = dict.fromkeys(BACKENDS)
     obstacles["triton"] = triton_backend.why_not_tensors(device, dtype, width)
-    return _choose(backend, device, obstacles)
-
-
-def choose_read_out(device: str, dtype: torch.dtype, backend: str = "auto") -> Choice:
-    """Choose who predicts from states: the ``cpu`` engine, or else plain PyTorch.
-
-    Raises:
-        ValueError: as ``explain``.
-    """
-    obstacles: dict[str, str | None] = dict.fromkeys(BACKENDS)
-    obstacles["cpu"] = (
-        _why_not_cpu_tensors(device, dtype)
-        or loop_autograd.why_not()
-        or cpu_engine.why_not_loaded()
-    )
     return _choose(backend, device, obstacles)
 
 

@@ -1,7 +1,7 @@
 """The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
 
-``looped_fast::cpu_loop_forward``, ``cpu_read_out``, their backward ops and ``cpu_evaluate_trees``
-are defined by the extension ``looped_fast._C``; this adds shapes for torch.compile, and autograd.
+``looped_fast::cpu_loop_forward``, ``cpu_loop_backward`` and ``cpu_evaluate_trees`` are defined by
+the extension ``looped_fast._C``; this adds shapes for torch.compile, and autograd.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from looped_fast import loop_autograd
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
+_MAX_OUTPUTS = 8  # of a read-out; more are a matrix product, and PyTorch's business
 
 _loading = threading.Lock()  # functools.cache lets a thread in while another is at work
 
@@ -51,6 +52,11 @@ def why_not_precision(precision: str) -> str | None:
     return why_not_loaded() or torch.ops.looped_fast.cpu_why_not(precision) or None
 
 
+def can_read_out(read_out: Sequence[Tensor]) -> bool:
+    """Whether the engine computes predictions itself, where there is a read-out."""
+    return not read_out or 1 <= len(read_out[0]) <= _MAX_OUTPUTS
+
+
 def loop(
     embeddings: Tensor,
     positions: Tensor,
@@ -62,36 +68,41 @@ def loop(
     injection: str,
     precision: str,
     checkpoint: str,
+    read_out: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``ops.loop`` on the engine: arguments and result are its."""
+    """``ops.loop`` on the engine: arguments and result are its, ``can_read_out`` given."""
+    weights = [*weights, *read_out]
     tensors = (embeddings, positions, state, *weights)
-    save = loop_autograd.what_to_save(tensors, n_loops, window, injection, checkpoint)
-    states, *_ = torch.ops.looped_fast.cpu_loop_forward(
-        embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
-        precision, *save,
-    )  # fmt: skip
-    return states
+    save = loop_autograd.what_to_save(tensors, injection, checkpoint)
+    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(
+        embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision, *save
+    )
+    return outputs
 
 
 def _forward_fake(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    save_activations, save_start,
+    save_activations, save_states,
 ):  # fmt: skip
     B, S, D = embeddings.shape
-    n_layer = len(weights) // 12
+    n_layer, n_last = divmod(len(weights), 12)
+    reads_out = n_last == 4
     operands = torch.bfloat16 if precision == "bf16" else torch.float32
-    empty = embeddings.new_empty
-    states = empty((window, B, S, D))
-    if save_activations:
-        activations = empty((window, 10 * n_layer, B, S, D), dtype=operands)
-        statistics = empty((window, (n_heads + 2) * n_layer + 1 + D, B, S))
-    else:
-        activations, statistics = empty((0,), dtype=operands), empty((0,))
-    return states, activations, statistics, empty((B, S, D) if save_start else (0,))
+
+    def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
+        return embeddings.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    return (
+        empty(window, B, S, len(weights[-1]) if reads_out else D),
+        empty(window, 10 * n_layer + 1, B, S, D, wanted=save_activations, dtype=operands),
+        empty(window, (n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
+        empty(window, B, S, D, wanted=save_states and reads_out),
+        empty(B, S, D, wanted=save_states and window < n_loops),
+    )
 
 
 def _backward_fake(
-    grad_states, states, activations, statistics, start, embeddings, positions, state, weights,
+    grad, outputs, activations, statistics, states, start, embeddings, positions, state, weights,
     n_heads, n_loops, window, injection, precision,
 ):  # fmt: skip
     grads = [embeddings, positions, state, *weights]
@@ -101,28 +112,8 @@ def _backward_fake(
     return grads
 
 
-def _gradients(grad_states, states, history, inputs, settings):
-    return torch.ops.looped_fast.cpu_loop_backward(
-        grad_states, states, *history, *inputs, *settings
-    )
-
-
-def _read_out_fake(states, weight, bias):
-    return states.new_empty((*states.shape[:-1], len(weight)))
-
-
-def _read_out_backward_fake(grad, states, weight):
-    empty = states.new_empty
-    return empty(states.shape), empty(weight.shape), empty(len(weight))
-
-
-def _save_read_out(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _read_out_gradients(ctx, grad):
-    with torch.autocast(grad.device.type, enabled=False):  # around a backward, too
-        return torch.ops.looped_fast.cpu_read_out_backward(grad, *ctx.saved_tensors)
+def _gradients(grad, outputs, history, inputs, settings):
+    return torch.ops.looped_fast.cpu_loop_backward(grad, outputs, *history, *inputs, *settings)
 
 
 def _evaluate_trees_fake(xs, coordinates, leaf_values):
@@ -134,8 +125,3 @@ def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     loop_autograd.register("cpu", _gradients)
-    name = "looped_fast::cpu_read_out"
-    torch.library.register_fake(name, _read_out_fake)
-    torch.library.register_fake(f"{name}_backward", _read_out_backward_fake)
-    torch.library.register_autograd(name, _read_out_gradients, setup_context=_save_read_out)
-    loop_autograd.refuse_second_derivatives(f"{name}_backward", "cpu")

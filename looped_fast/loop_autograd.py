@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# (grad_states, states, history, [e, p, z, weights], settings) -> gradients of e, p, z, *weights
+# (grad, outputs, history, [e, p, z, weights], settings) -> gradients of e, p, z, *weights
 Gradients = Callable[[Tensor, Tensor, list[Tensor], list[Any], list[Any]], list[Tensor]]
 
 
@@ -25,14 +25,11 @@ def why_not() -> str | None:
     return None
 
 
-def what_to_save(
-    tensors: Sequence[Tensor], n_loops: int, window: int, injection: str, checkpoint: str
-) -> tuple[bool, bool]:
-    """Whether a forward of ``tensors`` saves activations, and the state before the window."""
+def what_to_save(tensors: Sequence[Tensor], injection: str, checkpoint: str) -> tuple[bool, bool]:
+    """Whether a backward needs activations, and the state before each step of the window."""
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    # The state before the window is an argument where the window covers every step.
-    save_start = needs_grad and window < n_loops and (checkpoint == "state" or injection == "mul")
-    return needs_grad and checkpoint == "none", save_start
+    recomputes = checkpoint == "state"
+    return needs_grad and not recomputes, needs_grad and (recomputes or injection == "mul")
 
 
 def register(backend: str, gradients: Gradients, lib: torch.library.Library | None = None) -> None:
@@ -40,9 +37,9 @@ def register(backend: str, gradients: Gradients, lib: torch.library.Library | No
 
     Args:
         backend: whose op it is; the op takes the tensors of ``ops.loop``, settings that begin with
-            n_heads, n_loops, window and injection, and the two flags of ``what_to_save``.
+            n_heads, n_loops, window and injection, and two flags that come from ``what_to_save``.
         gradients: calls ``looped_fast::{backend}_loop_backward``. History is what the forward
-            returned after the states.
+            returned after its first output.
         lib: that defines the ops; None where the extension does.
     """
 
@@ -53,30 +50,18 @@ def register(backend: str, gradients: Gradients, lib: torch.library.Library | No
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def backward(ctx, grad_states, *_):
-        states, *history = ctx.saved_tensors[: ctx.n_outputs]
+    def backward(ctx, grad, *_):
+        outputs, *history = ctx.saved_tensors[: ctx.n_outputs]
         embeddings, positions, state, *weights = ctx.saved_tensors[ctx.n_outputs :]
         of_settings = (None,) * (len(ctx.settings) + 2)
-        if grad_states is None:
+        if grad is None:
             return None, None, None, [None] * len(weights), *of_settings
         inputs = [embeddings, positions, state, weights]
-        grads = gradients(grad_states, states, history, inputs, ctx.settings)
+        grads = gradients(grad, outputs, history, inputs, ctx.settings)
         _, n_loops, window, injection, *_ = ctx.settings
         d_embeddings = None if injection == "none" else grads[0]
         d_state = grads[2] if window == n_loops else None
         return d_embeddings, grads[1], d_state, grads[3:], *of_settings
-
-    name = f"looped_fast::{backend}_loop"
-    torch.library.register_autograd(
-        f"{name}_forward", backward, setup_context=setup_context, lib=lib
-    )
-    refuse_second_derivatives(f"{name}_backward", backend, lib)
-
-
-def refuse_second_derivatives(
-    name: str, backend: str, lib: torch.library.Library | None = None
-) -> None:
-    """Make the backward op ``name`` of ``backend`` raise where it is differentiated."""
 
     def second_backward(ctx, *_):
         raise NotImplementedError(
@@ -84,4 +69,8 @@ def refuse_second_derivatives(
             f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
 
-    torch.library.register_autograd(name, second_backward, lib=lib)
+    name = f"looped_fast::{backend}_loop"
+    torch.library.register_autograd(
+        f"{name}_forward", backward, setup_context=setup_context, lib=lib
+    )
+    torch.library.register_autograd(f"{name}_backward", second_backward, lib=lib)

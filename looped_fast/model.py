@@ -173,10 +173,11 @@ class LoopedTransformer(nn.Module):
         self._check_prompt(xs, ys)
         device = xs.device.type
         precision = ambient_precision(device)
-        # Read-in and read-out are a thousandth of the work: they keep their full precision.
+        # Read-in and read-out are a thousandth of the work: they keep their full precision, this
+        # one here, the other in the op.
         with torch.autocast(device, enabled=False):
             embeddings = ops.read_in(xs, ys, *self._read_in.parameters(), backend=self.backend)
-        states = self._loop(
+        predictions = self._loop(
             embeddings,
             self._backbone.positions[: embeddings.shape[1]],
             initial_state(embeddings, injection),
@@ -184,16 +185,13 @@ class LoopedTransformer(nn.Module):
             n_heads=self.config.n_head,
             n_loops=n_loops,
             window=window,
+            read_out=tuple(self._read_out.parameters()),
             injection=injection,
             precision=precision,
             checkpoint=self.checkpoint,
             backend=self.backend,
             attention=self.attention,
-        )  # [W, B, 2n, D]
-        with torch.autocast(device, enabled=False):
-            # Of all tokens: to slice the states would copy them, here and in the backward.
-            predictions = ops.read_out(states, *self._read_out.parameters(), backend=self.backend)
-            predictions = predictions[:, :, ::2]  # [W, B, n, n_outputs]
+        )[:, :, ::2]  # [W, B, n, n_outputs], of the x tokens
         if self.config.pred_type == "classification":
             return predictions
         return predictions.squeeze(-1)

@@ -19,12 +19,11 @@ from looped_fast.errors import unknown_name
 
 _library = torch.library.Library("looped_fast", "DEF")
 _library.define(
-    "loop(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, int n_heads, "
-    "int n_loops, int window, str injection, str precision, str checkpoint, str backend, "
-    "str attention) -> Tensor"
+    "loop(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, Tensor[] read_out, "
+    "int n_heads, int n_loops, int window, str injection, str precision, str checkpoint, "
+    "str backend, str attention) -> Tensor"
 )
 _library.define("read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias, str backend) -> Tensor")
-_library.define("read_out(Tensor states, Tensor weight, Tensor bias, str backend) -> Tensor")
 
 
 def _run(
@@ -32,6 +31,7 @@ def _run(
     positions: Tensor,
     state: Tensor,
     weights: Sequence[Tensor],
+    read_out: Sequence[Tensor],
     n_heads: int,
     n_loops: int,
     window: int,
@@ -49,10 +49,18 @@ def _run(
         embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
         checkpoint,
     )  # fmt: skip
+    if explanation.chosen == "cpu" and cpu_engine.can_read_out(read_out):
+        return cpu_engine.loop(*arguments, read_out)
     if explanation.attention is not None:
-        return triton_backend.loop(*arguments, explanation.attention.chosen)
-    run = {"reference": reference.loop, "cpu": cpu_engine.loop}[explanation.chosen]
-    return run(*arguments)
+        states = triton_backend.loop(*arguments, explanation.attention.chosen)
+    elif explanation.chosen == "cpu":
+        states = cpu_engine.loop(*arguments)
+    else:
+        states = reference.loop(*arguments)
+    if not read_out:
+        return states
+    with torch.autocast(states.device.type, enabled=False):  # a thousandth of the work
+        return F.linear(states, *read_out)
 
 
 def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
@@ -62,36 +70,24 @@ def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: 
     return reference.read_in(xs, ys, weight, bias)
 
 
-def _run_read_out(states: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-    choice = backends.choose_read_out(states.device.type, states.dtype, backend)
-    if choice.chosen == "cpu":
-        return torch.ops.looped_fast.cpu_read_out(states, weight, bias)
-    return F.linear(states, weight, bias)
-
-
 # One function under both keys: below autograd it only computes, at autograd it is differentiated.
 for _key in ("CompositeExplicitAutograd", "Autograd"):
     _library.impl("loop", _run, _key)
     _library.impl("read_in", _run_read_in, _key)
-    _library.impl("read_out", _run_read_out, _key)
 
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
 def _fake(
-    embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    checkpoint, backend, attention,
+    embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection,
+    precision, checkpoint, backend, attention,
 ):  # fmt: skip
-    return embeddings.new_empty((window, *embeddings.shape))
+    B, S, D = embeddings.shape
+    return embeddings.new_empty((window, B, S, len(read_out[0]) if read_out else D))
 
 
 @torch.library.register_fake("looped_fast::read_in", lib=_library)
 def _fake_read_in(xs, ys, weight, bias, backend):
     return xs.new_empty((xs.shape[0], 2 * xs.shape[1], len(weight)))
-
-
-@torch.library.register_fake("looped_fast::read_out", lib=_library)
-def _fake_read_out(states, weight, bias, backend):
-    return states.new_empty((*states.shape[:-1], len(weight)))
 
 
 def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision, attention):
@@ -121,13 +117,14 @@ def loop(
     n_heads: int,
     n_loops: int,
     window: int,
+    read_out: Sequence[Tensor] = (),
     injection: str = "add",
     precision: str = "fp32",
     checkpoint: str = "none",
     backend: str = "auto",
     attention: str = "auto",
 ) -> Tensor:
-    """Run a shared stack of transformer blocks ``n_loops`` times and return the last states.
+    """Run a shared stack of transformer blocks ``n_loops`` times: the last states, or predictions.
 
     Args:
         embeddings: e, the embedded prompt, [B, S, D]; float32, or float64 on the reference.
@@ -138,6 +135,8 @@ def loop(
         n_heads: attention heads; D is a multiple of it.
         n_loops: loop steps b.
         window: how many of the last steps W carry gradient and are returned.
+        read_out: weight [n_outputs, D] and bias [n_outputs] of a Linear; with it predictions are
+            returned, and the ``cpu`` backend keeps no states for a backward.
         injection: ``add``, ``mul``, ``none`` or ``every_block`` (see ``ModelConfig``).
         precision: operands of matrix products: ``fp32`` (as given), ``bf16`` or ``fp16``.
         checkpoint: what the backward keeps: ``none`` checkpoints, all activations; or ``state``,
@@ -147,9 +146,10 @@ def loop(
             (PyTorch's flash attention) or ``triton`` (this project's kernel) to force it.
 
     Returns:
-        States after steps ``n_loops - window + 1 .. n_loops``: [W, B, S, D]. Gradients reach
-        embeddings, positions and weights through those steps, and ``state`` too when the
-        window covers every step.
+        States after steps ``n_loops - window + 1 .. n_loops``: [W, B, S, D]; or with ``read_out``
+        their predictions, [W, B, S, n_outputs], computed in the tensors' dtype at any precision.
+        Gradients reach embeddings, positions, weights and read-out through those steps, and
+        ``state`` too when the window covers every step.
 
     Raises:
         ValueError: a shape, dtype or setting that does not fit; the message names it.
@@ -157,7 +157,7 @@ def loop(
     Source: arXiv 2311.12424, section 4; official ``scripts/models.py``,
     ``TransformerModelLooped.forward``.
     """
-    _check(embeddings, positions, state, weights, n_heads)
+    _check(embeddings, positions, state, weights, read_out, n_heads)
     check_window(n_loops, window)
     if injection not in INJECTIONS:
         raise unknown_name("injection", injection, INJECTIONS)
@@ -173,8 +173,8 @@ def loop(
             f"use precision='fp32', which computes in the dtype of the tensors"
         )
     return torch.ops.looped_fast.loop(
-        embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
-        precision, checkpoint, backend, attention,
+        embeddings, positions, state, list(weights), list(read_out), n_heads, n_loops, window,
+        injection, precision, checkpoint, backend, attention,
     )  # fmt: skip
 
 
@@ -199,25 +199,7 @@ def read_in(
     return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
 
 
-def read_out(states: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
-    """Predict from states: ``F.linear``. Its gradient for states is as large as they are.
-
-    Args:
-        states: [..., D].
-        weight: of the read-out, [n_outputs, D].
-        bias: [n_outputs].
-        backend: as of ``loop``; ``cpu`` uses that gradient's memory again in the next step.
-
-    Returns:
-        Predictions, [..., n_outputs]; differentiable in all three.
-
-    Raises:
-        ValueError: ``backend`` is unknown, or forced and unable; the reason is in the message.
-    """
-    return torch.ops.looped_fast.read_out(states, weight, bias, backend)
-
-
-def _check(embeddings, positions, state, weights, n_heads) -> None:
+def _check(embeddings, positions, state, weights, read_out, n_heads) -> None:
     if embeddings.dim() != 3:
         raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; [B, S, D] is needed")
     B, S, D = embeddings.shape
@@ -240,6 +222,12 @@ def _check(embeddings, positions, state, weights, n_heads) -> None:
         for name, tensor in block._asdict().items():
             expected.append((f"block {i} {name}", tensor, shapes.get(name, (D,))))
     expected += [("ln_f weight", ln_f_weight, (D,)), ("ln_f bias", ln_f_bias, (D,))]
+    if read_out:
+        if len(read_out) != 2:
+            raise ValueError(f"read_out holds {len(read_out)} tensors; weight and bias are needed")
+        weight, bias = read_out
+        expected += [("read_out weight", weight, (len(bias), D))]
+        expected += [("read_out bias", bias, (len(bias),))]
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:
             raise ValueError(

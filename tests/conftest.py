@@ -96,21 +96,35 @@ def random_weights(D: int, n_layer: int, dtype: torch.dtype = torch.float64) -> 
 
 
 def loop_inputs(
-    B: int = 2, S: int = 6, D: int = 16, n_layer: int = 1, dtype: torch.dtype = torch.float64
+    B: int = 2,
+    S: int = 6,
+    D: int = 16,
+    n_layer: int = 1,
+    dtype: torch.dtype = torch.float64,
+    n_outputs: int = 0,
 ) -> dict[str, Any]:
-    """Tensor arguments of ``ops.loop``."""
-    return {
+    """Tensor arguments of ``ops.loop``; with a read-out if ``n_outputs`` is not 0."""
+    inputs = {
         "embeddings": torch.randn(B, S, D, dtype=dtype),
         "positions": torch.randn(S, D, dtype=dtype),
         "state": torch.randn(B, S, D, dtype=dtype),
         "weights": random_weights(D, n_layer, dtype),
     }
+    if n_outputs:
+        weight, bias = torch.randn(n_outputs, D, dtype=dtype), torch.randn(n_outputs, dtype=dtype)
+        inputs["read_out"] = [weight, bias]
+    return inputs
 
 
 def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Name -> tensor of ``loop_inputs``, weights one by one."""
-    named = {k: v for k, v in inputs.items() if k != "weights"}
-    return named | {f"weights[{i}]": w for i, w in enumerate(inputs["weights"])}
+    """Name -> tensor of ``loop_inputs``, those of a list one by one."""
+    named = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            named[name] = value
+        else:
+            named |= {f"{name}[{i}]": tensor for i, tensor in enumerate(value)}
+    return named
 
 
 def require_grad(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -121,8 +135,13 @@ def require_grad(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Detached copies in another dtype."""
-    copies = {k: v.detach().to(dtype, copy=True) for k, v in inputs.items() if k != "weights"}
-    return copies | {"weights": [w.detach().to(dtype, copy=True) for w in inputs["weights"]]}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to(dtype, copy=True)
+        return [copied(tensor) for tensor in value]
+
+    return {name: copied(value) for name, value in inputs.items()}
 
 
 def naive_step(
@@ -171,7 +190,11 @@ def naive_loop(
             z = z.detach()
         else:
             states.append(z)
-    return torch.stack(states)
+    states = torch.stack(states)
+    if "read_out" in inputs:
+        weight, bias = inputs["read_out"]
+        return states @ weight.T + bias
+    return states
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -26,10 +26,12 @@ STEPS = """
     shapes = [  # with tails of every kind: odd S, D and 4 D that end inside a panel, S > 256
         dict(B=1, S=1, D=32, n_heads=4, window=1, injection="none"),
         dict(B=3, S=23, D=64, n_heads=4, window=2, injection="add"),
-        dict(B=1, S=37, D=96, n_heads=4, window=1, injection="mul", checkpoint="state"),
+        dict(
+            B=1, S=37, D=96, n_heads=4, window=1, injection="mul", checkpoint="state", n_outputs=1
+        ),
         dict(B=5, S=7, D=32, n_heads=1, window=2, injection="every_block", n_layer=2),
         dict(B=1, S=263, D=32, n_heads=2, window=2, injection="add"),
-        dict(B=33, S=5, D=32, n_heads=2, window=2, injection="add"),
+        dict(B=33, S=5, D=32, n_heads=2, window=2, injection="add", n_outputs=3),
     ]
     assert "sanitized" in cpu_engine.__file__
     precisions = [p for p in ("fp32", "bf16") if cpu_engine.why_not_precision(p) is None]
@@ -37,13 +39,14 @@ STEPS = """
         torch.set_num_threads(n_threads)
         for precision in precisions:
             for shape in shapes:
-                made_of = {k: v for k, v in shape.items() if k in ("B", "S", "D", "n_layer")}
+                names = ("B", "S", "D", "n_layer", "n_outputs")
+                made_of = {k: v for k, v in shape.items() if k in names}
                 settings = {k: v for k, v in shape.items() if k not in made_of}
                 inputs = require_grad(loop_inputs(**made_of, dtype=torch.float32))
-                states = ops.loop(
+                outputs = ops.loop(
                     **inputs, **settings, n_loops=2, precision=precision, backend="cpu"
                 )
-                states.square().sum().backward()
+                outputs.square().sum().backward()
                 for name, leaf in leaves(inputs).items():
                     assert leaf.grad is None or leaf.grad.isfinite().all(), (name, shape)
     print(*precisions)

@@ -38,13 +38,14 @@ def run(inputs, **changes):
 
 
 def raw_args(inputs, n_loops, window, injection="add", precision="fp32", checkpoint="none"):
-    tensors = inputs["embeddings"], inputs["positions"], inputs["state"], inputs["weights"]
+    tensors = [*inputs.values()] if "read_out" in inputs else [*inputs.values(), []]
     return (*tensors, 2, n_loops, window, injection, precision, checkpoint, "auto", "auto")
 
 
+@pytest.mark.parametrize("n_outputs", [0, 3])
 @pytest.mark.parametrize("injection", ["add", "every_block"])
-def test_the_op_equals_its_formulas(injection):
-    inputs = loop_inputs(n_layer=2)
+def test_the_op_equals_its_formulas(injection, n_outputs):
+    inputs = loop_inputs(n_layer=2, n_outputs=n_outputs)
     expected = naive_loop(inputs, 2, 3, 2, injection)
     torch.testing.assert_close(run(inputs, injection=injection), expected, rtol=1e-11, atol=1e-11)
 
@@ -85,15 +86,15 @@ def test_one_step_gradients_equal_finite_differences_from_the_state_before():
 
 
 @pytest.mark.parametrize(
-    ("n_layer", "n_loops", "window", "injection", "precision", "dtype"),
+    ("n_layer", "n_loops", "window", "injection", "precision", "dtype", "n_outputs"),
     [
-        (1, 2, 2, "add", "fp32", torch.float64),
-        (2, 2, 1, "every_block", "fp32", torch.float32),
-        (1, 2, 1, "mul", "bf16", torch.float32),
+        (1, 2, 2, "add", "fp32", torch.float64, 0),
+        (2, 2, 1, "every_block", "fp32", torch.float32, 2),
+        (1, 2, 1, "mul", "bf16", torch.float32, 1),
     ],
 )
-def test_the_op_passes_opcheck(n_layer, n_loops, window, injection, precision, dtype):
-    inputs = require_grad(loop_inputs(S=5, D=8, n_layer=n_layer, dtype=dtype))
+def test_the_op_passes_opcheck(n_layer, n_loops, window, injection, precision, dtype, n_outputs):
+    inputs = require_grad(loop_inputs(2, 5, 8, n_layer, dtype, n_outputs))
     args = raw_args(inputs, n_loops, window, injection, precision)
     torch.library.opcheck(torch.ops.looped_fast.loop.default, args)
 
@@ -103,11 +104,20 @@ def test_the_op_passes_opcheck_without_gradient():
     torch.library.opcheck(torch.ops.looped_fast.loop.default, args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_fake_op_knows_shape_and_dtype(dtype):
+@pytest.mark.parametrize(("dtype", "n_outputs"), [(torch.float32, 0), (torch.float64, 2)])
+def test_the_fake_op_knows_shape_and_dtype(dtype, n_outputs):
     with FakeTensorMode():
-        states = run(loop_inputs(B=3, S=5, D=8, dtype=dtype))
-    assert (tuple(states.shape), states.dtype) == ((2, 3, 5, 8), dtype)
+        outputs = run(loop_inputs(B=3, S=5, D=8, dtype=dtype, n_outputs=n_outputs))
+    assert (tuple(outputs.shape), outputs.dtype) == ((2, 3, 5, n_outputs or 8), dtype)
+
+
+def test_a_read_out_keeps_its_precision_under_autocast():
+    inputs = loop_inputs(dtype=torch.float32, n_outputs=1)
+    weight, bias = inputs["read_out"]
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions = run(inputs, precision="bf16", backend="reference")
+    states = run({**inputs, "read_out": ()}, precision="bf16", backend="reference")
+    assert torch.equal(predictions, states @ weight.T + bias)
 
 
 def compare_compiled(compiler, autocast_dtype=None, n_loops=3, window=2, ulps=64):
@@ -176,6 +186,13 @@ def replaced(**changes):
         ({"state": torch.zeros(2, 6, 16).half()}, "state is torch.float16 on cpu"),
         ({"positions": torch.zeros(6, 16).double()}, "positions is torch.float64 on cpu"),
         ({"state": torch.zeros(2, 6, 16, device="meta")}, "state is torch.float32 on meta"),
+        ({"read_out": (torch.zeros(2, 8), torch.zeros(2))}, "read_out weight has shape (2, 8)"),
+        ({"read_out": (torch.zeros(2, 16), torch.zeros(3))}, "read_out weight has shape (2, 16)"),
+        (
+            {"read_out": (torch.zeros(2, 16), torch.zeros(2).half())},
+            "read_out bias is torch",
+        ),
+        ({"read_out": (torch.zeros(16),)}, "read_out holds 1 tensors; weight and bias are needed"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(changes, message):
@@ -244,20 +261,6 @@ def test_a_backend_that_can_not_embed_a_prompt_is_refused(backend, dtype, messag
     xs, ys = prompt(dtype=dtype)
     with pytest.raises(ValueError, match=re.escape(message)):
         ops.read_in(xs, ys, torch.ones(64, 3, dtype=dtype), torch.ones(64), backend=backend)
-
-
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [
-        ("refrence", "unknown backend 'refrence'; did you mean 'reference'?"),
-        ("cpu", "backend 'cpu' can't run this: it takes float32 tensors on the CPU, not"),
-    ],
-)
-def test_a_backend_that_can_not_read_out_is_refused(backend, message):
-    states, weight, bias = (torch.ones(*s, dtype=torch.float64) for s in [(4, 64), (1, 64), (1,)])
-    assert (ops.read_out(states, weight, bias) == 65).all()
-    with pytest.raises(ValueError, match=re.escape(message)):
-        ops.read_out(states, weight, bias, backend=backend)
 
 
 @pytest.fixture(params=["cpu", "triton"])
