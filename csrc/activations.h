@@ -13,7 +13,7 @@ inline namespace CPU_CAPABILITY {
 // are not wanted.
 template <class T>
 struct BlockActivations {
-  T* x_hat_1;          // [rows, D], normalised by LayerNorm 1
+  T* x_hat_1;          // [rows, D], normalised by LayerNorm 1; null in block 0
   T* qkv;              // [rows, 3 D]
   T* attn;             // [rows, D], attention before its output projection
   T* x_hat_2;          // [rows, D], normalised by LayerNorm 2
@@ -23,7 +23,8 @@ struct BlockActivations {
   float* log_sum_exp;  // [sequences, H, S], of attention, in base 2
 };
 
-// Of one item in the final LayerNorm of one loop step.
+// Of one item in the final LayerNorm of one loop step. It also holds where the next step begins,
+// whose x_hat_1 is not saved.
 template <class T>
 struct FinalActivations {
   T* x_hat;      // [rows, D]
@@ -31,13 +32,13 @@ struct FinalActivations {
 };
 
 // An array of activations of one step over `n_tokens` tokens, of which an item sees its own:
-// activations [10 L + 1, n_tokens * D] of T and statistics [(H + 2) L + 1, n_tokens] of float.
+// activations [10 L, n_tokens * D] of T and statistics [(H + 2) L + 1, n_tokens] of float.
 template <class T>
 struct StepActivations {
   static constexpr int64_t kWidths = 10;  // D-wide columns of a block: 1 + 3 + 1 + 1 + 4
 
   static int64_t n_activations(const Problem& p, int64_t n_tokens) {
-    return (kWidths * p.n_layer + 1) * p.n_embd * n_tokens;
+    return kWidths * p.n_layer * p.n_embd * n_tokens;
   }
   static int64_t n_statistics(const Problem& p, int64_t n_tokens) {
     return ((p.n_heads + 2) * p.n_layer + 1) * n_tokens;
@@ -56,7 +57,7 @@ struct StepActivations {
     const auto column = [&](int64_t offset, int64_t width) {
       return a + D * (offset * n_tokens + width * first_token);
     };
-    return {column(0, 1),
+    return {layer > 0 ? column(0, 1) : nullptr,
             column(1, 3),
             column(4, 1),
             column(5, 1),
@@ -67,9 +68,8 @@ struct StepActivations {
   }
 
   FinalActivations<T> final() const {
-    const int64_t D = problem.n_embd, L = problem.n_layer;
-    return {activations + D * (kWidths * L * n_tokens + first_token),
-            statistics + (problem.n_heads + 2) * L * n_tokens + first_token};
+    float* s = statistics + (problem.n_heads + 2) * problem.n_layer * n_tokens;
+    return {activations + problem.n_embd * first_token, s + first_token};  // in block 0's place
   }
 };
 

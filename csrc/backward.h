@@ -8,6 +8,7 @@
 #include "attention_backward.h"
 #include "activations.h"
 #include "gelu.h"
+#include "injection.h"
 #include "layer_norm.h"
 #include "weight_gradients.h"
 #include "weights.h"
@@ -30,6 +31,13 @@ struct BackwardBuffers {
         d_qkv(arena.take<T>(rows_per_item(p) * p.n_embd * 3)) {}
 };
 
+// z, [rows, D], where a step began: as it is, or as output of the LayerNorm that made it.
+template <class T>
+struct StepInput {
+  const float* z;  // null: to be restored
+  const T* x_hat;
+};
+
 // One thread's own, for a chunk of at most kChunkRows rows.
 template <class T>
 struct BackwardScratch {
@@ -38,9 +46,10 @@ struct BackwardScratch {
   int64_t max_rows;  // in a chunk, even
   float* tile;       // [kTileRows][kPanel]
   T* dx_operand;     // [max_rows, D], dx as left-hand matrix
-  T* h;              // [max_rows, D], output of a LayerNorm, recomputed
+  T* x_hat;          // [max_rows, D], of a LayerNorm, recomputed
+  T* h;              // [max_rows, D], its output, likewise
   T* d_fc;           // [max_rows, 4 D]
-  float* dy;         // [max_rows, D], gradient of h
+  float* dy;         // [max_rows, D], gradient of h; before that, z
   T* left;           // [D][max_rows], the transposed side of a weight's gradient
   T* right;          // [max_rows, 4 D] in panels, the other side
   T* d_fc_right;     // likewise
@@ -50,6 +59,7 @@ struct BackwardScratch {
       : max_rows((std::min(kChunkRows, rows_per_item(p)) + 1) / 2 * 2),
         tile(arena.take<float>(kTileRows * kPanel)),
         dx_operand(arena.take<T>(max_rows * p.n_embd)),
+        x_hat(arena.take<T>(max_rows * p.n_embd)),
         h(arena.take<T>(max_rows * p.n_embd)),
         d_fc(arena.take<T>(max_rows * p.n_embd * 4)),
         dy(arena.take<float>(max_rows * p.n_embd)),
@@ -86,8 +96,8 @@ class BackwardStep {
   }
 
   // Takes dx from the gradient of z', to which that of the step's output is added, to that of z.
-  // grad: [rows, D], or [rows, n_outputs] with a read-out; z: [rows, D]; the item's.
-  void run(const float* grad, const float* z, const StepActivations<T>& saved) const {
+  // grad: [rows, D], or [rows, n_outputs] with a read-out, the item's.
+  void run(const float* grad, const StepInput<T>& input, const StepActivations<T>& saved) const {
     if (problem_.n_outputs == 0) {
       add_rows(grad, buffers_.dx);
     } else {
@@ -103,13 +113,15 @@ class BackwardStep {
       team_.wait();  // all rows' d_attn are there
       attention(block);
       team_.wait();  // all heads' d_qkv are there
-      for_each_chunk([&](Range chunk) { qkv(layer, block, chunk); });
+      for_each_chunk([&](Range chunk) { qkv(layer, block, input, chunk); });
       if (problem_.injection == Injection::kEveryBlock) {
         add_rows(buffers_.dx, gradients_.embeddings + first());
       }
     }
     add_rows(buffers_.dx, buffers_.dx_sum);
-    if (problem_.injection == Injection::kMul) multiply_by_embeddings(z);
+    if (problem_.injection == Injection::kMul) {
+      for_each_chunk([&](Range chunk) { multiply_by_embeddings(input, chunk); });
+    }
   }
 
   void end_item() const {
@@ -200,9 +212,10 @@ class BackwardStep {
              });
     add_weight_gradient(sums.mlp_c_proj, scratch_.dx_operand, hidden, m);
     multiply_into(scratch_.d_fc, width, weights_.c_fc(layer), {0, m}, scratch_.dy, false);
-    restore_norm(block.x_hat_2, w.ln_2_weight, w.ln_2_bias, chunk);
+    const T* x_hat = block.x_hat_2 + chunk.begin * D_;
+    restore_norm(x_hat, w.ln_2_weight, w.ln_2_bias, m);
     add_weight_gradient(sums.c_fc_t, scratch_.h, d_fc, m);
-    norm(block.x_hat_2, block.rstd_2, w.ln_2_weight, grad.ln_2_weight, grad.ln_2_bias, chunk);
+    norm(x_hat, block.rstd_2, w.ln_2_weight, grad.ln_2_weight, grad.ln_2_bias, chunk);
   }
 
   // x1 = x0 + Wo attn + bias: d_attn, as operand.
@@ -239,7 +252,8 @@ class BackwardStep {
   }
 
   // qkv = Wqkv LN1(x0) + bias: dx of x1 to dx of x0.
-  void qkv(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  void qkv(int64_t layer, const BlockActivations<T>& block, const StepInput<T>& input,
+           Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
     const int64_t width = 3 * D_, m = chunk.size();
@@ -247,19 +261,65 @@ class BackwardStep {
     add_column_sums(d_qkv, m, width, grad.c_attn_bias);
     const PackedMatrix<T> d_qkv_right{scratch_.right, scratch_.max_rows, width};
     pack_rows(d_qkv, width, m, d_qkv_right);
-    restore_norm(block.x_hat_1, w.ln_1_weight, w.ln_1_bias, chunk);
+    const T* x_hat = scratch_.x_hat;
+    if (layer == 0) {
+      norm_step_input(input, w.ln_1_weight, w.ln_1_bias, chunk);
+    } else {
+      x_hat = block.x_hat_1 + chunk.begin * D_;
+      restore_norm(x_hat, w.ln_1_weight, w.ln_1_bias, m);
+    }
     add_weight_gradient(sums_.blocks[layer].c_attn_t, scratch_.h, d_qkv_right, m);
     multiply_into(d_qkv, width, weights_.c_attn(layer), {0, m}, scratch_.dy, false);
-    norm(block.x_hat_1, block.rstd_1, w.ln_1_weight, grad.ln_1_weight, grad.ln_1_bias, chunk);
+    norm(x_hat, block.rstd_1, w.ln_1_weight, grad.ln_1_weight, grad.ln_1_bias, chunk);
   }
 
   // x0 = z e + p: dx of x0 to that of z, and the gradient of e.
-  void multiply_by_embeddings(const float* z) const {
-    for (int64_t at = rows_.begin * D_; at < rows_.end * D_; at += kVec) {
-      const Vec dx = Vec::loadu(buffers_.dx + at);
-      add_to(gradients_.embeddings + first() + at, dx * Vec::loadu(z + at));
-      (dx * Vec::loadu(inputs_.embeddings + first() + at)).store(buffers_.dx + at);
+  void multiply_by_embeddings(const StepInput<T>& input, Range chunk) const {
+    const float* z = step_input(input, chunk);
+    float* dx_of_chunk = buffers_.dx + chunk.begin * D_;
+    const int64_t offset = first() + chunk.begin * D_;
+    for (int64_t at = 0; at < chunk.size() * D_; at += kVec) {
+      const Vec dx = Vec::loadu(dx_of_chunk + at);
+      add_to(gradients_.embeddings + offset + at, dx * Vec::loadu(z + at));
+      (dx * Vec::loadu(inputs_.embeddings + offset + at)).store(dx_of_chunk + at);
     }
+  }
+
+  // The chunk's rows of z.
+  const float* step_input(const StepInput<T>& input, Range chunk) const {
+    const int64_t D = D_, m = chunk.size();
+    if (input.z) return input.z + chunk.begin * D;
+    const T* x_hat = input.x_hat + chunk.begin * D;
+    const float* weight = inputs_.ln_f_weight;
+    const float* bias = inputs_.ln_f_bias;
+    float* z = scratch_.dy;
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < D; j += kVec) {
+        const Vec restored = Operand<T>::load(x_hat + i * D + j);
+        scale_and_shift(restored, weight, bias, j).store(z + i * D + j);
+      }
+    }
+    return z;
+  }
+
+  // x_hat and h of the first LayerNorm of a step, as the forward had them.
+  [[gnu::flatten]] void norm_step_input(const StepInput<T>& input, const float* weight,
+                                        const float* bias, Range chunk) const {
+    const int64_t D = D_;
+    T* x_hat = scratch_.x_hat;
+    T* h = scratch_.h;
+    const float* z = step_input(input, chunk);
+    with_step_input(problem_, inputs_, item_.first_token() + chunk.begin, z, [&](auto x_0) {
+      normalize(
+          {0, chunk.size()}, D, scratch_.dy, x_0,
+          [=](int64_t i, int64_t j, Vec v_0, Vec v_1) {
+            const int64_t at = i * D + j;
+            Operand<T>::store(x_hat + at, v_0, v_1);
+            Operand<T>::store(h + at, scale_and_shift(v_0, weight, bias, j),
+                              scale_and_shift(v_1, weight, bias, j + kVec));
+          },
+          nullptr);
+    });
   }
 
   // d_fc = d_hidden gelu'(fc) as left- and right-hand matrix, and gelu(fc) as right-hand one.
@@ -325,10 +385,11 @@ class BackwardStep {
   }
 
   // h = x_hat * weight + bias: the output of a LayerNorm, as the forward had it.
-  void restore_norm(const T* x_hat, const float* weight, const float* bias, Range chunk) const {
+  // x_hat: [m, D].
+  void restore_norm(const T* x_hat, const float* weight, const float* bias, int64_t m) const {
     const int64_t D = D_;
-    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
-      T* h = scratch_.h + (i - chunk.begin) * D;
+    for (int64_t i = 0; i < m; ++i) {
+      T* h = scratch_.h + i * D;
       const auto restored = [=](int64_t j) {
         return scale_and_shift(Operand<T>::load(x_hat + i * D + j), weight, bias, j);
       };
@@ -338,14 +399,15 @@ class BackwardStep {
     }
   }
 
-  // dx += what the gradient dy of a LayerNorm's output gives its input.
+  // dx += what the gradient dy of a LayerNorm's output gives its input. x_hat: the chunk's.
   void norm(const T* x_hat, const float* rstd, const float* weight, float* grad_weight,
             float* grad_bias, Range chunk) const {
-    const LayerNormBackward<T> ln{x_hat, rstd, weight, buffers_.dx, grad_weight, grad_bias};
-    const int64_t D = D_, first = chunk.begin;
+    const int64_t D = D_;
+    const LayerNormBackward<T> ln{
+        x_hat, rstd + chunk.begin, weight, buffers_.dx + chunk.begin * D, grad_weight, grad_bias};
     const float* dy = scratch_.dy;
-    layer_norm_backward<true>(ln, D, chunk, [=](int64_t i, int64_t j) {
-      return Vec::loadu(dy + (i - first) * D + j);
+    layer_norm_backward<true>(ln, D, {0, chunk.size()}, [=](int64_t i, int64_t j) {
+      return Vec::loadu(dy + i * D + j);
     });
   }
 

@@ -58,7 +58,7 @@ struct Inputs {
 
 // What the backward needs of the forward. Layouts: activations.h.
 struct Saved {
-  void* activations;  // operand type, [W, 10 L + 1, B S D]; null: recompute from states
+  void* activations;  // operand type, [W, 10 L, B S D]; null: recompute from states
   float* statistics;  // [W, (H + 2) L + 1, B S]; null with activations
   float* start;       // [B, S, D], z before the window; null where `state` is that
 };
@@ -71,7 +71,7 @@ struct ForwardOutputs {
 
 struct BackwardInputs {
   const float* grad;    // of states [W, B, S, D], or of predictions [W, B, S, n_outputs]
-  const float* states;  // [W, B, S, D]; null where not read: by kMul, and to recompute
+  const float* states;  // [W, B, S, D]; null with activations
   Saved saved;
 };
 

@@ -10,6 +10,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "gelu.h"
+#include "injection.h"
 #include "layer_norm.h"
 #include "weights.h"
 
@@ -104,43 +105,23 @@ class ForwardStep {
   // x0 and h = LN1(x0).
   [[gnu::flatten]] void enter_block(int64_t layer, const float* z,
                                     const BlockActivations<T>& block) const {
-    const int64_t D = D_, S = problem_.seq_len;
-    const float* e = inputs_.embeddings + item_.first_token() * D;
-    const float* p = inputs_.positions;
-    const auto at = [=](const float* rows, int64_t i, int64_t j) {
-      return Vec::loadu(rows + i * D + j);
+    const Block<const float>& w = inputs_.blocks[layer];
+    const auto norm_1 = [&](auto x_0) {
+      norm(x_0, w.ln_1_weight, w.ln_1_bias, block.x_hat_1, block.rstd_1);
     };
-    if (layer > 0) {
-      const float* bias = inputs_.blocks[layer - 1].mlp_c_proj_bias;
-      const float* x = buffers_.x;
-      const bool every_block = problem_.injection == Injection::kEveryBlock;
-      norm_1(layer, block, [=](int64_t i, int64_t j) {
-        const Vec x_2 = at(x, i, j) + Vec::loadu(bias + j);
-        return every_block ? x_2 + at(e, i, j) : x_2;
-      });
+    if (layer == 0) {
+      with_step_input(problem_, inputs_, item_.first_token(), z, norm_1);
       return;
     }
-    switch (problem_.injection) {
-      case Injection::kAdd:
-      case Injection::kEveryBlock:  // the same in the first block
-        norm_1(layer, block,
-               [=](int64_t i, int64_t j) { return at(z, i, j) + at(e, i, j) + at(p, i % S, j); });
-        break;
-      case Injection::kMul:
-        norm_1(layer, block, [=](int64_t i, int64_t j) {
-          return at::vec::fmadd(at(z, i, j), at(e, i, j), at(p, i % S, j));
-        });
-        break;
-      case Injection::kNone:
-        norm_1(layer, block, [=](int64_t i, int64_t j) { return at(z, i, j) + at(p, i % S, j); });
-        break;
-    }
-  }
-
-  template <class Load>
-  void norm_1(int64_t layer, const BlockActivations<T>& block, Load load) const {
-    const Block<const float>& w = inputs_.blocks[layer];
-    norm(load, w.ln_1_weight, w.ln_1_bias, block.x_hat_1, block.rstd_1);
+    const int64_t D = D_;
+    const float* e = inputs_.embeddings + item_.first_token() * D;
+    const float* bias = inputs_.blocks[layer - 1].mlp_c_proj_bias;
+    const float* x = buffers_.x;
+    const bool every_block = problem_.injection == Injection::kEveryBlock;
+    norm_1([=](int64_t i, int64_t j) {
+      const Vec x_2 = Vec::loadu(x + i * D + j) + Vec::loadu(bias + j);
+      return every_block ? x_2 + Vec::loadu(e + i * D + j) : x_2;
+    });
   }
 
   // x1 = x0 + Wo attn(h), but for the bias, and h = LN2(x1).

@@ -118,24 +118,25 @@ inline void loop_backward(const Problem& problem, const Inputs& inputs,
                                  plan.scratch[thread], sums, item, team);
       step.begin_item();
       for (int64_t w = problem.window - 1; w >= 0; --w) {
-        const float* z = nullptr;
-        if (outer.states) {
-          z = w > 0               ? outer.states + (w - 1) * problem.n_tokens() * D
-              : outer.saved.start ? outer.saved.start
-                                  : inputs.state;
-          z += offset;
-        }
         const int64_t row = w * problem.n_tokens() + item.first_token();
         const float* grad = outer.grad + row * grad_width;
+        StepInput<T> input{};
+        if (w == 0) {
+          input.z = (outer.saved.start ? outer.saved.start : inputs.state) + offset;
+        } else if (recompute) {
+          input.z = outer.states + (row - problem.n_tokens()) * D;
+        } else {
+          input.x_hat = saved_step<T>(problem, outer.saved, w - 1, item).final().x_hat;
+        }
         if (recompute) {
           const ForwardPlan<T>& forward = *plan.forward;
           const StepActivations<T>& activations = plan.activations[owner];
           ForwardStep<T>(problem, inputs, forward.weights, forward.buffers[owner],
                          forward.scratch[thread], item, team)
-              .run(z, forward.buffers[owner].x, &activations);
-          step.run(grad, z, activations);
+              .run(input.z, forward.buffers[owner].x, &activations);
+          step.run(grad, input, activations);
         } else {
-          step.run(grad, z, saved_step<T>(problem, outer.saved, w, item));
+          step.run(grad, input, saved_step<T>(problem, outer.saved, w, item));
         }
       }
       step.end_item();

@@ -172,10 +172,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   if (p.n_outputs > 0) predictions = at::empty({window, B, S, p.n_outputs}, floats);
   Tensor activations = at::empty({0}, floats.dtype(operand)), statistics = at::empty({0}, floats);
   if (save_activations) {
-    activations = empty_recycled({window, 10 * L + 1, B, S, D}, operand);
+    activations = empty_recycled({window, 10 * L, B, S, D}, operand);
     statistics = empty_recycled({window, (H + 2) * L + 1, B, S}, at::kFloat);
   }
-  const bool save_start = save_states && window < n_loops;
+  const bool save_start = (save_activations || save_states) && window < n_loops;
   Tensor start = save_start ? at::empty({B, S, D}, floats) : at::empty({0}, floats);
   if (p.n_tokens() > 0) {
     const ForwardOutputs outputs{

@@ -73,7 +73,7 @@ def loop(
     """``ops.loop`` on the engine: arguments and result are its, ``can_read_out`` given."""
     weights = [*weights, *read_out]
     tensors = (embeddings, positions, state, *weights)
-    save = loop_autograd.what_to_save(tensors, injection, checkpoint)
+    save = loop_autograd.what_to_save(tensors, checkpoint)
     outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(
         embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision, *save
     )
@@ -94,10 +94,10 @@ def _forward_fake(
 
     return (
         empty(window, B, S, len(weights[-1]) if reads_out else D),
-        empty(window, 10 * n_layer + 1, B, S, D, wanted=save_activations, dtype=operands),
+        empty(window, 10 * n_layer, B, S, D, wanted=save_activations, dtype=operands),
         empty(window, (n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
         empty(window, B, S, D, wanted=save_states and reads_out),
-        empty(B, S, D, wanted=save_states and window < n_loops),
+        empty(B, S, D, wanted=(save_activations or save_states) and window < n_loops),
     )
 
 

@@ -25,11 +25,10 @@ def why_not() -> str | None:
     return None
 
 
-def what_to_save(tensors: Sequence[Tensor], injection: str, checkpoint: str) -> tuple[bool, bool]:
-    """Whether a backward needs activations, and the state before each step of the window."""
+def what_to_save(tensors: Sequence[Tensor], checkpoint: str) -> tuple[bool, bool]:
+    """Whether a forward keeps activations for a backward, and whether states in their stead."""
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    recomputes = checkpoint == "state"
-    return needs_grad and not recomputes, needs_grad and (recomputes or injection == "mul")
+    return needs_grad and checkpoint == "none", needs_grad and checkpoint == "state"
 
 
 def register(backend: str, gradients: Gradients, lib: torch.library.Library | None = None) -> None:

@@ -125,9 +125,9 @@ def loop(
 ) -> Tensor:
     """``ops.loop`` in Triton kernels: arguments and result are its; ``attention`` is chosen."""
     tensors = (embeddings, positions, state, *weights)
-    save, save_states = loop_autograd.what_to_save(tensors, injection, checkpoint)
-    # Later ones are the result; where the window covers every step, this one is an argument.
-    save_start = save_states and window < n_loops
+    save, save_states = loop_autograd.what_to_save(tensors, checkpoint)
+    # Later states are the result; where the window covers every step, this one is an argument.
+    save_start = (save_states or (save and injection == "mul")) and window < n_loops
     states, *_ = torch.ops.looped_fast.triton_loop_forward(
         embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
         precision, attention, save, save_start,
