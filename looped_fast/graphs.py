@@ -246,6 +246,7 @@ def graphs_on(
     device: torch.device,
     mode: str = "auto",
     generator: Callable[[], Generator | None] = lambda: None,
+    why_not: str | None = None,
 ) -> Graphs:
     """``Graphs`` for work on ``device``, in a quarter of its memory at most.
 
@@ -254,17 +255,19 @@ def graphs_on(
         mode: ``auto`` uses graphs where there is a CUDA device, and does without when a capture
             fails; ``on`` makes both an error; ``off`` does without.
         generator: gives that of the random numbers in the work; see ``CudaGraph``.
+        why_not: the caller's reason to do without graphs.
 
     Raises:
-        ValueError: an unknown mode, or ``on`` without a CUDA device.
+        ValueError: an unknown mode, or ``on`` without a CUDA device or in spite of ``why_not``.
     """
     if mode not in MODES:
         raise unknown_name("cuda_graphs", mode, MODES)
-    why_not = "cuda_graphs = 'off'" if mode == "off" else None
+    if mode == "off":
+        why_not = "cuda_graphs = 'off'"
     if device.type != "cuda":
         why_not = why_not or f"they need a CUDA device, and this is {device}"
     if mode == "on" and why_not:
-        raise ValueError(f"cuda_graphs = 'on', but {why_not}; use 'auto', or another device")
+        raise ValueError(f"cuda_graphs = 'on', but {why_not}; use 'auto'")
     budget = 0 if why_not else torch.cuda.get_device_properties(device).total_memory // 4
     return Graphs(
         lambda: CudaGraph(device, generator()), budget, why_not=why_not, required=mode == "on"

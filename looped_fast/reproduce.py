@@ -27,6 +27,7 @@ import tyro
 from looped_fast import checkpoint, evaluate, openml, pretrained, state_probes, sweep, train
 from looped_fast.ablations import SWEEPS
 from looped_fast.baselines import figure_baselines
+from looped_fast.distributed import alone, resolve_device
 from looped_fast.errors import unknown_name
 from looped_fast.evaluation import Curve
 from looped_fast.model import LoopedTransformer
@@ -80,6 +81,7 @@ def main(args: list[str] | None = None) -> int:
     """The command; returns the exit status: 3 if something was missing."""
     command = tyro.cli(Command, args=args, prog="python -m looped_fast.reproduce")
     try:
+        alone()  # several would all do all of it
         for name in command.figures:
             if name not in FIGURES:
                 raise unknown_name("figure", name, FIGURES)
@@ -322,7 +324,7 @@ def tabular(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
 
 def speed(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
     """Measured time of a paper-scale training step, and the FLOPs of the whole training."""
-    device = train.resolve_device(command.device)
+    device = resolve_device(command.device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     cores = 1 if device.type == "cuda" else os.cpu_count() or 1
     key = {"hardware": hardware, "cores": cores, "prompts": MEASURED_PROMPTS}

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from looped_fast import checkpoint, pretrained
+from looped_fast.distributed import resolve_device
 from looped_fast.model import LoopedTransformer
 from looped_fast.provenance import weights_sha256
 from looped_fast.settings import TrainConfig, config_from_dict
 from looped_fast.tasks import Task
-from looped_fast.trainer import resolve_device
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class TrainConfig:
     steps: int = 500_000
     """Training steps."""
     batch_size: int = 64
-    """Prompts of a step."""
+    """Prompts of a step; of each process, if torchrun starts several."""
     lr: float = 1e-4
     """Adam's learning rate."""
     beta2: float = 0.999

@@ -1,6 +1,7 @@
 """Train a transformer on a function class: ``python -m looped_fast.train --task dt --amp bf16``.
 
 Settings come from a preset (or a YAML file), then from the command line; ``--help`` lists them.
+``torchrun --nproc-per-node 4 -m looped_fast.train ...`` trains with a batch in each process.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,21 +21,17 @@ import tyro
 import yaml
 
 import looped_fast
-from looped_fast import checkpoint
+from looped_fast import checkpoint, distributed
 from looped_fast.baselines import QUICK_BASELINES
 from looped_fast.config_files import load_config
+from looped_fast.distributed import resolve_device
 from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.explain import explain_backend
 from looped_fast.metrics import METRICS_FILE, read_metrics
 from looped_fast.presets import describe, preset_config
 from looped_fast.report import error_table, plot
 from looped_fast.settings import TrainConfig, config_from_dict
-from looped_fast.trainer import (
-    Interrupted,
-    NonFiniteError,
-    Trainer,
-    resolve_device,
-)
+from looped_fast.trainer import Interrupted, Trainer
 
 CONFIG_FILE = "config.yaml"
 
@@ -56,18 +54,36 @@ def main(args: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     args = sys.argv[1:] if args is None else args
     try:
-        command, origin, resumed = parse(args)
-        run_dir = make_run_dir(command.settings, command.resume)
-        return run(command.settings, origin, run_dir, resumed)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteError, checkpoint.CheckpointError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        with distributed.join(explain) as processes:
+            return run(*processes.on_main(lambda: prepare(args, processes)), processes)
+    except EXPECTED_ERRORS as error:
+        return explain(error)
+
+
+# Of settings, files, and numbers; others are a fault of this software.
+EXPECTED_ERRORS = (ValueError, OSError, RuntimeError)
+
+
+def explain(error: BaseException) -> int:
+    """Tell of an error, and return the exit status: 2 if other arguments would help."""
+    if not isinstance(error, EXPECTED_ERRORS):
+        traceback.print_exception(error)
         return 1
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
 
-def parse(args: list[str]) -> tuple[Command, str, checkpoint.Checkpoint | None]:
+def prepare(
+    args: list[str], processes: distributed.Processes
+) -> tuple[TrainConfig, str, Path, checkpoint.Checkpoint | None]:
+    """What ``run`` takes."""
+    command, origin, resumed = parse(args, processes.world_size)
+    return command.settings, origin, make_run_dir(command.settings, command.resume), resumed
+
+
+def parse(
+    args: list[str], world_size: int = 1
+) -> tuple[Command, str, checkpoint.Checkpoint | None]:
     """Settings, a phrase that says where they come from, and the checkpoint to continue from."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "model", "preset", "device"):
@@ -99,6 +115,9 @@ def parse(args: list[str]) -> tuple[Command, str, checkpoint.Checkpoint | None]:
     command = tyro.cli(Command, args=args, default=default, prog="python -m looped_fast.train")
     if resumed is not None:
         changes = changed_settings(base.to_dict(), command.settings.to_dict())
+        before = resumed.meta.get("processes", 1)
+        if before != world_size:
+            changes.append(f"processes {before} -> {world_size}, and with them the batches")
         origin += f"; changed: {', '.join(changes)}" if changes else ""
         _check_resume(command, resumed, base)
     return command, origin, resumed
@@ -198,33 +217,50 @@ def _cannot_write(error: OSError) -> OSError:
 
 
 def run(
-    config: TrainConfig, origin: str, run_dir: Path, resumed: checkpoint.Checkpoint | None
+    config: TrainConfig,
+    origin: str,
+    run_dir: Path,
+    resumed: checkpoint.Checkpoint | None,
+    processes: distributed.Processes,
 ) -> int:
     """Train, then report; returns the exit status."""
     print(f"looped_fast {looped_fast.__version__}, task {config.task}, {origin}")
     try:
-        trainer = Trainer(config, run_dir, resumed)
-    except Exception:
-        with contextlib.suppress(OSError):  # it is not empty
-            run_dir.rmdir()  # a start that failed does not stand in the way of the next
+        with processes.together():
+            trainer = Trainer(config, run_dir, resumed, processes)
+    except (Exception, SystemExit):
+        if processes.is_main:
+            with contextlib.suppress(OSError):  # it is not empty
+                run_dir.rmdir()  # a start that failed does not stand in the way of the next
         raise
-    try:
-        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-    except OSError as error:
-        raise _cannot_write(error) from error
-    announce(trainer)
+    with processes.together():
+        if processes.is_main:
+            _write_config(config, run_dir)
+        announce(trainer)
     started = time.perf_counter()
     try:
         trainer.fit()
     except Interrupted as stop:
-        print(
-            f"\n{stop}: step {trainer.step} is finished and saved. Continue with\n"
-            f"  python -m looped_fast.train --resume {run_dir}"
-        )
+        launcher = "python" if processes.world_size == 1 else "torchrun ..."
+        with processes.together():
+            print(
+                f"\n{stop}: step {trainer.step} is finished and saved. Continue with\n"
+                f"  {launcher} -m looped_fast.train --resume {run_dir}",
+                flush=True,  # torchrun may end what is left of this process
+            )
         return 128 + stop.signum
     minutes = (time.perf_counter() - started) / 60
-    report(trainer, f"{trainer.step} steps, {minutes:.1f} minutes in this sitting")
+    with processes.together():
+        if processes.is_main:
+            report(trainer, f"{trainer.step} steps, {minutes:.1f} minutes in this sitting")
     return 0
+
+
+def _write_config(config: TrainConfig, run_dir: Path) -> None:
+    try:
+        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    except OSError as error:
+        raise _cannot_write(error) from error
 
 
 def announce(trainer: Trainer) -> None:
@@ -237,6 +273,10 @@ def announce(trainer: Trainer) -> None:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"{parameters / 1e6:.2f}M parameters on {hardware}{threads}; {explanation}")
+    n_processes = trainer.processes.world_size
+    if n_processes > 1:
+        total = n_processes * config.batch_size
+        print(f"{n_processes} processes, {config.batch_size} prompts each: {total} in a step")
     if trainer.amp_note:
         print(trainer.amp_note)
     if device.type == "cuda":

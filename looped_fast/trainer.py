@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import signal
 import sys
 import time
@@ -14,16 +13,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from looped_fast import checkpoint, graphs, pretrained
+from looped_fast import checkpoint, distributed, graphs, pretrained
 from looped_fast.compat import load_official_checkpoint
 from looped_fast.config import ModelConfig
 from looped_fast.curriculum import Stage
+from looped_fast.distributed import resolve_device
 from looped_fast.evaluation import model_errors
 from looped_fast.explain import explain_backend
-from looped_fast.metrics import MetricsLog
+from looped_fast.metrics import MetricsLog, NoLog
 from looped_fast.model import LoopedTransformer
 from looped_fast.reference import AUTOCAST_DTYPES
 from looped_fast.settings import TrainConfig
@@ -47,8 +47,11 @@ class Interrupted(Exception):
 class Trainer:
     """Trains ``config`` in ``run_dir``, from the start or from a checkpoint.
 
-    The data of step i is a pure function of (seed, i), so a resumed run ends bit-identical to
-    an uninterrupted one on the same machine with the same number of threads.
+    The data of step i is a pure function of (seed, i, rank), so a resumed run ends bit-identical
+    to an uninterrupted one on the same machine with as many threads and processes.
+
+    Several processes each make a trainer and call the same methods. A step then takes the mean
+    gradient over a batch of each; the main process alone evaluates and writes.
 
     On a GPU the first step of a curriculum stage (n_points, n_loops) runs as usual, the second
     is captured as a CUDA graph, and later ones are replays of it. What else changes from step to
@@ -58,24 +61,25 @@ class Trainer:
         config: all settings.
         run_dir: an existing folder for checkpoints and metrics.
         resume: a checkpoint of this run to continue from.
+        processes: those that train the model, from ``distributed.join``; this one by default.
 
     Raises:
         CheckpointError: ``resume`` is damaged or of another model.
-        ValueError: a device or backend that can't be used, or several processes (torchrun).
+        ValueError: a device or backend that can't be used, CUDA graphs required of several
+            processes, or torchrun started several and ``processes`` is not given.
     """
 
     def __init__(
-        self, config: TrainConfig, run_dir: Path, resume: checkpoint.Checkpoint | None = None
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        resume: checkpoint.Checkpoint | None = None,
+        processes: distributed.Processes | None = None,
     ) -> None:
-        n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if n_processes > 1:
-            raise ValueError(
-                f"WORLD_SIZE = {n_processes}: training runs in one process, and several would "
-                f"train the same model; start it without torchrun"
-            )
+        self.processes = distributed.alone() if processes is None else processes
         self.config = config
         self.run_dir = run_dir
-        self.device = resolve_device(config.device)
+        self.device = self.processes.own_device(resolve_device(config.device))
         self.task = config.make_task()
         self.curriculum = config.make_curriculum()
         torch.manual_seed(config.seed)
@@ -113,20 +117,25 @@ class Trainer:
         self._fixed_prompts = (
             FixedPrompts(
                 self.task, config.train_prompts, config.n_points, config.batch_size,
-                seed=config.seed, device=self.device,
+                seed=config.seed, device=self.device, world_size=self.processes.world_size,
             )
             if config.train_prompts is not None
             else None
         )  # fmt: skip
         self._saved_step: int | None = self.step if resume is not None else None
-        self._signal: int | None = None
+        self._signal = 0  # the one that came
         self._sums = torch.zeros(3, device=self.device)  # of loss, mean y^2, gradient norm
         self._steps_in_sums = 0
         # With the learning rate, all that differs from step to step within a stage.
         self._generator = torch.Generator(self.device)
         self._n_dims = torch.zeros((), dtype=torch.int64, device=self.device)
         self._rows = torch.zeros(config.batch_size, dtype=torch.int64, device=self.device)
-        self.graphs = graphs.graphs_on(self.device, config.cuda_graphs, lambda: self._generator)
+        self.graphs = graphs.graphs_on(
+            self.device,
+            config.cuda_graphs,
+            lambda: self._generator,
+            why_not="several processes train the model" if self.processes.world_size > 1 else None,
+        )
 
     def _model_config(self) -> ModelConfig:
         return self.config.model_config()
@@ -172,17 +181,24 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss or gradient is NaN or Inf; no checkpoint is written of it.
-            Interrupted: SIGINT or SIGTERM came; the step was finished and checkpointed.
+                (SystemExit with several processes, see ``Processes.together``.)
+            Interrupted: SIGINT or SIGTERM came; the step was finished and checkpointed. With
+                several processes all stop after the same step, whichever got the signal.
         """
         config = self.config
-        log = MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
+        with self.processes.together():
+            log = (
+                MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
+                if self.processes.is_main
+                else NoLog()
+            )
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             # A log file gets a line every half minute, a terminal a live bar.
             interval = 0.1 if sys.stderr.isatty() else 30
             with tqdm(
                 total=config.steps, initial=self.step, unit="step", smoothing=0.05,
-                mininterval=interval, maxinterval=2 * interval,
+                mininterval=interval, maxinterval=2 * interval, disable=not self.processes.is_main,
             ) as bar:  # fmt: skip
                 self._fit(log, bar)
         finally:
@@ -190,21 +206,23 @@ class Trainer:
                 signal.signal(signum, handler)
             log.close()
 
-    def _fit(self, log: MetricsLog, bar: tqdm) -> None:
+    def _fit(self, log: MetricsLog | NoLog, bar: tqdm) -> None:
         config = self.config
         logged_at, logged_step = time.perf_counter(), self.step
         while self.step < config.steps:
             self.training_step()
             bar.update()
             # Reading the loss stalls a GPU's stream, and costs nothing on a CPU.
-            if self.device.type == "cpu" or self._is_due(config.log_every):
+            looks = self.device.type == "cpu" or self._is_due(config.log_every)
+            if looks:
                 values = self._read_sums()
                 if self._is_due(config.log_every):
                     now = time.perf_counter()
                     rate = (self.step - logged_step) / (now - logged_at)
                     logged_at, logged_step = now, self.step
                     values |= self._describe_step(rate)
-                    log.write(self.step, values)
+                    with self.processes.together():
+                        log.write(self.step, values)
                     self._reset_sums()
                     bar.set_postfix_str(
                         f"loss {values['loss']:.4g}, error/zero {values['relative_error']:.3f}, "
@@ -212,11 +230,16 @@ class Trainer:
                         refresh=False,
                     )
             if self._is_due(config.eval_every):
-                log.write(self.step, {"errors": self.evaluate(config.eval_prompts)})
-            if self._is_due(config.save_every) or self._signal is not None:
+                with self.processes.together():
+                    if self.processes.is_main:
+                        log.write(self.step, {"errors": self.evaluate(config.eval_prompts)})
+            signum = 0
+            if looks or self.processes.world_size == 1:  # others would wait for the slowest
+                signum = int(max(self.processes.gather(self._signal))[0])
+            if self._is_due(config.save_every) or signum:
                 self.save()
-            if self._signal is not None:
-                raise Interrupted(self._signal)
+            if signum:
+                raise Interrupted(signum)
 
     def training_step(self) -> None:
         """One optimizer step on the next batch."""
@@ -234,10 +257,11 @@ class Trainer:
         """Put what the next step needs where ``_update`` and its graph read it."""
         self._lr.fill_(self.learning_rate(self.step))
         self._n_dims.fill_(self.curriculum.at(self.step).n_dims)
+        rank = self.processes.rank
         if self._fixed_prompts is None:
-            self._generator.manual_seed(batch_seed(self.config.seed, self.step, rank=0))
+            self._generator.manual_seed(batch_seed(self.config.seed, self.step, rank))
         else:
-            rows = self._fixed_prompts.rows(self.step)
+            rows = self._fixed_prompts.rows(self.step, rank)
             if self.device.type == "cuda":  # else the copy would wait for the step before
                 rows = rows.pin_memory()
             self._rows.copy_(rows, non_blocking=True)
@@ -245,7 +269,7 @@ class Trainer:
     def _update(self, n_points: int, n_loops: int) -> None:
         """The device's part of a step: no look at values here, all shapes from the arguments."""
         config = self.config
-        loss, zero = self._loss(n_points, n_loops)
+        loss, zero = self._loss(n_points, n_loops, self._averaging_model)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
@@ -256,6 +280,19 @@ class Trainer:
         if self.scaler.is_enabled():  # it skipped this step if the gradient overflowed
             norm = norm.nan_to_num(posinf=0.0)
         self._sums += torch.stack((loss.detach(), zero, norm))
+
+    @functools.cached_property
+    def _averaging_model(self) -> nn.Module:
+        """``self.model``, made to average gradients once every process is known to be there."""
+        config, (_, n_points, n_loops) = self.config, self.curriculum.at(0)
+        averaging = self.processes.averaging(
+            self.model,
+            lambda model: self._loss(n_points, n_loops, model)[0],
+            # The prompt enters before the first step alone, which may have no gradient.
+            some_unused=config.injection == "none" and config.window < config.n_loops,
+        )
+        self._set_inputs()  # the trial used the generator
+        return averaging
 
     def _drop_half_step(self) -> None:
         """After a capture that failed: gradients, scaler, and generator as before the step."""
@@ -295,32 +332,35 @@ class Trainer:
         if self._saved_step == self.step:
             return
         self._read_sums()  # raises when not finite
-        checkpoint.save(
-            self.run_dir,
-            self.step,
-            self.model,
-            self.optimizer,
-            config=self.config.to_dict(),
-            meta={"curriculum": self.curriculum.at(self.step)._asdict()},
-            scaler=self.scaler,
-            keep=self.config.keep,
-        )
+        stage, n_processes = self.curriculum.at(self.step), self.processes.world_size
+        with self.processes.together():
+            if self.processes.is_main:
+                checkpoint.save(
+                    self.run_dir,
+                    self.step,
+                    self.model,
+                    self.optimizer,
+                    config=self.config.to_dict(),
+                    meta={"curriculum": stage._asdict(), "processes": n_processes},
+                    scaler=self.scaler,
+                    keep=self.config.keep,
+                )
         self._saved_step = self.step
 
     def estimate_seconds(self) -> float:
         """Seconds that the rest of the run will take, from two trial steps and a count of FLOPs.
 
-        The trial is on the next batch, and changes nothing.
+        The trial is on the next batch, by each process for itself, and changes nothing.
         """
         config = self.config
-
         seconds = math.inf
         self._set_inputs()
         _, n_points, n_loops = self.curriculum.at(self.step)
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
             loss, _ = self._loss(n_points, n_loops)
-            gradient, *_ = torch.autograd.grad(loss, list(self.model.parameters()))
+            parameters = list(self.model.parameters())
+            *_, gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradient.sum().item()  # waits for a GPU
             seconds = min(seconds, time.perf_counter() - started)
         stride = max(1, (config.steps - self.step) // 1000)
@@ -328,12 +368,14 @@ class Trainer:
         work = stride * sum(step_flops(config, self.curriculum.at(step)) for step in steps)
         return seconds * work / step_flops(config, self.curriculum.at(self.step))
 
-    def _loss(self, n_points: int, n_loops: int) -> tuple[Tensor, Tensor]:
-        """Of the batch that ``_set_inputs`` chose, with that of predicting zero."""
+    def _loss(
+        self, n_points: int, n_loops: int, model: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of ``model``, on the batch that ``_set_inputs`` chose, with that of predicting zero."""
         xs, ys = self._batch(n_points)
         with self.autocast():
             window = min(self.config.window, n_loops)
-            predictions = self.model(xs, ys, n_loops, window)  # [W, B, n]
+            predictions = (model or self.model)(xs, ys, n_loops, window)  # [W, B, n]
         errors = predictions[-self.config.supervised_window :] - ys
         return errors.square().mean(), ys.square().mean()
 
@@ -348,14 +390,16 @@ class Trainer:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _read_sums(self) -> dict[str, float]:
-        """Means since the last log line. Raises NonFiniteError."""
+        """Means over processes and steps since the last log line. Raises NonFiniteError."""
         if not self._steps_in_sums:
             return {}
-        loss, zero, norm = (self._sums / self._steps_in_sums).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteError(self._explain_non_finite(loss, norm))
+        means = (self._sums / self._steps_in_sums).tolist()
+        loss, zero, norm = self.processes.mean(*means)  # of all, which so decide alike
         if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
-            raise NonFiniteError(self._explain_non_finite(loss, math.inf))
+            norm = math.inf
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            with self.processes.together():
+                raise NonFiniteError(self._explain_non_finite(loss, norm))
         # With few dimensions at the start, sparse weights may all be 0, and y with them.
         return {"loss": loss, "relative_error": loss / zero if zero else 0.0, "grad_norm": norm}
 
@@ -377,7 +421,7 @@ class Trainer:
 
     def _describe_step(self, steps_per_s: float) -> dict[str, Any]:
         stage = self.curriculum.at(self.step - 1)
-        tokens = self.config.batch_size * 2 * stage.n_points
+        tokens = self.processes.world_size * self.config.batch_size * 2 * stage.n_points
         return {
             "lr": self.learning_rate(self.step - 1),
             **stage._asdict(),
@@ -387,7 +431,10 @@ class Trainer:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signal = signum
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+        # A second one ends the process at once. Several processes may each get one, and again from
+        # torchrun, which ends them itself if they take long.
+        if self.processes.world_size == 1:
+            signal.signal(signum, signal.SIG_DFL)
 
 
 def step_flops(config: TrainConfig, stage: Stage) -> float:
@@ -395,23 +442,3 @@ def step_flops(config: TrainConfig, stage: Stage) -> float:
     D, S = config.n_embd, 2 * stage.n_points
     passes = stage.n_loops + 2 * min(config.window, stage.n_loops)  # backward counts twice
     return config.batch_size * passes * config.n_layer * S * (24 * D * D + 2 * S * D)
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not one of PyTorch's; use cpu or cuda") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} "
-            f"CUDA devices here; use --device cpu"
-        )
-    return device

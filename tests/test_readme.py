@@ -11,10 +11,10 @@ from looped_fast.train import parse
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 COMMANDS = [
-    shlex.split(line, comments=True)[3:]
+    shlex.split(line.partition("-m looped_fast.train")[2], comments=True)
     for block in re.findall(r"```sh\n(.*?)```", README, re.S)
     for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("python -m looped_fast.train")
+    if "-m looped_fast.train" in line
 ]
 
 
@@ -35,4 +35,4 @@ def test_the_commands_parse(command):
 
 def test_there_are_examples_and_commands():
     assert len(EXAMPLES) == 4
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
