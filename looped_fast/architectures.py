@@ -23,7 +23,7 @@ Model = Any  # an nn.Module of another code base, known by its attributes only
 
 
 # ops.loop on one model's blocks: (embeddings [B, S, D], state [B, S, D], *, n_loops, window,
-# injection) -> states [W, B, S, D]
+# injection, read_out) -> states [W, B, S, D], or predictions with a read_out
 Loop = Callable[..., Tensor]
 
 
@@ -69,6 +69,12 @@ def stack_weights(stack: Model) -> list[Tensor]:
     return weights + weight_and_bias(stack.ln_f)
 
 
+def hooks_of(module: nn.Module) -> Iterator[str]:
+    """Kinds of hooks that would run if ``module`` were called."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    yield from (kind.strip("_") for kind in kinds if getattr(module, kind))
+
+
 def replaced_modules(stack: Model) -> Iterator[tuple[str, nn.Module]]:
     """Modules whose own forward is not called any more, with their names in the stack."""
     for name, module in stack.named_modules():
@@ -93,8 +99,8 @@ def looped_forward(
         state, injection = torch.ones_like(embeddings), "mul"
     else:
         raise ValueError(f"loop_func = {model.loop_func!r}; use 'z=f(x+z)' or 'z=f(x*z)'")
-    states = loop(embeddings, state, n_loops=n_loops, window=window, injection=injection)
-    return list(_read_out(model, states))
+    settings = {"n_loops": n_loops, "window": window, "injection": injection}
+    return list(_predict(model, loop, embeddings, state, settings))
 
 
 def standard_forward(
@@ -103,8 +109,8 @@ def standard_forward(
     """``TransformerModel.forward``: all blocks once. xs: [B, n, d], ys: [B, n] -> [B, n]."""
     embeddings = _read_in(model, xs, ys)
     injection = "every_block" if add_inputs_embeds else "none"
-    states = loop(embeddings, embeddings, n_loops=1, window=1, injection=injection)
-    return _read_out(model, states)[0]
+    settings = {"n_loops": 1, "window": 1, "injection": injection}
+    return _predict(model, loop, embeddings, embeddings, settings)[0]
 
 
 def tied_forward(
@@ -116,8 +122,8 @@ def tied_forward(
     """
     embeddings = _read_in(model, xs, ys)
     steps = model.n_layer  # all carry gradient
-    states = loop(embeddings, embeddings, n_loops=steps, window=steps, injection="none")
-    return _read_out(model, states[-1:])[0]
+    settings = {"n_loops": steps, "window": steps, "injection": "none"}
+    return _predict(model, loop, embeddings, embeddings, settings)[-1]
 
 
 def gpt_forward(
@@ -141,10 +147,24 @@ def _read_in(model: Model, xs: Tensor, ys: Tensor) -> Tensor:
     return model._read_in(interleave(xs, ys)).to(model._read_in.weight.dtype)
 
 
-def _read_out(model: Model, states: Tensor) -> Tensor:
-    """Predictions at the x positions. [W, B, 2n, D] -> [W, B, n], or [W, B, n, 2] logits."""
-    predictions = model._read_out(states[:, :, model.ind :: model.freq])
+def _predict(
+    model: Model, loop: Loop, embeddings: Tensor, state: Tensor, settings: dict[str, Any]
+) -> Tensor:
+    """Predictions at the x positions, [W, B, n], or [W, B, n, 2] logits: by the loop, if it can."""
+    read_out, of_x = model._read_out, slice(model.ind, None, model.freq)
+    if type(read_out) is nn.Linear and not any(hooks_of(read_out)):
+        outputs = loop(embeddings, state, read_out=weight_and_bias(read_out), **settings)
+        predictions = outputs[:, :, of_x].to(_output_dtype(outputs))
+    else:
+        predictions = read_out(loop(embeddings, state, **settings)[:, :, of_x])
     return predictions[..., 0] if model._pred_type == "regression" else predictions
+
+
+def _output_dtype(tensor: Tensor) -> torch.dtype:
+    """Of a Linear's output, were it called on ``tensor``."""
+    device = tensor.device.type
+    is_lowered = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_lowered else tensor.dtype
 
 
 def _backbone_stack(model: Model) -> Model:

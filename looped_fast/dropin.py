@@ -8,7 +8,7 @@ takes it off again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -152,7 +152,14 @@ class FastForward:
             return self.architecture.forward(self.model, self.loop, *args, **kwargs)
 
     def loop(
-        self, embeddings: Tensor, state: Tensor, *, n_loops: int, window: int, injection: str
+        self,
+        embeddings: Tensor,
+        state: Tensor,
+        *,
+        n_loops: int,
+        window: int,
+        injection: str,
+        read_out: Sequence[Tensor] = (),
     ) -> Tensor:
         """``ops.loop`` with the model's present parameters: see ``architectures.Loop``."""
         stack = self.stack
@@ -164,6 +171,7 @@ class FastForward:
             n_heads=stack.h[0].attn.n_head,
             n_loops=n_loops,
             window=window,
+            read_out=read_out,
             injection=injection,
             precision=ambient_precision(embeddings.device.type),
             backend=self.backend,
@@ -299,8 +307,6 @@ def _dropout(model: Model) -> Iterator[str]:
 
 def _hooks(stack: Model) -> Iterator[str]:
     """Hooks on modules that the fast forward does not call."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     for name, module in architectures.replaced_modules(stack):
-        for kind in kinds:
-            if getattr(module, kind):
-                yield f"{kind.strip('_')} of {name or 'the stack'} would not run; remove them"
+        for kind in architectures.hooks_of(module):
+            yield f"{kind} of {name or 'the stack'} would not run; remove them"

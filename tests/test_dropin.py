@@ -300,6 +300,19 @@ def test_hooks_on_modules_that_are_called_still_run():
     assert calls == [model.transformer.wte, model.lm_head, model]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_read_out_with_hooks_is_called_and_another_left_to_the_loop(autocast):
+    model, calls = accelerate(build(foreign.Looped)), []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        by_the_loop = model(*PROMPT, 2, 5)
+        model._read_out.register_forward_hook(lambda *_: calls.append(None))
+        by_the_module = model(*PROMPT, 2, 5)
+    assert len(calls) == 1
+    assert by_the_loop[0].dtype == by_the_module[0].dtype
+    rounding = 2**-7 if autocast else 1e-5  # the loop's states are not rounded to bf16
+    torch.testing.assert_close(by_the_loop, by_the_module, rtol=rounding, atol=rounding)
+
+
 def test_dropout_is_allowed_in_eval_mode_only():
     model = build(foreign.GPT, settings=Settings(p=0.1)).eval()
     expected = model(TOKENS)[0]
