@@ -23,8 +23,8 @@ struct BlockActivations {
   float* log_sum_exp;  // [sequences, H, S], of attention, in base 2
 };
 
-// Of one item in the final LayerNorm of one loop step. It also holds where the next step begins,
-// whose x_hat_1 is not saved.
+// Of one item in the final LayerNorm of one loop step. From x_hat comes z', and so where the next
+// step begins: x_hat_1 of its block 0 is not saved.
 template <class T>
 struct FinalActivations {
   T* x_hat;      // [rows, D]
@@ -69,7 +69,8 @@ struct StepActivations {
 
   FinalActivations<T> final() const {
     float* s = statistics + (problem.n_heads + 2) * problem.n_layer * n_tokens;
-    return {activations + problem.n_embd * first_token, s + first_token};  // in block 0's place
+    T* x_hat = activations + problem.n_embd * first_token;  // in place of block 0's x_hat_1
+    return {x_hat, s + first_token};
   }
 };
 

@@ -203,10 +203,11 @@ inline void reduce(const std::vector<ThreadSums>& sums, const Problem& problem,
     reduce_vector(v.mlp_c_proj_bias, D, g.mlp_c_proj_bias);
   }
   if (thread != 0) return;
-  reduce_vector(sums[0].vectors.ln_f_weight(), D, gradients.ln_f_weight);
-  reduce_vector(sums[0].vectors.ln_f_bias(), D, gradients.ln_f_bias);
-  reduce_vector(sums[0].vectors.read_out_weight(), problem.n_outputs * D, gradients.read_out_weight);
-  reduce_vector(sums[0].vectors.read_out_bias(), problem.n_outputs, gradients.read_out_bias);
+  const VectorSums& v = sums[0].vectors;
+  reduce_vector(v.ln_f_weight(), D, gradients.ln_f_weight);
+  reduce_vector(v.ln_f_bias(), D, gradients.ln_f_bias);
+  reduce_vector(v.read_out_weight(), problem.n_outputs * D, gradients.read_out_weight);
+  reduce_vector(v.read_out_bias(), problem.n_outputs, gradients.read_out_bias);
   reduce_vector(sums[0].positions, problem.seq_len * D, gradients.positions);
 }
 
