@@ -52,6 +52,7 @@ class Contender:
     compiled: str | None = None  # what torch.compile gets: one loop "step", or the whole "model"
     compile_mode: str | None = None  # of torch.compile
     attention: str = "auto"  # of LoopedTransformer
+    checkpoint: str = "none"  # likewise
     graphs: bool = False  # whether training steps and calls are replayed as CUDA graphs
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -70,6 +71,8 @@ CONTENDERS = {
     "eager bf16": Contender("reference", "bf16"),
     "engine fp32": Contender("cpu", "fp32", devices=("cpu",)),
     "engine bf16": Contender("cpu", "bf16", devices=("cpu",)),
+    "engine fp32 recompute": Contender("cpu", "fp32", checkpoint="state", devices=("cpu",)),
+    "engine bf16 recompute": Contender("cpu", "bf16", checkpoint="state", devices=("cpu",)),
     "triton fp32": Contender("triton", "fp32", **_ON_GPU),
     "triton bf16": Contender("triton", "bf16", **_ON_GPU),
     "triton fp32 graphs": Contender("triton", "fp32", graphs=True, **_ON_GPU),

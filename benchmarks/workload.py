@@ -36,6 +36,7 @@ class Workload:
         model = LoopedTransformer(
             case.config(),
             contender.backend,
+            checkpoint=contender.checkpoint,
             attention=contender.attention,
             cuda_graphs=cuda_graphs,
         )
