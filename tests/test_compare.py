@@ -237,7 +237,8 @@ def test_a_process_that_takes_too_long_is_ended():
 def test_quick_leaves_out_large_cases_and_compilation():
     args = compare.parse_arguments(["--quick"])
     assert args.cases == ["small", "lr_b1"]
-    assert args.contenders == ["eager fp32", "eager bf16", "engine fp32", "engine bf16"]
+    engines = [f"engine {kind}" for kind in ("fp32", "bf16", "fp32 recompute", "bf16 recompute")]
+    assert args.contenders == ["eager fp32", "eager bf16", *engines]
     assert compare.parse_arguments([]).cases == list(CASES)
     args = compare.parse_arguments(["--quick", "--device", "cuda"])
     assert not any(CONTENDERS[name].compiled for name in args.contenders)
