@@ -224,8 +224,9 @@ class Trainer:
                     with self.processes.together():
                         log.write(self.step, values)
                     self._reset_sums()
+                    relative = values.get("relative_error", math.nan)
                     bar.set_postfix_str(
-                        f"loss {values['loss']:.4g}, error/zero {values['relative_error']:.3f}, "
+                        f"loss {values['loss']:.4g}, error/zero {relative:.3f}, "
                         f"{values['tokens_per_s']:.0f} tokens/s",
                         refresh=False,
                     )
@@ -400,8 +401,9 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             with self.processes.together():
                 raise NonFiniteError(self._explain_non_finite(loss, norm))
+        values = {"loss": loss, "grad_norm": norm}
         # With few dimensions at the start, sparse weights may all be 0, and y with them.
-        return {"loss": loss, "relative_error": loss / zero if zero else 0.0, "grad_norm": norm}
+        return values | {"relative_error": loss / zero} if zero else values
 
     def _reset_sums(self) -> None:
         self._sums.zero_()
