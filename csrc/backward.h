@@ -5,8 +5,9 @@
 // time. Everything but attention is again a matter of rows.
 #pragma once
 
-#include "attention_backward.h"
 #include "activations.h"
+#include "attention_backward.h"
+#include "backward_buffers.h"
 #include "gelu.h"
 #include "injection.h"
 #include "layer_norm.h"
@@ -16,57 +17,11 @@
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-// Buffers that the team of an item shares. All fp32 ones are gradients of the residual stream.
-template <class T>
-struct BackwardBuffers {
-  float* dx;      // [rows, D], of the point that the backward has reached
-  float* dx_sum;  // [rows, D], of x0, summed over steps
-  T* d_attn;      // [rows, D], of attention before its output projection
-  T* d_qkv;       // [rows, 3 D]
-
-  BackwardBuffers(Arena& arena, const Problem& p)
-      : dx(arena.take<float>(rows_per_item(p) * p.n_embd)),
-        dx_sum(arena.take<float>(rows_per_item(p) * p.n_embd)),
-        d_attn(arena.take<T>(rows_per_item(p) * p.n_embd)),
-        d_qkv(arena.take<T>(rows_per_item(p) * p.n_embd * 3)) {}
-};
-
 // z, [rows, D], where a step began: as it is, or as output of the LayerNorm that made it.
 template <class T>
 struct StepInput {
   const float* z;  // null: to be restored
   const T* x_hat;
-};
-
-// One thread's own, for a chunk of at most kChunkRows rows.
-template <class T>
-struct BackwardScratch {
-  static constexpr int64_t kChunkRows = 256;
-
-  int64_t max_rows;  // in a chunk, even
-  float* tile;       // [kTileRows][kPanel]
-  T* dx_operand;     // [max_rows, D], dx as left-hand matrix
-  T* x_hat;          // [max_rows, D], of a LayerNorm, recomputed
-  T* h;              // [max_rows, D], its output, likewise
-  T* d_fc;           // [max_rows, 4 D]
-  float* dy;         // [max_rows, D], gradient of h; before that, z
-  T* left;           // [D][max_rows], the transposed side of a weight's gradient
-  T* right;          // [max_rows, 4 D] in panels, the other side
-  T* d_fc_right;     // likewise
-  AttentionBackwardScratch<T> attention;
-
-  BackwardScratch(Arena& arena, const Problem& p)
-      : max_rows((std::min(kChunkRows, rows_per_item(p)) + 1) / 2 * 2),
-        tile(arena.take<float>(kTileRows * kPanel)),
-        dx_operand(arena.take<T>(max_rows * p.n_embd)),
-        x_hat(arena.take<T>(max_rows * p.n_embd)),
-        h(arena.take<T>(max_rows * p.n_embd)),
-        d_fc(arena.take<T>(max_rows * p.n_embd * 4)),
-        dy(arena.take<float>(max_rows * p.n_embd)),
-        left(arena.take<T>(max_rows * p.n_embd)),
-        right(arena.take<T>(max_rows * p.n_embd * 4)),
-        d_fc_right(arena.take<T>(max_rows * p.n_embd * 4)),
-        attention(arena, p.seq_len, p.head_dim()) {}
 };
 
 // One loop step on one item, by one member of its team.
