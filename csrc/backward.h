@@ -168,7 +168,7 @@ class BackwardStep {
     add_weight_gradient(sums.mlp_c_proj, scratch_.dx_operand, hidden, m);
     multiply_into(scratch_.d_fc, width, weights_.c_fc(layer), {0, m}, scratch_.dy, false);
     const T* x_hat = block.x_hat_2 + chunk.begin * D_;
-    restore_norm(x_hat, w.ln_2_weight, w.ln_2_bias, m);
+    restore_norm(x_hat, w.ln_2_weight, w.ln_2_bias, m, scratch_.h);
     add_weight_gradient(sums.c_fc_t, scratch_.h, d_fc, m);
     norm(x_hat, block.rstd_2, w.ln_2_weight, grad.ln_2_weight, grad.ln_2_bias, chunk);
   }
@@ -221,7 +221,7 @@ class BackwardStep {
       norm_step_input(input, w.ln_1_weight, w.ln_1_bias, chunk);
     } else {
       x_hat = block.x_hat_1 + chunk.begin * D_;
-      restore_norm(x_hat, w.ln_1_weight, w.ln_1_bias, m);
+      restore_norm(x_hat, w.ln_1_weight, w.ln_1_bias, m, scratch_.h);
     }
     add_weight_gradient(sums_.blocks[layer].c_attn_t, scratch_.h, d_qkv_right, m);
     multiply_into(d_qkv, width, weights_.c_attn(layer), {0, m}, scratch_.dy, false);
@@ -242,38 +242,20 @@ class BackwardStep {
 
   // The chunk's rows of z.
   const float* step_input(const StepInput<T>& input, Range chunk) const {
-    const int64_t D = D_, m = chunk.size();
-    if (input.z) return input.z + chunk.begin * D;
-    const T* x_hat = input.x_hat + chunk.begin * D;
-    const float* weight = inputs_.ln_f_weight;
-    const float* bias = inputs_.ln_f_bias;
-    float* z = scratch_.dy;
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < D; j += kVec) {
-        const Vec restored = Operand<T>::load(x_hat + i * D + j);
-        scale_and_shift(restored, weight, bias, j).store(z + i * D + j);
-      }
-    }
-    return z;
+    const int64_t first = chunk.begin * D_;
+    if (input.z) return input.z + first;
+    restore_norm(input.x_hat + first, inputs_.ln_f_weight, inputs_.ln_f_bias, chunk.size(),
+                 scratch_.dy);
+    return scratch_.dy;
   }
 
   // x_hat and h of the first LayerNorm of a step, as the forward had them.
   [[gnu::flatten]] void norm_step_input(const StepInput<T>& input, const float* weight,
                                         const float* bias, Range chunk) const {
-    const int64_t D = D_;
-    T* x_hat = scratch_.x_hat;
-    T* h = scratch_.h;
     const float* z = step_input(input, chunk);
     with_step_input(problem_, inputs_, item_.first_token() + chunk.begin, z, [&](auto x_0) {
-      normalize(
-          {0, chunk.size()}, D, scratch_.dy, x_0,
-          [=](int64_t i, int64_t j, Vec v_0, Vec v_1) {
-            const int64_t at = i * D + j;
-            Operand<T>::store(x_hat + at, v_0, v_1);
-            Operand<T>::store(h + at, scale_and_shift(v_0, weight, bias, j),
-                              scale_and_shift(v_1, weight, bias, j + kVec));
-          },
-          nullptr);
+      normalize_to_operands({0, chunk.size()}, D_, scratch_.dy, x_0, weight, bias, scratch_.x_hat,
+                            scratch_.h, nullptr);
     });
   }
 
@@ -339,17 +321,18 @@ class BackwardStep {
     add_product(sums, scratch_.left, scratch_.max_rows, right, round_up_to_pack<T>(m));
   }
 
-  // h = x_hat * weight + bias: the output of a LayerNorm, as the forward had it.
-  // x_hat: [m, D].
-  void restore_norm(const T* x_hat, const float* weight, const float* bias, int64_t m) const {
+  // out = x_hat * weight + bias: the output of a LayerNorm, as the forward had it. Both [m, D].
+  template <class Out>
+  void restore_norm(const T* x_hat, const float* weight, const float* bias, int64_t m,
+                    Out* out) const {
     const int64_t D = D_;
     for (int64_t i = 0; i < m; ++i) {
-      T* h = scratch_.h + i * D;
+      Out* row = out + i * D;
       const auto restored = [=](int64_t j) {
         return scale_and_shift(Operand<T>::load(x_hat + i * D + j), weight, bias, j);
       };
       for (int64_t j = 0; j < D; j += kStride) {
-        Operand<T>::store(h + j, restored(j), restored(j + kVec));
+        Operand<Out>::store(row + j, restored(j), restored(j + kVec));
       }
     }
   }

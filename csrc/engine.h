@@ -72,7 +72,7 @@ struct ForwardOutputs {
 
 struct BackwardInputs {
   const float* grad;    // of states [W, B, S, D], or of predictions [W, B, S, n_outputs]
-  const float* states;  // [W, B, S, D]; null with activations
+  const float* states;  // [W, B, S, D]; read where there are no activations, else maybe null
   Saved saved;
 };
 

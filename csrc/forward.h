@@ -223,17 +223,7 @@ class ForwardStep {
   template <class Load>
   [[gnu::flatten]] void norm(Load load, const float* weight, const float* bias, T* x_hat,
                              float* rstd) const {
-    const int64_t D = D_;
-    T* h = buffers_.h;
-    normalize(
-        rows_, D, buffers_.x, load,
-        [=](int64_t i, int64_t j, Vec v_0, Vec v_1) {
-          const int64_t at = i * D + j;
-          Operand<T>::store(h + at, scale_and_shift(v_0, weight, bias, j),
-                            scale_and_shift(v_1, weight, bias, j + kVec));
-          if (x_hat) Operand<T>::store(x_hat + at, v_0, v_1);
-        },
-        rstd);
+    normalize_to_operands(rows_, D_, buffers_.x, load, weight, bias, x_hat, buffers_.h, rstd);
   }
 
   const Problem& problem_;

@@ -69,6 +69,21 @@ inline void normalize(Range rows, int64_t D, float* x, Load load, Emit emit, flo
   if (i < rows.end) normalize_rows<1>(i, D, x, load, emit, rstd);
 }
 
+// Rows of h = LN(x), and x_hat unless that is null, as operands T; x = load(row, column) first.
+template <class T, class Load>
+inline void normalize_to_operands(Range rows, int64_t D, float* x, Load load, const float* weight,
+                                  const float* bias, T* x_hat, T* h, float* rstd) {
+  normalize(
+      rows, D, x, load,
+      [=](int64_t i, int64_t j, Vec v_0, Vec v_1) {
+        const int64_t at = i * D + j;
+        Operand<T>::store(h + at, scale_and_shift(v_0, weight, bias, j),
+                          scale_and_shift(v_1, weight, bias, j + kVec));
+        if (x_hat) Operand<T>::store(x_hat + at, v_0, v_1);
+      },
+      rstd);
+}
+
 // What a LayerNorm's backward reads and writes, at row 0 of an item. X: what x_hat was saved as.
 template <class X>
 struct LayerNormBackward {

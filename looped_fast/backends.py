@@ -49,7 +49,7 @@ def _why_not_cpu(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"tensors are on {problem.device}"
     if problem.dtype != torch.float32:
-        return f"it takes float32 tensors on the CPU, not {problem.dtype}"
+        return f"it takes float32 tensors, not {problem.dtype}"
     if D % 32 or D > cpu_engine.MAX_WIDTH:
         return f"D = {D} is not a multiple of 32 up to {cpu_engine.MAX_WIDTH}"
     if head_dim % 8:

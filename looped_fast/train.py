@@ -11,7 +11,6 @@ import contextlib
 import json
 import sys
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,8 +66,7 @@ EXPECTED_ERRORS = (ValueError, OSError, RuntimeError)
 def explain(error: BaseException) -> int:
     """Tell of an error, and return the exit status: 2 if other arguments would help."""
     if not isinstance(error, EXPECTED_ERRORS):
-        traceback.print_exception(error)
-        return 1
+        return distributed.print_traceback(error)
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
@@ -250,9 +248,8 @@ def run(
             )
         return 128 + stop.signum
     minutes = (time.perf_counter() - started) / 60
-    with processes.together():
-        if processes.is_main:
-            report(trainer, f"{trainer.step} steps, {minutes:.1f} minutes in this sitting")
+    summary = f"{trainer.step} steps, {minutes:.1f} minutes in this sitting"
+    processes.on_main(lambda: report(trainer, summary))
     return 0
 
 

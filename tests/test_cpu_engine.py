@@ -97,9 +97,13 @@ def problems(draw):
     problem={"B": 1, "S": 301, "D": 32, "n_layer": 1, "n_heads": 2, "n_loops": 2, "window": 1,
              "injection": "mul", "checkpoint": "state", "n_outputs": 0}, n_threads=2,
 )  # fmt: skip
-@example(  # states are read, and not returned
+@example(  # z is restored, for the gradient of z * e and for LayerNorm 1
     problem={"B": 3, "S": 9, "D": 32, "n_layer": 2, "n_heads": 2, "n_loops": 3, "window": 2,
              "injection": "mul", "checkpoint": "none", "n_outputs": 1}, n_threads=2,
+)  # fmt: skip
+@example(  # states are kept for the backward, and not returned
+    problem={"B": 3, "S": 9, "D": 32, "n_layer": 1, "n_heads": 2, "n_loops": 4, "window": 3,
+             "injection": "add", "checkpoint": "state", "n_outputs": 2}, n_threads=2,
 )  # fmt: skip
 @example(  # more outputs than the engine computes itself
     problem={"B": 2, "S": 9, "D": 32, "n_layer": 1, "n_heads": 2, "n_loops": 2, "window": 2,

@@ -190,7 +190,7 @@ def replaced(**changes):
         ({"read_out": (torch.zeros(2, 16), torch.zeros(3))}, "read_out weight has shape (2, 16)"),
         (
             {"read_out": (torch.zeros(2, 16), torch.zeros(2).half())},
-            "read_out bias is torch",
+            "read_out bias is torch.float16 on cpu",
         ),
         ({"read_out": (torch.zeros(16),)}, "read_out holds 1 tensors; weight and bias are needed"),
     ],
