@@ -99,12 +99,14 @@ class TabularTrainer(Trainer):
         self._xs.copy_(xs)
         self._ys.copy_(ys)
 
-    def _loss(self, model: nn.Module, n_points: int, n_loops: int) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, n_points: int, n_loops: int, model: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy over positions and the window's predictions, with that of a coin."""
         xs, ys = self._xs[:, :n_points], self._ys[:, :n_points]
         with self.autocast():
             window = min(self.config.window, n_loops)
-            logits = model(xs, ys, n_loops, window)  # [W, B, n, 2]
+            logits = (model or self.model)(xs, ys, n_loops, window)  # [W, B, n, 2]
         logits = logits[-self.config.supervised_window :]
         labels = ys.long().expand(logits.shape[:-1])
         loss = cross_entropy(logits.flatten(0, 2), labels.flatten())

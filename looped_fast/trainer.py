@@ -270,7 +270,7 @@ class Trainer:
     def _update(self, n_points: int, n_loops: int) -> None:
         """The device's part of a step: no look at values here, all shapes from the arguments."""
         config = self.config
-        loss, zero = self._loss(self._averaging_model, n_points, n_loops)
+        loss, zero = self._loss(n_points, n_loops, self._averaging_model)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
@@ -288,7 +288,7 @@ class Trainer:
         config, (_, n_points, n_loops) = self.config, self.curriculum.at(0)
         averaging = self.processes.averaging(
             self.model,
-            lambda model: self._loss(model, n_points, n_loops)[0],
+            lambda model: self._loss(n_points, n_loops, model)[0],
             # The prompt enters before the first step alone, which may have no gradient.
             some_unused=config.injection == "none" and config.window < config.n_loops,
         )
@@ -359,7 +359,7 @@ class Trainer:
         _, n_points, n_loops = self.curriculum.at(self.step)
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
-            loss, _ = self._loss(self.model, n_points, n_loops)
+            loss, _ = self._loss(n_points, n_loops)
             parameters = list(self.model.parameters())
             *_, gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradient.sum().item()  # waits for a GPU
@@ -369,12 +369,14 @@ class Trainer:
         work = stride * sum(step_flops(config, self.curriculum.at(step)) for step in steps)
         return seconds * work / step_flops(config, self.curriculum.at(self.step))
 
-    def _loss(self, model: nn.Module, n_points: int, n_loops: int) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, n_points: int, n_loops: int, model: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Of ``model``, on the batch that ``_set_inputs`` chose, with that of predicting zero."""
         xs, ys = self._batch(n_points)
         with self.autocast():
             window = min(self.config.window, n_loops)
-            predictions = model(xs, ys, n_loops, window)  # [W, B, n]
+            predictions = (model or self.model)(xs, ys, n_loops, window)  # [W, B, n]
         errors = predictions[-self.config.supervised_window :] - ys
         return errors.square().mean(), ys.square().mean()
 
