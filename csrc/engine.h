@@ -27,6 +27,7 @@ struct Problem {
 
   int64_t head_dim() const { return n_embd / n_heads; }
   int64_t n_tokens() const { return batch * seq_len; }
+  int64_t n_x() const { return (seq_len + 1) / 2; }  // even tokens of a sequence, which are x
 };
 
 // One block's tensors in the order of reference.Block: parameters, or their gradients.
@@ -76,6 +77,12 @@ struct BackwardInputs {
   Saved saved;
 };
 
+// What predictions of the x tokens are held against.
+struct Targets {
+  const float* ys;  // [B, n_x, n_outputs]
+  int64_t n_steps;  // last steps of the window whose predictions count
+};
+
 struct Gradients {
   float* embeddings;           // [B, S, D]; null for Injection::kNone
   float* positions;            // [S, D]
@@ -96,6 +103,9 @@ struct Engine {
   size_t (*backward_workspace)(const Problem&, bool recompute, int n_threads);
   void (*backward)(const Problem&, const Inputs&, const BackwardInputs&, const Gradients&,
                    void* workspace, int n_threads);
+  size_t (*mse_workspace)(const Problem&, int n_threads);
+  float (*mse)(const Problem&, const Inputs&, const Targets&, const Gradients&, void* workspace,
+               int n_threads);
 };
 
 extern const Engine kEngineAvx2Fp32;

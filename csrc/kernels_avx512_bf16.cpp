@@ -1,5 +1,5 @@
 // Compiled with flags of its own: see ISA_FLAGS in setup.py.
-#include "loop.h"
+#include "make_engine.h"
 
 namespace looped_fast {
 

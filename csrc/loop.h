@@ -26,6 +26,28 @@ struct ForwardPlan {
   }
 };
 
+// Where what comes out of a loop step goes. Null: it is not wanted.
+template <class T>
+struct StepOutputs {
+  float* z;            // [rows, D], the item's
+  float* predictions;  // [rows, n_outputs]
+  std::optional<StepActivations<T>> saved;
+};
+
+// All loop steps on one item. outputs_of(w): of step w of the window, and for w = -1 of the one
+// before it.
+template <class T, class OutputsOf>
+inline void run_steps(const Problem& problem, const ForwardStep<T>& step, const float* z, float* x,
+                      OutputsOf&& outputs_of) {
+  for (int64_t w = problem.window - problem.n_loops; w < problem.window; ++w) {
+    const StepOutputs<T> outputs = w >= -1 ? outputs_of(w) : StepOutputs<T>{};
+    float* z_next = outputs.z ? outputs.z : x;
+    step.run(z, z_next, outputs.saved ? &*outputs.saved : nullptr);
+    if (outputs.predictions) step.read_out(z_next, outputs.predictions);
+    z = z_next;
+  }
+}
+
 template <class T>
 inline void loop_forward(const Problem& problem, const Inputs& inputs,
                          const ForwardOutputs& outputs, void* workspace, int n_threads) {
@@ -40,54 +62,68 @@ inline void loop_forward(const Problem& problem, const Inputs& inputs,
     const BrgemmScope<T> brgemm_scope;
     for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const Phase phase("looped_fast::loop_steps", thread);
-      const int64_t D = problem.n_embd, offset = item.first_token() * D;
-      const ForwardStep<T> step(problem, inputs, plan.weights, plan.buffers[owner],
-                                plan.scratch[thread], item, team);
-      const float* z = inputs.state + offset;
-      for (int64_t i = 0; i < problem.n_loops; ++i) {
-        const int64_t w = i - (problem.n_loops - problem.window);  // step of the window
-        float* z_next = plan.buffers[owner].x;
-        if (w >= 0 && outputs.states) {
-          z_next = outputs.states + w * problem.n_tokens() * D + offset;
-        } else if (w == -1 && outputs.saved.start) {
-          z_next = outputs.saved.start + offset;
+      const int64_t D = problem.n_embd, first = item.first_token();
+      const ForwardBuffers<T>& buffers = plan.buffers[owner];
+      const ForwardStep<T> step(problem, inputs, plan.weights, buffers, plan.scratch[thread], item,
+                                team);
+      run_steps(problem, step, inputs.state + first * D, buffers.x, [&](int64_t w) {
+        StepOutputs<T> to{};
+        const int64_t row = w * problem.n_tokens() + first;
+        if (w < 0) {
+          if (outputs.saved.start) to.z = outputs.saved.start + first * D;
+          return to;
         }
-        if (w >= 0 && outputs.saved.activations) {
-          const StepActivations<T> saved = saved_step<T>(problem, outputs.saved, w, item);
-          step.run(z, z_next, &saved);
-        } else {
-          step.run(z, z_next, nullptr);
+        if (outputs.states) to.z = outputs.states + row * D;
+        if (outputs.predictions) to.predictions = outputs.predictions + row * problem.n_outputs;
+        if (outputs.saved.activations) {
+          to.saved.emplace(saved_step<T>(problem, outputs.saved, w, item));
         }
-        if (w >= 0 && outputs.predictions) {
-          const int64_t row = w * problem.n_tokens() + item.first_token();
-          step.read_out(z_next, outputs.predictions + row * problem.n_outputs);
-        }
-        z = z_next;
-      }
+        return to;
+      });
     });
   });
 }
 
-// Memory of a backward on n_threads threads.
+// Memory of a backward on n_threads threads. With n_kept > 0 it has activations of so many steps
+// of an item, and what a forward needs to fill them.
 template <class T>
 struct BackwardPlan {
   PackedWeights<T> weights;
   std::vector<BackwardBuffers<T>> buffers;  // per thread, as owner of an item
   std::vector<BackwardScratch<T>> scratch;  // per thread
   std::vector<ThreadSums> sums;             // per thread
-  // To recompute activations, else empty:
-  std::optional<ForwardPlan<T>> forward;
-  std::vector<StepActivations<T>> activations;  // per thread, as owner of an item
+  std::optional<ForwardPlan<T>> forward;    // if n_kept > 0
+  std::vector<std::vector<StepActivations<T>>> activations;  // per thread, as owner of an item
 
-  BackwardPlan(Arena& arena, const Problem& problem, bool recompute, int n_threads)
-      : weights(arena, problem, PackedWeights<T>::kBackward) {
+  BackwardPlan(Arena& arena, const Problem& problem, int64_t n_kept, int n_threads)
+      : weights(arena, problem, PackedWeights<T>::kBackward), activations(n_threads) {
     for (int i = 0; i < n_threads; ++i) {
       buffers.emplace_back(arena, problem);
       scratch.emplace_back(arena, problem);
       sums.emplace_back(arena, problem);
-      if (recompute) activations.push_back(scratch_step<T>(problem, arena));
+      for (int64_t w = 0; w < n_kept; ++w) {
+        activations[i].push_back(scratch_step<T>(problem, arena));
+      }
     }
-    if (recompute) forward.emplace(arena, problem, n_threads);
+    if (n_kept > 0) forward.emplace(arena, problem, n_threads);
+  }
+
+  // Before items, by each of n threads.
+  void begin(const Inputs& inputs, int thread, int n, Barrier& barrier) {
+    const Phase phase("looped_fast::pack_weights", thread);
+    weights.pack(inputs.blocks, thread, n);
+    if (forward) forward->weights.pack(inputs.blocks, thread, n);
+    if (thread == 0) sums.erase(sums.begin() + n, sums.end());  // threads that we did not get
+    barrier.wait(n);
+    sums[thread].clear();
+  }
+
+  // After them.
+  void end(const Problem& problem, const Gradients& gradients, int thread, int n,
+           Barrier& barrier) const {
+    barrier.wait(n);
+    const Phase phase("looped_fast::reduce_gradients", thread);
+    reduce(sums, problem, gradients, thread, n);
   }
 };
 
@@ -97,25 +133,17 @@ inline void loop_backward(const Problem& problem, const Inputs& inputs,
                           void* workspace, int n_threads) {
   const bool recompute = outer.saved.activations == nullptr;
   Arena arena(workspace);
-  BackwardPlan<T> plan(arena, problem, recompute, n_threads);
+  BackwardPlan<T> plan(arena, problem, recompute ? 1 : 0, n_threads);
   // One region: OpenMP may give the next one another number of threads, and so of sums.
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
-    {
-      const Phase phase("looped_fast::pack_weights", thread);
-      plan.weights.pack(inputs.blocks, thread, n);
-      if (recompute) plan.forward->weights.pack(inputs.blocks, thread, n);
-      if (thread == 0) plan.sums.erase(plan.sums.begin() + n, plan.sums.end());  // threads we got
-      barrier.wait(n);
-    }
+    plan.begin(inputs, thread, n, barrier);
     const BrgemmScope<T> brgemm_scope;
-    const ThreadSums& sums = plan.sums[thread];
-    sums.clear();
     for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const Phase phase("looped_fast::loop_steps_backward", thread);
       const int64_t D = problem.n_embd, offset = item.first_token() * D;
       const int64_t grad_width = problem.n_outputs ? problem.n_outputs : D;
       const BackwardStep<T> step(problem, inputs, plan.weights, gradients, plan.buffers[owner],
-                                 plan.scratch[thread], sums, item, team);
+                                 plan.scratch[thread], plan.sums[thread], item, team);
       step.begin_item();
       for (int64_t w = problem.window - 1; w >= 0; --w) {
         const int64_t row = w * problem.n_tokens() + item.first_token();
@@ -130,7 +158,7 @@ inline void loop_backward(const Problem& problem, const Inputs& inputs,
         }
         if (recompute) {
           const ForwardPlan<T>& forward = *plan.forward;
-          const StepActivations<T>& activations = plan.activations[owner];
+          const StepActivations<T>& activations = plan.activations[owner][0];
           ForwardStep<T>(problem, inputs, forward.weights, forward.buffers[owner],
                          forward.scratch[thread], item, team)
               .run(input.z, forward.buffers[owner].x, &activations);
@@ -141,28 +169,8 @@ inline void loop_backward(const Problem& problem, const Inputs& inputs,
       }
       step.end_item();
     });
-    barrier.wait(n);
-    const Phase phase("looped_fast::reduce_gradients", thread);
-    reduce(plan.sums, problem, gradients, thread, n);
+    plan.end(problem, gradients, thread, n, barrier);
   });
-}
-
-template <class T>
-constexpr Engine make_engine() {
-  return {
-      [](const Problem& problem, int n_threads) {
-        Arena arena(nullptr);
-        ForwardPlan<T>(arena, problem, n_threads);
-        return arena.size();
-      },
-      loop_forward<T>,
-      [](const Problem& problem, bool recompute, int n_threads) {
-        Arena arena(nullptr);
-        BackwardPlan<T>(arena, problem, recompute, n_threads);
-        return arena.size();
-      },
-      loop_backward<T>,
-  };
 }
 
 }  // namespace CPU_CAPABILITY

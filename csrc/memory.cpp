@@ -55,6 +55,12 @@ class Recycler {
     }
   }
 
+  void clear() {
+    std::deque<Buffer> freed;  // after the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    freed.swap(free_);
+  }
+
  private:
   struct Buffer {
     c10::DataPtr data;
@@ -96,5 +102,7 @@ at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype) {
       },
       dtype);
 }
+
+void free_recycled() { recycler().clear(); }
 
 }  // namespace looped_fast

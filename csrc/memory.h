@@ -13,4 +13,7 @@ namespace looped_fast {
 // a size near theirs is asked for.
 at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype);
 
+// Frees what is kept.
+void free_recycled();
+
 }  // namespace looped_fast

@@ -3,11 +3,14 @@
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <array>
+#include <cmath>
 #include <exception>
 #include <string>
 #include <tuple>
@@ -191,8 +194,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return {predictions, activations, statistics, states, start};
 }
 
-// Gradients of embeddings, positions, state and then of the weights; of state, no elements where
-// the window does not cover every step.
+// Gradients of embeddings, positions, state and then of the weights, uninitialised; of state, no
+// elements where the window does not cover every step. All are 0 where there are no tokens.
+class GradientTensors {
+ public:
+  GradientTensors(const Problem& p, const Tensor& embeddings, const Tensor& positions,
+                  const Tensor& state, at::TensorList weights) {
+    const auto empty = [](const Tensor& like) {
+      return at::empty_like(like, like.options().requires_grad(false),
+                            at::MemoryFormat::Contiguous);
+    };
+    const bool of_state = p.window == p.n_loops;
+    tensors_ = {empty(embeddings), empty(positions),
+                of_state ? empty(state) : at::empty({0}, state.options())};
+    for (const Tensor& w : weights) tensors_.push_back(empty(w));
+    if (p.injection == Injection::kNone) tensors_[0].zero_();
+    if (p.n_tokens() == 0) {
+      for (Tensor& t : tensors_) t.zero_();
+    }
+    std::vector<float*> data;
+    for (const Tensor& t : tensors_) data.push_back(data_or_null(t));
+    for (int64_t layer = 0; layer < p.n_layer; ++layer) {
+      float** w = data.data() + 3 + layer * kBlockTensors;
+      blocks_.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]});
+    }
+    float** last = data.data() + 3 + p.n_layer * kBlockTensors;
+    const bool reads_out = p.n_outputs > 0;
+    gradients_ = {data[0], data[1], data[2], blocks_.data(),
+                  last[0], last[1], reads_out ? last[2] : nullptr, reads_out ? last[3] : nullptr};
+  }
+  GradientTensors(const GradientTensors&) = delete;
+
+  const std::vector<Tensor>& tensors() const { return tensors_; }
+  const Gradients& gradients() const { return gradients_; }
+
+ private:
+  std::vector<Tensor> tensors_;
+  std::vector<Block<float>> blocks_;
+  Gradients gradients_;
+};
+
 std::vector<Tensor> backward(const Tensor& grad, const Tensor& outputs, const Tensor& activations,
                              const Tensor& statistics, const Tensor& saved_states,
                              const Tensor& start, const Tensor& embeddings,
@@ -202,35 +243,9 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& outputs, const Te
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
   const Problem& p = call.problem();
-  const auto empty = [](const Tensor& like) {
-    return at::empty_like(like, like.options().requires_grad(false), at::MemoryFormat::Contiguous);
-  };
-  std::vector<Tensor> grads = {empty(embeddings), empty(positions),
-                               window == n_loops ? empty(state) : at::empty({0}, state.options())};
-  for (const Tensor& w : weights) grads.push_back(empty(w));
-  if (p.injection == Injection::kNone) grads[0].zero_();
-  if (p.n_tokens() == 0) {
-    for (Tensor& g : grads) g.zero_();
-    return grads;
-  }
-  std::vector<float*> data;
-  for (const Tensor& g : grads) data.push_back(data_or_null(g));
-  std::vector<Block<float>> blocks;
-  for (int64_t layer = 0; layer < p.n_layer; ++layer) {
-    float** w = data.data() + 3 + layer * kBlockTensors;
-    blocks.push_back({w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7], w[8], w[9], w[10], w[11]});
-  }
-  float** last = data.data() + 3 + p.n_layer * kBlockTensors;
-  const bool reads_out = p.n_outputs > 0;
-  const Gradients gradients{data[0],
-                            data[1],
-                            data[2],
-                            blocks.data(),
-                            last[0],
-                            last[1],
-                            reads_out ? last[2] : nullptr,
-                            reads_out ? last[3] : nullptr};
-  const Tensor& states = reads_out ? saved_states : outputs;
+  const GradientTensors grads(p, embeddings, positions, state, weights);
+  if (p.n_tokens() == 0) return grads.tensors();
+  const Tensor& states = p.n_outputs > 0 ? saved_states : outputs;
   const BackwardInputs inputs{call.keep(grad, outputs.numel()),
                               states.numel() ? call.keep(states, states.numel()) : nullptr,
                               {activations.numel() ? activations.data_ptr() : nullptr,
@@ -238,8 +253,37 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& outputs, const Te
   const int n_threads = useful_threads(p, available_threads());
   const bool recompute = inputs.saved.activations == nullptr;
   Tensor memory = workspace(engine.backward_workspace(p, recompute, n_threads));
-  engine.backward(p, call.inputs(), inputs, gradients, memory.data_ptr(), n_threads);
-  return grads;
+  engine.backward(p, call.inputs(), inputs, grads.gradients(), memory.data_ptr(), n_threads);
+  return grads.tensors();
+}
+
+// The mean squared error of the last n_supervised predictions of x tokens, [], and its gradients.
+// targets: [B, (S + 1) / 2, n_outputs].
+std::tuple<Tensor, std::vector<Tensor>> mse(const Tensor& embeddings, const Tensor& positions,
+                                            const Tensor& state, at::TensorList weights,
+                                            const Tensor& targets, int64_t n_heads,
+                                            int64_t n_loops, int64_t window, int64_t n_supervised,
+                                            std::string injection, std::string precision) {
+  Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
+  const Engine& engine = engine_for(precision);
+  const Problem& p = call.problem();
+  TORCH_CHECK_VALUE(p.n_outputs > 0, "a read-out is needed");
+  TORCH_CHECK_VALUE(1 <= n_supervised && n_supervised <= window, "n_supervised = ", n_supervised);
+  const GradientTensors grads(p, embeddings, positions, state, weights);
+  Tensor error = at::full({}, NAN, embeddings.options().requires_grad(false));
+  const float* ys = call.keep(targets, p.batch * p.n_x() * p.n_outputs);
+  if (p.n_tokens() > 0) {
+    const int n_threads = useful_threads(p, available_threads());
+    Tensor memory = workspace(engine.mse_workspace(p, n_threads));
+    error.fill_(engine.mse(p, call.inputs(), {ys, n_supervised}, grads.gradients(),
+                           memory.data_ptr(), n_threads));
+  }
+  return {error, grads.tensors()};
+}
+
+std::vector<Tensor> mse_backward(const Tensor& grad, at::TensorList gradients,
+                                 at::TensorList /*inputs: for autograd*/) {
+  return at::_foreach_mul(gradients, grad);
 }
 
 std::string why_not(std::string precision) { return choose_engine(precision).why_not; }
@@ -257,12 +301,21 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
       "Tensor states, Tensor start, Tensor embeddings, Tensor positions, Tensor state, "
       "Tensor[] weights, int n_heads, int n_loops, int window, str injection, str precision) "
       "-> Tensor[]");
+  library.def(
+      "cpu_loop_mse(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
+      "Tensor targets, int n_heads, int n_loops, int window, int n_supervised, str injection, "
+      "str precision) -> (Tensor error, Tensor[] gradients)");
+  library.def(
+      "cpu_loop_mse_backward(Tensor grad, Tensor[] gradients, Tensor[] inputs) -> Tensor[]");
+  library.def("cpu_empty_cache() -> ()", free_recycled);
   library.def("cpu_why_not(str precision) -> str", why_not);
 }
 
 TORCH_LIBRARY_IMPL(looped_fast, CPU, library) {
   library.impl("cpu_loop_forward", forward);
   library.impl("cpu_loop_backward", backward);
+  library.impl("cpu_loop_mse", mse);
+  library.impl("cpu_loop_mse_backward", mse_backward);
 }
 
 }  // namespace looped_fast

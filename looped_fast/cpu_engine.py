@@ -1,7 +1,8 @@
 """The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
 
-``looped_fast::cpu_loop_forward``, ``cpu_loop_backward`` and ``cpu_evaluate_trees`` are defined by
-the extension ``looped_fast._C``; this adds shapes for torch.compile, and autograd.
+``looped_fast::cpu_loop_forward``, ``cpu_loop_backward``, ``cpu_loop_mse`` and
+``cpu_evaluate_trees`` are defined by the extension ``looped_fast._C``; this adds shapes for
+torch.compile, and autograd.
 """
 
 from __future__ import annotations
@@ -80,6 +81,33 @@ def loop(
     return outputs
 
 
+def loop_mse(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    targets: Tensor,
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    n_supervised: int,
+    injection: str,
+    precision: str,
+) -> Tensor:
+    """``ops.loop_mse`` on the engine, which computes gradients too; read-out last in weights."""
+    error, _ = torch.ops.looped_fast.cpu_loop_mse(
+        embeddings, positions, state, weights, targets, n_heads, n_loops, window, n_supervised,
+        injection, precision,
+    )  # fmt: skip
+    return error
+
+
+def empty_cache() -> None:
+    """Give back the memory that the engine keeps from call to call, if it is loaded."""
+    if why_not_loaded() is None:
+        torch.ops.looped_fast.cpu_empty_cache()
+
+
 def _forward_fake(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
     save_activations, save_states,
@@ -105,6 +133,22 @@ def _backward_fake(
     grad, outputs, activations, statistics, states, start, embeddings, positions, state, weights,
     n_heads, n_loops, window, injection, precision,
 ):  # fmt: skip
+    return _empty_gradients(embeddings, positions, state, weights, n_loops, window)
+
+
+def _mse_fake(
+    embeddings, positions, state, weights, targets, n_heads, n_loops, window, n_supervised,
+    injection, precision,
+):  # fmt: skip
+    grads = _empty_gradients(embeddings, positions, state, weights, n_loops, window)
+    return embeddings.new_empty(()), grads
+
+
+def _mse_backward_fake(grad, gradients, inputs):
+    return [torch.empty_like(g) for g in gradients]
+
+
+def _empty_gradients(embeddings, positions, state, weights, n_loops, window):
     grads = [embeddings, positions, state, *weights]
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads]
     if window < n_loops:
@@ -124,4 +168,7 @@ def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_evaluate_trees")(_evaluate_trees_fake)
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
+    torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)
     loop_autograd.register("cpu", _gradients)
+    torch.library.register_fake("looped_fast::cpu_loop_mse_backward")(_mse_backward_fake)
+    loop_autograd.register_mse()

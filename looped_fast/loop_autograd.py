@@ -58,18 +58,53 @@ def register(backend: str, gradients: Gradients, lib: torch.library.Library | No
         inputs = [embeddings, positions, state, weights]
         grads = gradients(grad, outputs, history, inputs, ctx.settings)
         _, n_loops, window, injection, *_ = ctx.settings
-        d_embeddings = None if injection == "none" else grads[0]
-        d_state = grads[2] if window == n_loops else None
-        return d_embeddings, grads[1], d_state, grads[3:], *of_settings
+        return *_of_inputs(grads, n_loops, window, injection), *of_settings
 
+    name = f"looped_fast::{backend}_loop"
+    torch.library.register_autograd(
+        f"{name}_forward", backward, setup_context=setup_context, lib=lib
+    )
+    torch.library.register_autograd(f"{name}_backward", _refuse_second(backend), lib=lib)
+
+
+def register_mse() -> None:
+    """Make ``looped_fast::cpu_loop_mse``, which has computed gradients, differentiable, once."""
+
+    def setup_context(ctx, inputs, output) -> None:
+        embeddings, positions, state, weights, *others = inputs
+        *_, n_loops, window, _, injection, _ = others
+        _, gradients = output
+        ctx.n_others, ctx.settings = len(others), (n_loops, window, injection)
+        ctx.save_for_backward(*gradients, embeddings, positions, state, *weights)
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad, _):
+        n = len(ctx.saved_tensors) // 2
+        gradients, inputs = list(ctx.saved_tensors[:n]), list(ctx.saved_tensors[n:])
+        of_others = (None,) * ctx.n_others
+        if grad is None:
+            return None, None, None, [None] * (n - 3), *of_others
+        # It has no use for inputs, but a second derivative would be through them.
+        grads = torch.ops.looped_fast.cpu_loop_mse_backward(grad, gradients, inputs)
+        return *_of_inputs(grads, *ctx.settings), *of_others
+
+    name = "looped_fast::cpu_loop_mse"
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+    torch.library.register_autograd(f"{name}_backward", _refuse_second("cpu"))
+
+
+def _of_inputs(grads: list[Tensor], n_loops: int, window: int, injection: str) -> tuple:
+    """Gradients of embeddings, positions, state and weights, None where nothing flows."""
+    d_embeddings = None if injection == "none" else grads[0]
+    return d_embeddings, grads[1], grads[2] if window == n_loops else None, grads[3:]
+
+
+def _refuse_second(backend: str) -> Callable[..., Any]:
     def second_backward(ctx, *_):
         raise NotImplementedError(
             f"the {backend} backend has no second derivatives; use backend='reference', inside "
             f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
 
-    name = f"looped_fast::{backend}_loop"
-    torch.library.register_autograd(
-        f"{name}_forward", backward, setup_context=setup_context, lib=lib
-    )
-    torch.library.register_autograd(f"{name}_backward", second_backward, lib=lib)
+    return second_backward

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class LoopedTransformer(nn.Module):
         config: shapes and recurrence.
         backend: ``auto``, ``reference``, ``cpu`` or ``triton``; see ``explain_backend``.
         checkpoint: ``state`` recomputes activations in the backward, which takes longer and needs
-            memory for the states alone; ``none`` keeps them. See ``ops.loop``.
+            memory for the states alone; ``none`` keeps them. See ``ops.loop``, and ``loss``.
         attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
             ``triton``. See ``ops.loop``.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
@@ -163,38 +163,87 @@ class LoopedTransformer(nn.Module):
                 outside 1..n_loops, or NaN or Inf in the prompt. (Values are looked at on CPUs
                 only: on a GPU the look would stall the stream.)
         """
+        n_loops, window = self._loop_counts(n_loops, window)
+        return self._predict(xs, ys, n_loops, window, self.config.injection)
+
+    def loss(
+        self,
+        xs: Tensor,
+        ys: Tensor,
+        n_loops: int | None = None,
+        window: int | None = None,
+        n_supervised: int | None = None,
+    ) -> Tensor:
+        """The squared error of predictions, in the mean over loop steps, prompts and positions.
+
+        It equals ``(self(xs, ys, n_loops, window)[-n_supervised:] - ys).square().mean()``, and so
+        do its gradients. On the ``cpu`` backend it takes a small part of the memory: a thread goes
+        back over a prompt right after it went forward, so activations of the other prompts are
+        never there.
+
+            >>> model = LoopedTransformer(ModelConfig(n_embd=64, n_head=4, n_loops=8, window=4))
+            >>> model.loss(torch.randn(3, 11, 20), torch.randn(3, 11)).backward()
+
+        Args:
+            xs, ys, n_loops, window: as of ``forward``.
+            n_supervised: last steps of the window that count; all of them by default.
+
+        Returns:
+            A scalar, []; differentiable, once, in the parameters.
+
+        Raises:
+            ValueError: as of ``forward``; ``n_supervised`` is outside 1..window; or the model
+                classifies.
+
+        Source: arXiv 2311.12424, section 4, equation 3.
+        """
         config = self.config
-        n_loops = config.n_loops if n_loops is None else n_loops
-        window = min(config.window, n_loops) if window is None else window
-        return self._predict(xs, ys, n_loops, window, config.injection)
+        if config.pred_type == "classification":
+            raise ValueError(
+                "the loss is a squared error, of regression; a classifier has logits: "
+                "torch.nn.functional.cross_entropy takes those that a call of the model returns"
+            )
+        n_loops, window = self._loop_counts(n_loops, window)
+        tensors, settings = self._loop_arguments(xs, ys, n_loops, window, config.injection)
+        targets = ys.unsqueeze(-1)
+        return ops.loop_mse(*tensors, targets, n_supervised=n_supervised, **settings)
+
+    def _loop_counts(self, n_loops: int | None, window: int | None) -> tuple[int, int]:
+        n_loops = self.config.n_loops if n_loops is None else n_loops
+        return n_loops, min(self.config.window, n_loops) if window is None else window
 
     def _predict(self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str) -> Tensor:
+        tensors, settings = self._loop_arguments(xs, ys, n_loops, window, injection)
+        predictions = self._loop(*tensors, **settings)[:, :, ::2]  # of x: [W, B, n, n_outputs]
+        if self.config.pred_type == "classification":
+            return predictions
+        return predictions.squeeze(-1)
+
+    def _loop_arguments(
+        self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, list[Tensor]], dict[str, Any]]:
+        """Tensors and settings of ``ops.loop``."""
         check_window(n_loops, window)
         self._check_prompt(xs, ys)
         device = xs.device.type
-        precision = ambient_precision(device)
         # Read-in and read-out are a thousandth of the work: they keep their full precision, this
         # one here, the other in the op.
         with torch.autocast(device, enabled=False):
             embeddings = ops.read_in(xs, ys, *self._read_in.parameters(), backend=self.backend)
-        predictions = self._loop(
-            embeddings,
-            self._backbone.positions[: embeddings.shape[1]],
-            initial_state(embeddings, injection),
-            self._backbone.op_weights(),
-            n_heads=self.config.n_head,
-            n_loops=n_loops,
-            window=window,
-            read_out=tuple(self._read_out.parameters()),
-            injection=injection,
-            precision=precision,
-            checkpoint=self.checkpoint,
-            backend=self.backend,
-            attention=self.attention,
-        )[:, :, ::2]  # [W, B, n, n_outputs], of the x tokens
-        if self.config.pred_type == "classification":
-            return predictions
-        return predictions.squeeze(-1)
+        positions = self._backbone.positions[: embeddings.shape[1]]
+        state = initial_state(embeddings, injection)
+        settings = {
+            "n_heads": self.config.n_head,
+            "n_loops": n_loops,
+            "window": window,
+            "read_out": tuple(self._read_out.parameters()),
+            "injection": injection,
+            "precision": ambient_precision(device),
+            "checkpoint": self.checkpoint,
+            "backend": self.backend,
+            "attention": self.attention,
+        }
+        return (embeddings, positions, state, self._backbone.op_weights()), settings
 
     def _check_prompt(self, xs: Tensor, ys: Tensor) -> None:
         config, weight = self.config, self._read_in.weight

@@ -1,6 +1,6 @@
-"""The loop as one differentiable PyTorch op, ``torch.ops.looped_fast.loop``.
+"""The loop as a differentiable PyTorch op, ``torch.ops.looped_fast.loop``, and ``loop_mse``.
 
-The op is registered with torch.library: schema, a fake implementation (shapes only, for
+Ops are registered with torch.library: schema, a fake implementation (shapes only, for
 torch.compile) and one for the Autograd keys. The reference backend decomposes into ATen ops
 there, so PyTorch differentiates it and Inductor may fuse it.
 """
@@ -18,11 +18,13 @@ from looped_fast.config import INJECTIONS, check_window
 from looped_fast.errors import unknown_name
 
 _library = torch.library.Library("looped_fast", "DEF")
-_library.define(
-    "loop(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, Tensor[] read_out, "
+_SETTINGS = (
     "int n_heads, int n_loops, int window, str injection, str precision, str checkpoint, "
-    "str backend, str attention) -> Tensor"
+    "str backend, str attention"
 )
+_TENSORS = "Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, Tensor[] read_out"
+_library.define(f"loop({_TENSORS}, {_SETTINGS}) -> Tensor")
+_library.define(f"loop_mse({_TENSORS}, Tensor targets, int n_supervised, {_SETTINGS}) -> Tensor")
 _library.define("read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias, str backend) -> Tensor")
 
 
@@ -63,6 +65,41 @@ def _run(
         return F.linear(states, *read_out)
 
 
+def _run_mse(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    read_out: Sequence[Tensor],
+    targets: Tensor,
+    n_supervised: int,
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    injection: str,
+    precision: str,
+    checkpoint: str,
+    backend: str,
+    attention: str,
+) -> Tensor:
+    tensors = (embeddings, positions, state, *weights, *read_out)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if needs_grad and not targets.requires_grad and cpu_engine.can_read_out(read_out):
+        problem = _problem(
+            embeddings, weights, n_heads, n_loops, window, injection, precision, attention
+        )
+        if backends.explain(problem, backend).chosen == "cpu":
+            return cpu_engine.loop_mse(
+                embeddings, positions, state, [*weights, *read_out], targets, n_heads, n_loops,
+                window, n_supervised, injection, precision,
+            )  # fmt: skip
+    predictions = _run(
+        embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection,
+        precision, checkpoint, backend, attention,
+    )  # fmt: skip
+    return (predictions[-n_supervised:, :, ::2] - targets).square().mean()
+
+
 def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
     choice = backends.choose_read_in(xs.device.type, xs.dtype, len(weight), backend)
     if choice.chosen == "triton":
@@ -73,6 +110,7 @@ def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: 
 # One function under both keys: below autograd it only computes, at autograd it is differentiated.
 for _key in ("CompositeExplicitAutograd", "Autograd"):
     _library.impl("loop", _run, _key)
+    _library.impl("loop_mse", _run_mse, _key)
     _library.impl("read_in", _run_read_in, _key)
 
 
@@ -83,6 +121,11 @@ def _fake(
 ):  # fmt: skip
     B, S, D = embeddings.shape
     return embeddings.new_empty((window, B, S, len(read_out[0]) if read_out else D))
+
+
+@torch.library.register_fake("looped_fast::loop_mse", lib=_library)
+def _fake_mse(embeddings, *_):
+    return embeddings.new_empty(())
 
 
 @torch.library.register_fake("looped_fast::read_in", lib=_library)
@@ -158,23 +201,67 @@ def loop(
     ``TransformerModelLooped.forward``.
     """
     _check(embeddings, positions, state, weights, read_out, n_heads)
-    check_window(n_loops, window)
-    if injection not in INJECTIONS:
-        raise unknown_name("injection", injection, INJECTIONS)
-    if precision not in reference.PRECISIONS:
-        raise unknown_name("precision", precision, reference.PRECISIONS)
-    if attention not in ("auto", *backends.ATTENTION):
-        raise unknown_name("attention", attention, ["auto", *backends.ATTENTION])
-    if checkpoint not in reference.CHECKPOINTS:
-        raise unknown_name("checkpoint", checkpoint, reference.CHECKPOINTS)
-    if precision != "fp32" and embeddings.dtype != torch.float32:
-        raise ValueError(
-            f"precision {precision!r} needs float32 tensors, not {embeddings.dtype}; "
-            f"use precision='fp32', which computes in the dtype of the tensors"
-        )
+    _check_settings(embeddings.dtype, n_loops, window, injection, precision, checkpoint, attention)
     return torch.ops.looped_fast.loop(
         embeddings, positions, state, list(weights), list(read_out), n_heads, n_loops, window,
         injection, precision, checkpoint, backend, attention,
+    )  # fmt: skip
+
+
+def loop_mse(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    targets: Tensor,
+    *,
+    read_out: Sequence[Tensor],
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    n_supervised: int | None = None,
+    injection: str = "add",
+    precision: str = "fp32",
+    checkpoint: str = "none",
+    backend: str = "auto",
+    attention: str = "auto",
+) -> Tensor:
+    """The mean squared error of ``loop``'s predictions of the even tokens, which are x.
+
+    That is ``(loop(...)[-n_supervised:, :, ::2] - targets).square().mean()``. The ``cpu`` backend
+    computes the error's gradient along with it, sequence by sequence: it keeps activations of a
+    sequence per thread instead of those of the batch, whatever ``checkpoint`` says.
+
+    Args:
+        targets: [B, (S + 1) // 2, n_outputs], in the dtype and on the device of the others.
+        read_out: as of ``loop``; needed.
+        n_supervised: last steps of the window whose predictions count; all of them by default.
+
+    All other arguments are those of ``loop``.
+
+    Returns:
+        A scalar, [], in the tensors' dtype; differentiable, once, in all tensors.
+
+    Raises:
+        ValueError: as of ``loop``; or ``targets`` or ``n_supervised`` does not fit.
+
+    Source: arXiv 2311.12424, section 4, equation 3.
+    """
+    _check(embeddings, positions, state, weights, read_out, n_heads)
+    _check_settings(embeddings.dtype, n_loops, window, injection, precision, checkpoint, attention)
+    if not read_out:
+        raise ValueError("loop_mse needs a read_out: errors are those of predictions")
+    n_supervised = window if n_supervised is None else n_supervised
+    if not 1 <= n_supervised <= window:
+        raise ValueError(
+            f"n_supervised = {n_supervised} is outside 1..{window} (window); predictions of the "
+            f"last n_supervised steps of the window are compared with targets"
+        )
+    B, S, _ = embeddings.shape
+    _check_tensor("targets", targets, (B, (S + 1) // 2, len(read_out[1])), embeddings)
+    return torch.ops.looped_fast.loop_mse(
+        embeddings, positions, state, list(weights), list(read_out), targets, n_supervised,
+        n_heads, n_loops, window, injection, precision, checkpoint, backend, attention,
     )  # fmt: skip
 
 
@@ -229,13 +316,34 @@ def _check(embeddings, positions, state, weights, read_out, n_heads) -> None:
         expected += [("read_out weight", weight, (len(bias), D))]
         expected += [("read_out bias", bias, (len(bias),))]
     for name, tensor, shape in expected:
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; {shape} is needed for embeddings of "
-                f"shape {(B, S, D)}"
-            )
-        if tensor.dtype != embeddings.dtype or tensor.device != embeddings.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, embeddings are "
-                f"{embeddings.dtype} on {embeddings.device}; move them to one dtype and device"
-            )
+        _check_tensor(name, tensor, shape, embeddings)
+
+
+def _check_tensor(name, tensor, shape, embeddings) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; {shape} is needed for embeddings of "
+            f"shape {tuple(embeddings.shape)}"
+        )
+    if tensor.dtype != embeddings.dtype or tensor.device != embeddings.device:
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device}, embeddings are "
+            f"{embeddings.dtype} on {embeddings.device}; move them to one dtype and device"
+        )
+
+
+def _check_settings(dtype, n_loops, window, injection, precision, checkpoint, attention) -> None:
+    check_window(n_loops, window)
+    if injection not in INJECTIONS:
+        raise unknown_name("injection", injection, INJECTIONS)
+    if precision not in reference.PRECISIONS:
+        raise unknown_name("precision", precision, reference.PRECISIONS)
+    if attention not in ("auto", *backends.ATTENTION):
+        raise unknown_name("attention", attention, ["auto", *backends.ATTENTION])
+    if checkpoint not in reference.CHECKPOINTS:
+        raise unknown_name("checkpoint", checkpoint, reference.CHECKPOINTS)
+    if precision != "fp32" and dtype != torch.float32:
+        raise ValueError(
+            f"precision {precision!r} needs float32 tensors, not {dtype}; "
+            f"use precision='fp32', which computes in the dtype of the tensors"
+        )

@@ -1,0 +1,36 @@
+// The engine's function table for an operand type, at the instruction set of the source that
+// includes this.
+#pragma once
+
+#include "loop.h"
+#include "loop_mse.h"
+
+namespace looped_fast {
+inline namespace CPU_CAPABILITY {
+
+template <class T>
+constexpr Engine make_engine() {
+  return {
+      [](const Problem& problem, int n_threads) {
+        Arena arena(nullptr);
+        ForwardPlan<T>(arena, problem, n_threads);
+        return arena.size();
+      },
+      loop_forward<T>,
+      [](const Problem& problem, bool recompute, int n_threads) {
+        Arena arena(nullptr);
+        BackwardPlan<T>(arena, problem, recompute ? 1 : 0, n_threads);
+        return arena.size();
+      },
+      loop_backward<T>,
+      [](const Problem& problem, int n_threads) {
+        Arena arena(nullptr);
+        MsePlan<T>(arena, problem, n_threads);
+        return arena.size();
+      },
+      loop_mse<T>,
+  };
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace looped_fast
