@@ -14,11 +14,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from looped_fast.model import LoopedTransformer
 
 T = TypeVar("T")
 
@@ -27,6 +29,17 @@ def print_traceback(error: BaseException) -> int:
     """Tell of an error that nobody expected; returns the exit status."""
     traceback.print_exception(error)
     return 1
+
+
+class _Loss(nn.Module):
+    """``model.loss`` as a forward: DistributedDataParallel takes no other method."""
+
+    def __init__(self, model: LoopedTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.model.loss(*args)
 
 
 @dataclass(frozen=True)
@@ -126,24 +139,31 @@ class Processes:
         return torch.device("cuda", self.local_rank)
 
     def averaging(
-        self, model: nn.Module, loss: Callable[[nn.Module], Tensor], *, some_unused: bool
-    ) -> nn.Module:
-        """``model``, with gradients that are means over the processes; parameters as on the main.
+        self,
+        model: LoopedTransformer,
+        trial: Callable[[Callable[..., Tensor]], Tensor],
+        *,
+        some_unused: bool,
+    ) -> Callable[..., Tensor]:
+        """``model.loss``, with gradients that are means over the processes.
 
-        All processes must call it, at one place.
+        Parameters become those of the main process. All must call it, at one place.
 
         Args:
             model: without gradients yet.
-            loss: of the model given to it, on any batch, by the same operations in every run.
+            trial: the value of the loss given to it, on any batch, by the same operations in
+                every run.
             some_unused: whether parameters may get no gradient.
         """
         if self.world_size == 1:
-            return model
-        averaging = nn.parallel.DistributedDataParallel(model, find_unused_parameters=some_unused)
+            return model.loss
+        averaging = nn.parallel.DistributedDataParallel(
+            _Loss(model), find_unused_parameters=some_unused
+        )
         # DDP sorts its buckets by the first backward, and the order in which three or more
         # processes are summed depends on them: so a resumed run has the same bits from its first
         # step on, which then is not the first here.
-        loss(averaging).backward()
+        trial(averaging).backward()
         model.zero_grad(set_to_none=True)
         return averaging
 

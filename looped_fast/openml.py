@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from looped_fast import checkpoint
@@ -99,14 +99,15 @@ class TabularTrainer(Trainer):
         self._xs.copy_(xs)
         self._ys.copy_(ys)
 
-    def _loss(
-        self, n_points: int, n_loops: int, model: nn.Module | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy over positions and the window's predictions, with that of a coin."""
+    def _loss(self, n_points: int, n_loops: int, loss: object = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy over positions and the window's predictions, with that of a coin.
+
+        ``loss``, the model's own, is of regression: it is not used.
+        """
         xs, ys = self._xs[:, :n_points], self._ys[:, :n_points]
         with self.autocast():
             window = min(self.config.window, n_loops)
-            logits = (model or self.model)(xs, ys, n_loops, window)  # [W, B, n, 2]
+            logits = self.model(xs, ys, n_loops, window)  # [W, B, n, 2]
         logits = logits[-self.config.supervised_window :]
         labels = ys.long().expand(logits.shape[:-1])
         loss = cross_entropy(logits.flatten(0, 2), labels.flatten())

@@ -7,13 +7,14 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from looped_fast import checkpoint, distributed, graphs, pretrained
@@ -270,7 +271,7 @@ class Trainer:
     def _update(self, n_points: int, n_loops: int) -> None:
         """The device's part of a step: no look at values here, all shapes from the arguments."""
         config = self.config
-        loss, zero = self._loss(n_points, n_loops, self._averaging_model)
+        loss, zero = self._loss(n_points, n_loops, self._averaging_loss)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
@@ -283,12 +284,12 @@ class Trainer:
         self._sums += torch.stack((loss.detach(), zero, norm))
 
     @functools.cached_property
-    def _averaging_model(self) -> nn.Module:
-        """``self.model``, made to average gradients once every process is known to be there."""
+    def _averaging_loss(self) -> Callable[..., Tensor]:
+        """``self.model.loss``, made to average gradients once every process is there."""
         config, (_, n_points, n_loops) = self.config, self.curriculum.at(0)
         averaging = self.processes.averaging(
             self.model,
-            lambda model: self._loss(n_points, n_loops, model)[0],
+            lambda loss: self._loss(n_points, n_loops, loss)[0],
             # The prompt enters before the first step alone, which may have no gradient.
             some_unused=config.injection == "none" and config.window < config.n_loops,
         )
@@ -370,15 +371,15 @@ class Trainer:
         return seconds * work / step_flops(config, self.curriculum.at(self.step))
 
     def _loss(
-        self, n_points: int, n_loops: int, model: nn.Module | None = None
+        self, n_points: int, n_loops: int, loss: Callable[..., Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Of ``model``, on the batch that ``_set_inputs`` chose, with that of predicting zero."""
+        """On the batch that ``_set_inputs`` chose, with that of predicting zero."""
         xs, ys = self._batch(n_points)
+        window = min(self.config.window, n_loops)
+        n_supervised = min(self.config.supervised_window, window)
         with self.autocast():
-            window = min(self.config.window, n_loops)
-            predictions = (model or self.model)(xs, ys, n_loops, window)  # [W, B, n]
-        errors = predictions[-self.config.supervised_window :] - ys
-        return errors.square().mean(), ys.square().mean()
+            value = (loss or self.model.loss)(xs, ys, n_loops, window, n_supervised)
+        return value, ys.square().mean()
 
     def _batch(self, n_points: int) -> Batch:
         if self._fixed_prompts is not None:
