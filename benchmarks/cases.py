@@ -53,6 +53,7 @@ class Contender:
     compile_mode: str | None = None  # of torch.compile
     attention: str = "auto"  # of LoopedTransformer
     checkpoint: str = "none"  # likewise
+    fused_loss: bool = False  # trains by LoopedTransformer.loss, else by one of predictions
     graphs: bool = False  # whether training steps and calls are replayed as CUDA graphs
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -65,14 +66,17 @@ class Contender:
 # Opponents are plain PyTorch. A compiled step takes the same time to compile for any number of
 # loops; a compiled model takes minutes for many, but may fuse across steps, and is what
 # reduce-overhead can make one CUDA graph of. Those that take longest come last.
+_ON_CPU = {"devices": ("cpu",)}
 _ON_GPU = {"devices": ("cuda",)}
 CONTENDERS = {
     "eager fp32": Contender("reference", "fp32"),
     "eager bf16": Contender("reference", "bf16"),
-    "engine fp32": Contender("cpu", "fp32", devices=("cpu",)),
-    "engine bf16": Contender("cpu", "bf16", devices=("cpu",)),
-    "engine fp32 recompute": Contender("cpu", "fp32", checkpoint="state", devices=("cpu",)),
-    "engine bf16 recompute": Contender("cpu", "bf16", checkpoint="state", devices=("cpu",)),
+    "engine fp32": Contender("cpu", "fp32", fused_loss=True, **_ON_CPU),
+    "engine bf16": Contender("cpu", "bf16", fused_loss=True, **_ON_CPU),
+    "engine fp32 autograd": Contender("cpu", "fp32", **_ON_CPU),
+    "engine bf16 autograd": Contender("cpu", "bf16", **_ON_CPU),
+    "engine fp32 recompute": Contender("cpu", "fp32", checkpoint="state", **_ON_CPU),
+    "engine bf16 recompute": Contender("cpu", "bf16", checkpoint="state", **_ON_CPU),
     "triton fp32": Contender("triton", "fp32", **_ON_GPU),
     "triton bf16": Contender("triton", "bf16", **_ON_GPU),
     "triton fp32 graphs": Contender("triton", "fp32", graphs=True, **_ON_GPU),

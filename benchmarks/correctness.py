@@ -23,7 +23,8 @@ def check(case: Case, contender: Contender, mode: str, device: str = "cpu") -> N
     An error may be twice that of plain PyTorch, a gradient's three times, plus ``FLOOR``; on a
     batch of at most 4, and the case's own length and loop counts. Gradients of the read-out are
     left out: they do not pass through the loop, and the bias's nearly cancels. Of a contender
-    with CUDA graphs a replay is checked.
+    with CUDA graphs a replay is checked. Where a loss has no predictions, those of an inference
+    call are compared beside its gradients.
 
     Raises:
         WrongResult: names the tensor, its error and the limit.
@@ -55,7 +56,10 @@ def _results(
         if contender.graphs:
             predict()  # warms up
             predict()  # captures
-        results = {"predictions": predict()}
+        predictions = predict()
+        if predictions is None:
+            predictions = run.forward(case.window)
+    results = {"predictions": predictions}
     for name, parameter in run.model.named_parameters():
         if parameter.grad is not None and not name.startswith("_read_out"):
             results[f"gradient of {name}"] = parameter.grad

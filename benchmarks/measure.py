@@ -22,6 +22,7 @@ import torch
 from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops
 from benchmarks.correctness import check
 from benchmarks.workload import Workload, fresh_compiler
+from looped_fast import cpu_engine
 
 # Between two looks at the clock. Steps of a training on a GPU are enqueued ahead of it; a user of
 # inference waits for each result.
@@ -118,6 +119,7 @@ def memory_added_by(run: Callable[[], object], device: str = "cpu") -> float:
             run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+    cpu_engine.empty_cache()
     ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back: its reuse would not show
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = _status_mb("VmRSS")

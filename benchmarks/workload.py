@@ -32,6 +32,7 @@ class Workload:
         self.mode = mode
         self.device = device
         self.bf16 = contender.precision == "bf16"
+        self.fused_loss = contender.fused_loss
         cuda_graphs = "on" if contender.graphs else "off"
         model = LoopedTransformer(
             case.config(),
@@ -62,24 +63,26 @@ class Workload:
         else:
             self.graphs.run("step", self._step)
 
-    def forward(self) -> Tensor:
-        """The last prediction, [1, B, n], without gradient."""
+    def forward(self, window: int = 1) -> Tensor:
+        """The last predictions, [window, B, n], without gradient."""
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            return self.predict(self.xs, self.ys, window=1)
+            return self.predict(self.xs, self.ys, window=window)
 
-    def forward_backward(self) -> Tensor:
-        """All predictions of the window, [T, B, n]; leaves gradients in the parameters."""
-        predictions = self.graphs.run("forward and backward", self._forward_backward)
-        assert predictions is not None
-        return predictions
+    def forward_backward(self) -> Tensor | None:
+        """Leaves gradients in the parameters. The window's predictions, if the loss has them."""
+        return self.graphs.run("forward and backward", self._forward_backward)
 
-    def _forward_backward(self) -> Tensor:
+    def _forward_backward(self) -> Tensor | None:
         self.optimizer.zero_grad()
+        predictions = None
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            predictions = self.predict(self.xs, self.ys)
-            loss = (predictions - self.ys).square().mean()
+            if self.fused_loss:
+                loss = self.model.loss(self.xs, self.ys)
+            else:
+                predictions = self.predict(self.xs, self.ys)
+                loss = (predictions - self.ys).square().mean()
         loss.backward()
-        return predictions.detach()
+        return None if predictions is None else predictions.detach()
 
     def _step(self) -> None:
         self._forward_backward()

@@ -237,7 +237,10 @@ def test_a_process_that_takes_too_long_is_ended():
 def test_quick_leaves_out_large_cases_and_compilation():
     args = compare.parse_arguments(["--quick"])
     assert args.cases == ["small", "lr_b1"]
-    engines = [f"engine {kind}" for kind in ("fp32", "bf16", "fp32 recompute", "bf16 recompute")]
+    engines = [
+        f"engine {precision}{how}" for how in ("", " autograd", " recompute")
+        for precision in ("fp32", "bf16")
+    ]  # fmt: skip
     assert args.contenders == ["eager fp32", "eager bf16", *engines]
     assert compare.parse_arguments([]).cases == list(CASES)
     args = compare.parse_arguments(["--quick", "--device", "cuda"])
