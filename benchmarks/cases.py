@@ -56,6 +56,7 @@ class Contender:
     fused_loss: bool = False  # trains by LoopedTransformer.loss, else by one of predictions
     graphs: bool = False  # whether training steps and calls are replayed as CUDA graphs
     devices: tuple[str, ...] = ("cpu", "cuda")
+    modes: tuple[str, ...] = ("training", "inference")
 
     @property
     def is_engine(self) -> bool:
@@ -67,16 +68,17 @@ class Contender:
 # loops; a compiled model takes minutes for many, but may fuse across steps, and is what
 # reduce-overhead can make one CUDA graph of. Those that take longest come last.
 _ON_CPU = {"devices": ("cpu",)}
+_TRAINING_ON_CPU = {"devices": ("cpu",), "modes": ("training",)}
 _ON_GPU = {"devices": ("cuda",)}
 CONTENDERS = {
     "eager fp32": Contender("reference", "fp32"),
     "eager bf16": Contender("reference", "bf16"),
     "engine fp32": Contender("cpu", "fp32", fused_loss=True, **_ON_CPU),
     "engine bf16": Contender("cpu", "bf16", fused_loss=True, **_ON_CPU),
-    "engine fp32 autograd": Contender("cpu", "fp32", **_ON_CPU),
-    "engine bf16 autograd": Contender("cpu", "bf16", **_ON_CPU),
-    "engine fp32 recompute": Contender("cpu", "fp32", checkpoint="state", **_ON_CPU),
-    "engine bf16 recompute": Contender("cpu", "bf16", checkpoint="state", **_ON_CPU),
+    "engine fp32 autograd": Contender("cpu", "fp32", **_TRAINING_ON_CPU),
+    "engine bf16 autograd": Contender("cpu", "bf16", **_TRAINING_ON_CPU),
+    "engine fp32 recompute": Contender("cpu", "fp32", checkpoint="state", **_TRAINING_ON_CPU),
+    "engine bf16 recompute": Contender("cpu", "bf16", checkpoint="state", **_TRAINING_ON_CPU),
     "triton fp32": Contender("triton", "fp32", **_ON_GPU),
     "triton bf16": Contender("triton", "bf16", **_ON_GPU),
     "triton fp32 graphs": Contender("triton", "fp32", graphs=True, **_ON_GPU),
@@ -93,6 +95,11 @@ CONTENDERS = {
     "compiled model fp32": Contender("reference", "fp32", "model"),
     "compiled model bf16": Contender("reference", "bf16", "model"),
 }
+
+
+def modes(case: Case, contender: Contender) -> list[str]:
+    """In which both are measured."""
+    return [mode for mode in case.modes if mode in contender.modes]
 
 
 def flops(case: Case, mode: str) -> float:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.cases import CASES, CONTENDERS, Case, Contender
+from benchmarks.cases import CASES, CONTENDERS, Case, Contender, modes
 from looped_fast import LoopedTransformer, explain_backend
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +101,8 @@ def compare(
     rows, missing = [], []
     for contender in contenders:
         for case in cases:
+            if not modes(CASES[case], CONTENDERS[contender]):
+                continue
             left = end - time.monotonic()
             reason = why_not(CASES[case], CONTENDERS[contender], device)
             if reason is None and left <= 0:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops
+from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops, modes
 from benchmarks.correctness import check
 from benchmarks.workload import Workload, fresh_compiler
 from looped_fast import cpu_engine
@@ -194,7 +194,7 @@ def main() -> None:
     rows = [
         {"case": args.case, "mode": mode, "contender": args.contender}
         | measure(case, contender, mode, args.threads, args.repeats, args.seconds, args.device)
-        for mode in case.modes
+        for mode in modes(case, contender)
     ]
     print(json.dumps(rows))
 

@@ -20,8 +20,8 @@ Settings = dict[str, Any]
 _SHORT_PROMPTS = {"n_points": 41, "curriculum": {"points": {"start": 11, "inc": 2}}}
 _LONG_PROMPTS = {"n_points": 101, "curriculum": {"points": {"start": 26, "inc": 5}}}
 
-# For each size: settings of all tasks; of one task; of one task's looped model; of the others
-# (standard and tied) with their number of layers.
+# For each size: settings of all tasks; of one task; of one task's looped model; of its others
+# (standard and tied), and their number of layers.
 _PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "all": {
@@ -52,7 +52,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
             "dt": {"n_loops": 70, "window": 15},
             "relu_2nn": {"n_loops": 12, "window": 5},
         },
-        "others": {},
+        "others": {task: {} for task in TASKS},
         "depth": 12,
     },
     # The shipped weights (looped_fast/pretrained) are of this one; docs/recipes.md says how its
@@ -98,7 +98,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
             **{task: {"n_loops": 12, "window": 6} for task in TASKS},
             "dt": {"n_loops": 8, "window": 4},
         },
-        "others": {"lr": 1e-3, "steps": 6000, "batch_size": 32},
+        "others": {
+            **{task: {"lr": 1e-3, "steps": 6000, "batch_size": 32} for task in TASKS},
+            # about as many processor minutes as the looped ones
+            "sparse_lr": {"lr": 1e-3, "steps": 24_000, "batch_size": 32},
+            "relu_2nn": {"lr": 1e-3, "steps": 24_000, "batch_size": 32},
+        },
         "depth": 12,
     },
     "tiny": {
@@ -139,7 +144,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
             **{task: {"n_loops": 12, "window": 6} for task in TASKS},
             "dt": {"n_loops": 8, "window": 4},
         },
-        "others": {"lr": 1e-3},
+        "others": {task: {"lr": 1e-3} for task in TASKS},
         "depth": 8,
     },
 }
@@ -171,7 +176,7 @@ def _model_settings(size: dict[str, Any], task: str, model: str) -> Settings:
         looped = size["looped"][task]
         # As the official scripts do: the loop count starts at the window.
         return _merge({"curriculum": {"loops": {"start": looped["window"]}}}, looped)
-    once = {"curriculum": {"loops": no_growth}, "injection": "none", **size["others"]}
+    once = {"curriculum": {"loops": no_growth}, "injection": "none", **size["others"][task]}
     if model == "standard":
         return {**once, "n_layer": size["depth"], "n_loops": 1, "window": 1}
     return {**once, "n_loops": size["depth"], "window": size["depth"]}

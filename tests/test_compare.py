@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 from fake_graphs import FakeGraph
+from test_cpu_engine_robustness import needs_engine
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare, measure, report, workload
-from benchmarks.cases import CASES, CONTENDERS, Case, flops
+from benchmarks.cases import CASES, CONTENDERS, Case, flops, modes
 from benchmarks.correctness import WrongResult, check
 from benchmarks.workload import Workload, fresh_compiler
 from looped_fast import LoopedTransformer, backends, reference
@@ -69,6 +70,15 @@ def test_wrong_results_are_not_timed(message, wrong, monkeypatch):
         measure.measure(TINY, CONTENDERS["compiled step fp32"], "training", [1], 2, 0.1)
 
 
+def test_a_loss_without_predictions_is_checked_by_its_gradients(monkeypatch):
+    contender = dataclasses.replace(EAGER, fused_loss=True)
+    check(TINY, contender, "training")
+    right = LoopedTransformer.loss
+    monkeypatch.setattr(LoopedTransformer, "loss", lambda *args: 1.01 * right(*args))
+    with pytest.raises(WrongResult, match=r"gradient of .*is right"):
+        check(TINY, contender, "training")
+
+
 def test_a_measurement_holds_time_rate_memory_and_threads():
     threads = torch.get_num_threads()
     row = measure.measure(TINY, EAGER, "training", [1], repeats=3, seconds=10)
@@ -89,6 +99,13 @@ def test_memory_added_is_the_peak_of_this_run_alone():
     torch.ones(50_000_000)  # 200 MB, freed at once: an earlier peak
     added = measure.memory_added_by(lambda: torch.ones(20_000_000))  # 80 MB, freed at once
     assert added == pytest.approx(80, rel=0.1)
+
+
+@needs_engine
+def test_memory_that_the_engine_has_kept_is_added_again():
+    run = Workload(CASES["small"], CONTENDERS["engine fp32 autograd"], "training")
+    first, second = measure.memory_added_by(run), measure.memory_added_by(run)
+    assert second == pytest.approx(first, rel=0.2)
 
 
 def test_the_step_is_compiled_only_inside_its_contender(monkeypatch):
@@ -162,6 +179,19 @@ def test_an_engine_that_can_not_run_is_explained_and_not_started(monkeypatch):
     (entry,) = result["not_measured"]
     assert (entry["case"], entry["contender"]) == ("lr", "engine fp32")
     assert "can't run this: no compiler was found" in entry["reason"]
+
+
+def test_only_training_tells_losses_apart(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        compare, "measured_in_subprocess", lambda arguments, *_: started.append(arguments) or PEAK
+    )
+    monkeypatch.setattr(compare, "why_not", lambda *_: None)
+    monkeypatch.setattr(report, "add_ratios", lambda *_: None)
+    result = compare.compare(["lr_b1"], ["engine fp32 autograd"], repeats=1, seconds=1)
+    assert len(started) == 1  # the peak
+    assert result["rows"] == result["not_measured"] == []
+    assert modes(CASES["lr"], CONTENDERS["engine fp32 autograd"]) == ["training"]
 
 
 def test_after_the_budget_nothing_is_started(monkeypatch):

@@ -346,7 +346,7 @@ MEMORY = """
     ("precision", "autograd_share", "fused_share"), [("fp32", 0.5, 0.1), ("bf16", 0.36, 0.1)]
 )
 def test_a_step_adds_a_part_of_the_memory_that_eager_adds(precision, autograd_share, fused_share):
-    """Whose peak varies by 5 %; benchmarks.compare measured 44 and 46 %, 31 and 33 %; 4 %."""
+    """Whose peak varies by 5 %; benchmarks.compare measured 44 and 46 %, 31 and 33 %; 3 to 5 %."""
     if cpu_engine.why_not_precision(precision):
         pytest.skip(cpu_engine.why_not_precision(precision))
     added = {}
