@@ -151,7 +151,7 @@ def chart(rows: list[Row], path: Path, caption: str) -> None:
         names = [r["contender"] for r in shown]
         colours = ["tab:orange" if CONTENDERS[name].is_engine else "tab:gray" for name in names]
         bars = axes.barh(names, [r["ms"] for r in shown], color=colours)
-        axes.bar_label(bars, fmt="{:,.1f}", padding=2)
+        axes.bar_label(bars, fmt=lambda ms: f"{ms:,.{0 if ms >= 100 else 1}f}", padding=2)
         axes.margins(x=0.2)
         axes.invert_yaxis()
         axes.set(title=f"{case}, {mode}", xlabel="milliseconds (median)")

@@ -8,6 +8,7 @@ there, so PyTorch differentiates it and Inductor may fuse it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,15 +74,9 @@ def _run_mse(
     read_out: Sequence[Tensor],
     targets: Tensor,
     n_supervised: int,
-    n_heads: int,
-    n_loops: int,
-    window: int,
-    injection: str,
-    precision: str,
-    checkpoint: str,
-    backend: str,
-    attention: str,
+    *settings: Any,
 ) -> Tensor:
+    n_heads, n_loops, window, injection, precision, _, backend, attention = settings
     tensors = (embeddings, positions, state, *weights, *read_out)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if needs_grad and not targets.requires_grad and cpu_engine.can_read_out(read_out):
@@ -93,10 +88,7 @@ def _run_mse(
                 embeddings, positions, state, [*weights, *read_out], targets, n_heads, n_loops,
                 window, n_supervised, injection, precision,
             )  # fmt: skip
-    predictions = _run(
-        embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection,
-        precision, checkpoint, backend, attention,
-    )  # fmt: skip
+    predictions = _run(embeddings, positions, state, weights, read_out, *settings)
     return (predictions[-n_supervised:, :, ::2] - targets).square().mean()
 
 

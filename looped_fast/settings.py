@@ -127,8 +127,8 @@ class TrainConfig:
     """Replay a training step as one CUDA graph, captured once for each stage of the curriculum.
     auto: on a GPU, if it can be captured; on: or else it is an error."""
     recompute: bool = False
-    """Recompute activations in the backward: less memory, more time. Not on the cpu backend, which
-    keeps those of a prompt per thread."""
+    """Recompute activations in the backward: less memory, more time. Without effect on the cpu
+    backend, which keeps those of one prompt per thread, unless the task is a classification."""
 
     out: str | None = None
     """Folder of the run; none: runs/<task>-<model>-<preset>-<time>."""
