@@ -80,7 +80,7 @@ struct BackwardInputs {
 // What predictions of the x tokens are held against.
 struct Targets {
   const float* ys;  // [B, n_x, n_outputs]
-  int64_t n_steps;  // last steps of the window whose predictions count
+  int64_t n_supervised;  // last steps of the window whose predictions count
 };
 
 struct Gradients {

@@ -35,20 +35,20 @@ struct MsePlan {
   }
 };
 
-// Predictions of an item, [W, rows, n_outputs], to the gradient of the mean squared error; by one
-// member of its team. Returns the sum of squared errors in its rows.
+// Turns an item's predictions, [W, rows, n_outputs], into the gradient of the mean squared error of
+// the batch; by one member of its team, whose rows' part of the error it returns.
 inline double mse_gradient(const Problem& problem, const Targets& targets, const Item& item,
                            const Team& team, float* predictions) {
   const int64_t S = problem.seq_len, n_outputs = problem.n_outputs;
   const Range rows = team.share(item.rows(), 2);  // as of the steps, which so need not wait
-  const double count = targets.n_steps * problem.batch * problem.n_x() * n_outputs;
+  const double count = targets.n_supervised * problem.batch * problem.n_x() * n_outputs;
   const auto scale = static_cast<float>(2.0 / count);
   double total = 0.0;
   for (int64_t w = 0; w < problem.window; ++w) {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       float* row = predictions + (w * item.rows() + i) * n_outputs;
       const int64_t sequence = item.first_sequence + i / S, token = i % S;
-      if (w < problem.window - targets.n_steps || token % 2 != 0) {
+      if (w < problem.window - targets.n_supervised || token % 2 != 0) {
         std::fill_n(row, n_outputs, 0.f);
         continue;
       }

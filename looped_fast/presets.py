@@ -101,7 +101,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "others": {
             **{task: {"lr": 1e-3, "steps": 6000, "batch_size": 32} for task in TASKS},
             # about as many processor minutes as the looped ones
-            "sparse_lr": {"lr": 1e-3, "steps": 24_000, "batch_size": 32},
+            "sparse_lr": {"lr": 5e-4, "steps": 24_000, "batch_size": 32},
             "relu_2nn": {"lr": 1e-3, "steps": 24_000, "batch_size": 32},
         },
         "depth": 12,
