@@ -195,7 +195,7 @@ class LoopedTransformer(nn.Module):
             ValueError: as of ``forward``; ``n_supervised`` is outside 1..window; or the model
                 classifies.
 
-        Source: arXiv 2311.12424, section 4, equation 3.
+        Source: official ``scripts/train.py``, ``train_step``.
         """
         config = self.config
         if config.pred_type == "classification":

@@ -237,7 +237,7 @@ def loop_mse(
     Raises:
         ValueError: as of ``loop``; or ``targets`` or ``n_supervised`` does not fit.
 
-    Source: arXiv 2311.12424, section 4, equation 3.
+    Source: official ``scripts/train.py``, ``train_step``.
     """
     _check(embeddings, positions, state, weights, read_out, n_heads)
     _check_settings(embeddings.dtype, n_loops, window, injection, precision, checkpoint, attention)
