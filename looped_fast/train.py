@@ -276,6 +276,8 @@ def announce(trainer: Trainer) -> None:
         print(f"{n_processes} processes, {config.batch_size} prompts each: {total} in a step")
     if trainer.amp_note:
         print(trainer.amp_note)
+    if config.recompute and explanation.chosen == "cpu":
+        print("recompute changes nothing: the cpu backend keeps activations of a prompt per thread")
     if device.type == "cuda":
         without = trainer.graphs.why_not
         print(f"CUDA graphs: off, {without}" if without else "CUDA graphs: one for each stage")

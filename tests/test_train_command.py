@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 import looped_fast
-from looped_fast import backends, checkpoint, compat
+from looped_fast import backends, checkpoint, compat, cpu_engine
 from looped_fast.metrics import read_metrics
 from looped_fast.presets import preset_config
 from looped_fast.train import main
@@ -108,6 +108,16 @@ def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch
     assert "this CPU has no bf16" in trainer.amp_note
     with trainer.autocast():
         assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_run_says_where_there_is_nothing_to_recompute(tmp_path, capsys, backend):
+    if backend == "cpu" and (reason := cpu_engine.why_not_precision("fp32")):
+        pytest.skip(reason)
+    given = ("--recompute", "--backend", backend, "--device", "cpu")
+    assert train("--steps", 1, "--out", tmp_path / "run", *given) == 0
+    printed = capsys.readouterr().out
+    assert ("recompute changes nothing: the cpu backend keeps" in printed) == (backend == "cpu")
 
 
 def test_training_learns(tmp_path):
