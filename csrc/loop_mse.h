@@ -2,7 +2,7 @@
 //
 // The gradient of a squared error is known as soon as the prediction is, so a thread goes back
 // over an item right after it went forward: activations are those of one item per thread rather
-// than of the whole batch, and still in cache.
+// than of the whole batch.
 #pragma once
 
 #include <numeric>

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from looped_fast import ops
+from looped_fast import loop_autograd, ops
 from looped_fast.errors import unknown_name
 
 MODES = ("auto", "on", "off")
@@ -334,7 +334,7 @@ class GraphedLoop:
         tensors = list(_tensors(arguments))
         if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):  # fake ones, say
             return False
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if loop_autograd.needs_grad(tensors):
             return False
         return _stream(tensors[0].device) is not None
 

@@ -25,10 +25,15 @@ def why_not() -> str | None:
     return None
 
 
+def needs_grad(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd records what is done with them here."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def what_to_save(tensors: Sequence[Tensor], checkpoint: str) -> tuple[bool, bool]:
     """Whether a forward keeps activations for a backward, and whether states in their stead."""
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return needs_grad and checkpoint == "none", needs_grad and checkpoint == "state"
+    recorded = needs_grad(tensors)
+    return recorded and checkpoint == "none", recorded and checkpoint == "state"
 
 
 def register(backend: str, gradients: Gradients, lib: torch.library.Library | None = None) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looped_fast import backends, cpu_engine, reference, triton_backend
+from looped_fast import backends, cpu_engine, loop_autograd, reference, triton_backend
 from looped_fast.config import INJECTIONS, check_window
 from looped_fast.errors import unknown_name
 
@@ -78,8 +78,8 @@ def _run_mse(
 ) -> Tensor:
     n_heads, n_loops, window, injection, precision, _, backend, attention = settings
     tensors = (embeddings, positions, state, *weights, *read_out)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if needs_grad and not targets.requires_grad and cpu_engine.can_read_out(read_out):
+    fusible = not targets.requires_grad and cpu_engine.can_read_out(read_out)
+    if fusible and loop_autograd.needs_grad(tensors):
         problem = _problem(
             embeddings, weights, n_heads, n_loops, window, injection, precision, attention
         )
