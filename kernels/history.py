@@ -1,4 +1,4 @@
-"""What the forward keeps for the backward: the outputs of ``triton_loop_forward`` after the states.
+"""What the forward keeps for the backward: the outputs of ``triton_loop_forward`` after the first.
 
 N = B*S rows, D width, H heads, L blocks, W window. "operand" is the dtype of matrix products.
 Tensors of a block have one slot per (block l, window step w): l * W + w, so that one block's steps
@@ -20,6 +20,7 @@ class History(NamedTuple):
     folded_weights: Tensor  # [L, 12 D D] operand
     folded_biases: Tensor  # [L, 9 D] fp32
     start: Tensor  # [B, S, D] fp32: the state before the window's first step
+    states: Tensor  # [W, B, S, D] fp32: where the op's result is predictions, and they are needed
     xhat1: Tensor  # [L W, N, D] operand: LN1's output before its scale, in the step it feeds
     rstd1: Tensor  # [L W, N] fp32
     qkv: Tensor  # [L W, N, 3D] operand
@@ -39,6 +40,7 @@ def empty_history(
     operand: torch.dtype,
     save_activations: bool,
     save_start: bool,
+    save_states: bool,
 ) -> History:
     """Room for a history beside ``embeddings`` [B, S, D] fp32, which may be a fake tensor.
 
@@ -50,6 +52,7 @@ def empty_history(
         operand: dtype of the matrix products' operands.
         save_activations: whether activations and statistics are kept, or ``[0]`` in their place.
         save_start: whether ``start`` is.
+        save_states: whether ``states`` are.
     """
     D, empty = embeddings.shape[-1], embeddings.new_empty
     n_steps = window if save_activations else 0
@@ -57,6 +60,7 @@ def empty_history(
         folded_weights=empty((n_layer, 12 * D * D), dtype=operand),
         folded_biases=empty((n_layer, 9 * D)),
         start=empty(embeddings.shape if save_start else (0,)),
+        states=empty((window, *embeddings.shape) if save_states else (0,)),
         **_activations(embeddings, n_layer, n_heads, n_steps, operand),
     )
 

@@ -5,7 +5,7 @@ residual stays on the chip meanwhile:
 
     HEAD      x1 = x + attention @ Wo^T + bo
               x2 = x1 + gelu(norm(x1) @ Wfc'^T + bfc') @ Wproj^T + bproj
-    STEP_END  z = norm(x2) * scale + shift
+    STEP_END  z = norm(x2) * scale + shift, and its read-out, predictions = z @ Wout^T + bout
     TAIL      x = inject(z, e) + p where a step begins, x2 inside one
               qkv = norm(x) @ Wqkv'^T + bqkv'
 
@@ -75,7 +75,10 @@ def _add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
 
 
 # Slots of one statistic a row start at any multiple of 4 bytes: no reason to compile twice.
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf"])
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf", "read_out_bias", "predictions"],
+)
 def row_forward_kernel(
     x,  # [N, D] fp32, the residual; in place
     # HEAD
@@ -89,7 +92,11 @@ def row_forward_kernel(
     norm_bias,
     xhatf,  # out [N, D] operand; may be None
     rstdf,  # out [N] fp32; may be None
-    state,  # [N, D] fp32: z, an output of STEP_END, which may be None; the input of a TAIL alone
+    state,  # [N, D] fp32 or None: z, an output of STEP_END; the input of a TAIL alone, which takes
+    # the injection's neutral element, 0 or 1, for None
+    read_out_weight,  # [OUTPUTS, D] fp32; None: no predictions
+    read_out_bias,  # [OUTPUTS] fp32
+    predictions,  # out [N, OUTPUTS] fp32
     # TAIL
     scale,  # [N, D] fp32, or None: what the block's input is multiplied with, and
     shift,  # [N, D] fp32, or None: what is added to it
@@ -100,6 +107,7 @@ def row_forward_kernel(
     qkv,  # out [N, 3D] operand
     N,
     D: tl.constexpr,
+    OUTPUTS: tl.constexpr,  # of the read-out; 0 without one
     TF32: tl.constexpr,
     ROWS: tl.constexpr,  # of a program
     HIDDEN_CHUNK: tl.constexpr,  # of the 4D hidden units, and of D in the output projection
@@ -122,7 +130,12 @@ def row_forward_kernel(
 
     y = ()
     for i in tl.static_range(D // PART):
-        y += (tl.load((x if HEAD else state) + i * PART + offsets),)
+        if HEAD:
+            y += (tl.load(x + i * PART + offsets),)
+        elif state is not None:
+            y += (tl.load(state + i * PART + offsets),)
+        else:
+            y += (tl.full([ROWS, PART], 0.0 if scale is None else 1.0, tl.float32),)
 
     if HEAD:
         y = _add_bias(y, biases + 3 * D)
@@ -133,7 +146,7 @@ def row_forward_kernel(
         y = _add_bias(y, biases + 8 * D)
         for c in range(0, 4 * D, HIDDEN_CHUNK):
             hidden = _linear(xhat, weights + 4 * D * D, biases + 4 * D, c, HIDDEN_CHUNK, TF32)
-            hidden = cast(gelu(hidden), xhat2.dtype.element_ty)
+            hidden = cast(gelu(hidden, xhat2.dtype.element_ty != tl.float32), xhat2.dtype.element_ty)
             y = _add_product(y, hidden, weights + 8 * D * D, c, 4 * D, TF32)
 
     if STEP_END:
@@ -152,6 +165,14 @@ def row_forward_kernel(
                 tl.store(state + i * PART + offsets, part, mask=mask)
             z += (part,)
         y = z
+        if predictions is not None:
+            for output in tl.static_range(OUTPUTS):
+                weight = read_out_weight + output * D + columns
+                dots = tl.sum(y[0] * tl.load(weight)[None, :], axis=1)
+                for i in tl.static_range(1, D // PART):
+                    dots += tl.sum(y[i] * tl.load(weight + i * PART)[None, :], axis=1)
+                dots += tl.load(read_out_bias + output)
+                tl.store(predictions + rows * OUTPUTS + output, dots, mask=valid)
 
     if TAIL:
         inputs = ()

@@ -63,7 +63,8 @@ def register(backend: str, gradients: Gradients, lib: torch.library.Library | No
         inputs = [embeddings, positions, state, weights]
         grads = gradients(grad, outputs, history, inputs, ctx.settings)
         _, n_loops, window, injection, *_ = ctx.settings
-        return *_of_inputs(grads, n_loops, window, injection), *of_settings
+        reaches_state = window == n_loops and state is not None
+        return *_of_inputs(grads, reaches_state, injection), *of_settings
 
     name = f"looped_fast::{backend}_loop"
     torch.library.register_autograd(
@@ -79,7 +80,7 @@ def register_mse() -> None:
         embeddings, positions, state, weights, *others = inputs
         *_, n_loops, window, _, injection, _ = others
         _, gradients = output
-        ctx.n_others, ctx.settings = len(others), (n_loops, window, injection)
+        ctx.n_others, ctx.settings = len(others), (window == n_loops, injection)
         ctx.save_for_backward(*gradients, embeddings, positions, state, *weights)
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
@@ -99,10 +100,10 @@ def register_mse() -> None:
     torch.library.register_autograd(f"{name}_backward", _refuse_second("cpu"))
 
 
-def _of_inputs(grads: list[Tensor], n_loops: int, window: int, injection: str) -> tuple:
+def _of_inputs(grads: list[Tensor], reaches_state: bool, injection: str) -> tuple:
     """Gradients of embeddings, positions, state and weights, None where nothing flows."""
     d_embeddings = None if injection == "none" else grads[0]
-    return d_embeddings, grads[1], grads[2] if window == n_loops else None, grads[3:]
+    return d_embeddings, grads[1], grads[2] if reaches_state else None, grads[3:]
 
 
 def _refuse_second(backend: str) -> Callable[..., Any]:

@@ -90,6 +90,15 @@ def transformer_block(x: Tensor, block: Block, n_heads: int) -> Tensor:
     return x + mlp(h, block)
 
 
+def initial_state(embeddings: Tensor, injection: str) -> Tensor:
+    """z before the first step, [B, S, D]: the neutral element of the injection, or e itself."""
+    if injection == "add":
+        return torch.zeros_like(embeddings)
+    if injection == "mul":
+        return torch.ones_like(embeddings)
+    return embeddings
+
+
 def inject(state: Tensor, embeddings: Tensor, injection: str) -> Tensor:
     """The input of a loop step, before positions are added. All [B, S, D]."""
     if injection == "add":

@@ -29,6 +29,7 @@ HEAD_DIMS = (16, 32, 64)
 MIN_CAPABILITY = (8, 0)
 MIN_TORCH = "2.8"  # has products of bf16 and fp16 matrices with a result in fp32
 MAX_ELEMENTS = 2**31  # kernels index with 32 bits
+MAX_OUTPUTS = 8  # of a read-out in the kernels; more are a matrix product, and PyTorch's business
 
 _registering = threading.Lock()  # functools.cache lets a thread in while another is at work
 
@@ -113,7 +114,7 @@ def _has_little_shared_memory(problem: Problem) -> bool:
 def loop(
     embeddings: Tensor,
     positions: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     weights: Sequence[Tensor],
     n_heads: int,
     n_loops: int,
@@ -122,81 +123,114 @@ def loop(
     precision: str,
     checkpoint: str,
     attention: str,
+    read_out: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``ops.loop`` in Triton kernels: arguments and result are its; ``attention`` is chosen."""
-    tensors = (embeddings, positions, state, *weights)
-    save, save_states = loop_autograd.what_to_save(tensors, checkpoint)
-    # Later states are the result; where the window covers every step, this one is an argument.
-    save_start = (save_states or (save and injection == "mul")) and window < n_loops
-    states, *_ = torch.ops.looped_fast.triton_loop_forward(
-        embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
-        precision, attention, save, save_start,
+    """Run ``ops.loop`` in Triton kernels (same arguments and result).
+
+    Args:
+        state: None only where the injection has a neutral element: ``add`` and ``mul``.
+        attention: name of the provider, chosen by ``backends.explain``.
+        read_out: one that ``can_read_out`` takes.
+    """
+    tensors = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
+    save, save_inputs = loop_autograd.what_to_save(tensors, checkpoint)
+    needs_states = save_inputs or (save and injection == "mul")
+    # Without a read-out the states are the result; where the window covers every step, the first
+    # state is an argument.
+    result, *_ = torch.ops.looped_fast.triton_loop_forward(
+        embeddings, positions, state, [*weights, *read_out], n_heads, n_loops, window, injection,
+        precision, attention, save, needs_states,
     )  # fmt: skip
-    return states
+    return result
+
+
+def can_read_out(read_out: Sequence[Tensor]) -> bool:
+    """Whether the kernels compute predictions themselves, where there is a read-out."""
+    return not read_out or 1 <= len(read_out[1]) <= MAX_OUTPUTS
 
 
 def _operand(precision: str) -> torch.dtype:
     return AUTOCAST_DTYPES[precision] or torch.float32
 
 
+def _split(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The loop's weights, 12 for each block and 2, and the read-out's, 2 or none."""
+    n = len(weights) - len(weights) % 12 + 2
+    return weights[:n], weights[n:]
+
+
 def _forward(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    attention, save_activations, save_start,
+    attention, save_activations, needs_states,
 ):  # fmt: skip
     from looped_fast.kernels.forward import loop_forward
 
-    states, history = loop_forward(
-        embeddings.contiguous(), positions.contiguous(), state.contiguous(),
-        [w.contiguous() for w in weights], n_heads, n_loops, window, injection,
-        _operand(precision), attention, save_activations, save_start,
+    state = None if state is None else state.contiguous()
+    result, history = loop_forward(
+        embeddings.contiguous(), positions.contiguous(), state,
+        *_split([w.contiguous() for w in weights]), n_heads, n_loops, window, injection,
+        _operand(precision), attention,
+        **_what_to_keep(weights, n_loops, window, save_activations, needs_states),
     )  # fmt: skip
-    return states, *history
+    return result, *history
+
+
+def _what_to_keep(weights, n_loops, window, save_activations, needs_states) -> dict[str, bool]:
+    return {
+        "save_activations": save_activations,
+        "save_start": needs_states and window < n_loops,
+        "save_states": needs_states and bool(_split(weights)[1]),
+    }
 
 
 def _forward_fake(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    attention, save_activations, save_start,
+    attention, save_activations, needs_states,
 ):  # fmt: skip
     from looped_fast.kernels.history import empty_history
 
     history = empty_history(
-        embeddings, len(weights) // 12, n_heads, window, _operand(precision), save_activations,
-        save_start,
+        embeddings, len(weights) // 12, n_heads, window, _operand(precision),
+        **_what_to_keep(weights, n_loops, window, save_activations, needs_states),
     )  # fmt: skip
-    return embeddings.new_empty((window, *embeddings.shape)), *history
+    B, S, D = embeddings.shape
+    read_out = _split(weights)[1]
+    return embeddings.new_empty((window, B, S, len(read_out[1]) if read_out else D)), *history
 
 
 def _backward_op(
-    grad_states, states, history, embeddings, positions, state, weights, n_heads, n_loops, window,
+    grad, result, history, embeddings, positions, state, weights, n_heads, n_loops, window,
     injection, attention,
 ):  # fmt: skip
     from looped_fast.kernels.backward import loop_backward
     from looped_fast.kernels.history import History
 
+    state = None if state is None else state.contiguous()
     # A backward may run inside an autocast that its forward was not in.
     with torch.autocast(embeddings.device.type, enabled=False):
         return loop_backward(
-            grad_states.contiguous(), states, History(*history), embeddings.contiguous(),
-            positions.contiguous(), state.contiguous(), [w.contiguous() for w in weights], n_heads,
+            grad.contiguous(), result, History(*history), embeddings.contiguous(),
+            positions.contiguous(), state, *_split([w.contiguous() for w in weights]), n_heads,
             n_loops, window, injection, attention,
         )  # fmt: skip
 
 
 def _backward_fake(
-    grad_states, states, history, embeddings, positions, state, weights, n_heads, n_loops, window,
+    grad, result, history, embeddings, positions, state, weights, n_heads, n_loops, window,
     injection, attention,
 ):  # fmt: skip
     def empty(like: Tensor, wanted: bool = True) -> Tensor:
-        return like.new_empty(like.shape if wanted else (0,))
+        return embeddings.new_empty(like.shape if wanted else (0,))
 
-    grads = [empty(embeddings, injection != "none"), empty(positions)]
-    return [*grads, empty(state, window == n_loops), *(empty(w) for w in weights)]
+    of_state = window == n_loops and state is not None
+    grads = [empty(embeddings, injection != "none"), empty(positions), empty(embeddings, of_state)]
+    return [*grads, *(empty(w) for w in weights)]
 
 
-def _gradients(grad_states, states, history, inputs, settings):
+def _gradients(grad, result, history, inputs, settings):
     n_heads, n_loops, window, injection, _, attention = settings  # precision is the history's
     return torch.ops.looped_fast.triton_loop_backward(
-        grad_states, states, history, *inputs, n_heads, n_loops, window, injection, attention
+        grad, result, history, *inputs, n_heads, n_loops, window, injection, attention
     )
 
 
@@ -231,16 +265,16 @@ def _read_in_backward(ctx, grad):
 def _register() -> torch.library.Library:
     from looped_fast.kernels.history import History
 
-    tensors = "Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights"
+    tensors = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights"
     settings = "int n_heads, int n_loops, int window, str injection"
     outputs = ", ".join(["Tensor"] * (1 + len(History._fields)))
     library = torch.library.Library("looped_fast", "FRAGMENT")
     library.define(
         f"triton_loop_forward({tensors}, {settings}, str precision, str attention, "
-        f"bool save_activations, bool save_start) -> ({outputs})"
+        f"bool save_activations, bool needs_states) -> ({outputs})"
     )
     library.define(
-        f"triton_loop_backward(Tensor grad_states, Tensor states, Tensor[] history, {tensors}, "
+        f"triton_loop_backward(Tensor grad, Tensor result, Tensor[] history, {tensors}, "
         f"{settings}, str attention) -> Tensor[]"
     )
     for key in ("CPU", "CUDA"):

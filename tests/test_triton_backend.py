@@ -55,18 +55,24 @@ def test_training_goes_as_in_plain_pytorch():
         assert error <= 3 * plain_error + 4 * FP32_EPS, name
 
 
+@pytest.mark.parametrize("n_outputs", [0, 2])
 @pytest.mark.parametrize("n_loops", [1, 2])
-def test_the_ops_pass_opcheck(n_loops):
-    inputs = loop_inputs(B=1, S=3, D=64, dtype=torch.float32)
+def test_the_ops_pass_opcheck(n_loops, n_outputs):
+    inputs = loop_inputs(B=1, S=3, D=64, dtype=torch.float32, n_outputs=n_outputs)
+    inputs["weights"] += inputs.pop("read_out", [])
+    if n_outputs:
+        inputs["state"] = None
     settings = (4, n_loops, 1, "mul", "bf16", "triton", True, n_loops > 1)
     forward = torch.ops.looped_fast.triton_loop_forward.default
-    states, *history = forward(*inputs.values(), *settings)
-    grad = torch.randn_like(states)
+    result, *history = forward(*inputs.values(), *settings)
+    grad = torch.randn_like(result)
     torch.library.opcheck(
         torch.ops.looped_fast.triton_loop_backward.default,
-        (grad, states, history, *inputs.values(), 4, n_loops, 1, "mul", "triton"),
+        (grad, result, history, *inputs.values(), 4, n_loops, 1, "mul", "triton"),
     )
-    torch.library.opcheck(forward, (*require_grad(inputs).values(), *settings))
+    for tensor in (inputs["embeddings"], inputs["positions"], *inputs["weights"]):
+        tensor.requires_grad_()
+    torch.library.opcheck(forward, (*inputs.values(), *settings))
 
 
 def test_a_compiled_step_is_one_graph_with_the_same_numbers():
