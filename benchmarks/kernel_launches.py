@@ -29,10 +29,13 @@ class Loop(NamedTuple):
     training: bool = True
     checkpoint: str = "none"  # "state" also launches what a window in several chunks does
     n_outputs: int = 1  # of the read-out; 0 for states
+    n_supervised: int = 2  # steps that the loss is of, in training; 0 for a loss of one's own
 
 
 LOOPS = (
     Loop("add", 1, 4, 2),
+    Loop("add", 1, 4, 2, n_supervised=1),
+    Loop("add", 1, 4, 2, n_supervised=0),
     Loop("add", 2, 2, 2, n_outputs=0),
     Loop("mul", 2, 4, 2),
     Loop("none", 1, 4, 2),
@@ -64,6 +67,10 @@ def launches_of(
     weights = weights_of(loop.n_layer, width)
     n = loop.n_outputs
     read_out = [torch.zeros(n, width), torch.zeros(n)] if n else []
+    targets, n_supervised = None, None
+    if n and loop.training and loop.n_supervised:
+        n_supervised = min(loop.n_supervised, loop.window)
+        targets = torch.empty(batch, (seq_len + 1) // 2, n)
     for tensor in [embeddings, positions, *weights, *read_out]:
         tensor.requires_grad_(loop.training)
     state = None if loop.injection in ("add", "mul") else embeddings  # as a model starts
@@ -74,7 +81,7 @@ def launches_of(
             result = triton_backend.loop(
                 embeddings, positions, state, weights, width // head_dim, loop.n_loops,
                 loop.window, loop.injection, "fp32" if precision == "tf32" else precision,
-                loop.checkpoint, "triton", read_out,
+                loop.checkpoint, "triton", read_out, targets, n_supervised,
             )  # fmt: skip
         with recording(execute=False) as backward:
             if loop.training:

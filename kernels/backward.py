@@ -48,8 +48,9 @@ def loop_backward(
     """Gradients of embeddings, positions, state, every weight and the read-out.
 
     Args:
-        grad: of what the forward returned, [W, B, S, D] or [W, B, S, n_outputs] fp32.
-        result: what the forward returned: states, or predictions with a read-out.
+        grad: of what the forward returned, [W, B, S, D] or [R, B, S, n_outputs] fp32.
+        result: what the forward returned: states, or with a read-out the predictions (errors) of
+            the last R steps.
         history: what it kept; activations that it did not keep are computed again.
         embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection,
             attention: as the forward took them.
@@ -70,7 +71,7 @@ def loop_backward(
         inputs, scratch = injected(embeddings, positions, injection), torch.empty_like(states[:1])
     outputs = empty_outputs(history.xhat1, L, steps)
     rows = _Rows(
-        grad, states, start, embeddings, norm_weight, read_out, history, outputs, injection
+        grad, states, start, embeddings, norm_weight, read_out, history, outputs, injection, window
     )
     attend = PROVIDERS[attention].backward
     d_folded: list[Tensor] = []
@@ -137,7 +138,7 @@ class _Sums(NamedTuple):
 
     d_biases: Tensor  # [L, W, P, 9D]: of the folded biases, in the order of ``fold.fold``
     d_norm: Tensor  # [W, 2, P, D]: of the final LayerNorm's scale and shift
-    d_read_out: Tensor  # [W, P, n_outputs, D]: grad_predictions xhatf
+    d_read_out: Tensor  # [R, P, n_outputs, D]: grad_predictions xhatf
 
 
 class _Rows:
@@ -145,7 +146,7 @@ class _Rows:
 
     def __init__(
         self,
-        grad: Tensor,  # [W, B, S, D], or of predictions [W, B, S, n_outputs]
+        grad: Tensor,  # [W, B, S, D], or of the predictions of R steps [R, B, S, n_outputs]
         states: Tensor,  # [W, B, S, D]; [0] where the injection does not need them
         start: Tensor | None,  # [B, S, D]: the state before the window; None: the neutral element
         embeddings: Tensor,  # [B, S, D]
@@ -154,7 +155,9 @@ class _Rows:
         history: History,
         outputs: Outputs,
         injection: str,
+        window: int,
     ) -> None:
+        self.without_grad = window - len(grad)  # first steps
         self.grad, self.states, self.start = grad, states, start
         self.embeddings, self.norm_weight, self.read_out = embeddings, norm_weight, read_out
         self.weights, self.biases = history.folded_weights, history.folded_biases
@@ -186,15 +189,13 @@ class _Rows:
             run=run,
             in_place=[t for t in (self.d_shift, self.d_scale) if t is not None],
         )
-        self.sums = self._sums(self.config, len(grad))
+        self.sums = self._sums(self.config, window)
 
     def _sums(self, config: Config, steps: int) -> _Sums:
         L, P, D = len(self.weights), triton.cdiv(self.n_rows, config.rows), self.D
-        n_outputs = len(self.read_out[1]) if self.read_out else 0
+        R, n_outputs = len(self.grad), len(self.read_out[1]) if self.read_out else 0
         empty = self.dx.new_empty
-        return _Sums(
-            empty(L, steps, P, 9 * D), empty(steps, 2, P, D), empty(steps, P, n_outputs, D)
-        )
+        return _Sums(empty(L, steps, P, 9 * D), empty(steps, 2, P, D), empty(R, P, n_outputs, D))
 
     def launch(self, saved: History, first: int, ends: Place | None, begins: Place | None) -> None:
         """From the attention backward of one place to that of the place before it.
@@ -231,10 +232,12 @@ class _Rows:
             block, step = begins
             w = first + step
             if block == len(self.weights) - 1:
-                outside = [self.grad[w], None, None, None]
-                if self.read_out:
+                outside: list[Tensor | None] = [None] * 4
+                if (i := w - self.without_grad) >= 0 and self.read_out:
                     n_outputs = self.grad.shape[-1]
-                    outside = [None, self.grad[w], self.read_out[0], sums.d_read_out[w]]
+                    outside = [None, self.grad[i], self.read_out[0], sums.d_read_out[i]]
+                elif i >= 0:
+                    outside[0] = self.grad[i]
                 step_end = [
                     self.norm_weight, saved.xhatf[step], saved.rstdf[step], sums.d_norm[w],
                     *outside,

@@ -26,11 +26,12 @@ class Injected(NamedTuple):
 
 
 class ReadOut(NamedTuple):
-    """Predictions of every step in the window, and the Linear that makes them."""
+    """Predictions of the last steps, and the Linear that makes them."""
 
     weight: Tensor  # [n_outputs, D]
     bias: Tensor  # [n_outputs]
-    predictions: Tensor  # out [W, B, S, n_outputs]
+    targets: Tensor | None  # [B, ceil(S / 2), n_outputs]: those of the even tokens
+    predictions: Tensor  # out [R, B, S, n_outputs]; errors, which are 0 at odd tokens, with targets
 
 
 def injected(embeddings: Tensor, positions: Tensor, injection: str) -> Injected:
@@ -58,8 +59,10 @@ def loop_forward(
     save_activations: bool,
     save_start: bool,
     save_states: bool,
+    targets: Tensor | None = None,
+    n_supervised: int | None = None,
 ) -> tuple[Tensor, History]:
-    """States of the last ``window`` steps, or with a read-out their predictions; and the history.
+    """States of the last ``window`` steps, predictions or errors of them; and the history.
 
     Args:
         embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection: as
@@ -67,17 +70,21 @@ def loop_forward(
         operand: dtype of the matrix products' operands.
         attention: name of the attention provider.
         save_activations, save_start, save_states: what to keep, see ``History``.
+        targets: [B, (S + 1) // 2, n_outputs], subtracted from the even tokens' predictions.
+        n_supervised: last steps whose predictions are wanted; ``window`` by default.
 
     Returns:
-        [W, B, S, D], or [W, B, S, n_outputs] fp32; and what was kept on the way there.
+        States [W, B, S, D]; with a read-out predictions [n_supervised, B, S, n_outputs], or with
+        targets their errors, 0 at odd tokens; fp32. And what was kept on the way there.
     """
     n_layer = len(weights) // 12
     history = empty_history(
         embeddings, n_layer, n_heads, window, operand, save_activations, save_start, save_states
     )
     fold(weights, history.folded_weights, history.folded_biases)
+    n_steps = n_supervised or window
     width = len(read_out[1]) if read_out else embeddings.shape[-1]
-    result = embeddings.new_empty((window, *embeddings.shape[:2], width))
+    result = embeddings.new_empty((n_steps, *embeddings.shape[:2], width))
     states = history.states if read_out else result
     run_steps(
         state,
@@ -89,7 +96,7 @@ def loop_forward(
         window,
         attention,
         states if len(states) else None,
-        ReadOut(*read_out, result) if read_out else None,
+        ReadOut(*read_out, targets, result) if read_out else None,
     )
     return result, history
 
@@ -134,21 +141,24 @@ def run_steps(
         return (block * window + max(step - before, 0)) % n_slots
 
     def step_end(step: int) -> list[Tensor | None]:
-        """The kernel's arguments from ``norm_weight`` to ``predictions``."""
+        """The kernel's arguments from ``norm_weight`` to ``targets``."""
         w = step - before
-        if w < 0:
-            last = w == -1 and len(history.start)
-            return [*norm, None, None, history.start if last else None, None, None, None]
-        kept = [history.xhatf[w], history.rstdf[w]] if keep else [None, None]
-        z = None if states is None else states[w]
-        if read_out is None:
-            return [*norm, *kept, z, None, None, None]
-        return [*norm, *kept, z, read_out.weight, read_out.bias, read_out.predictions[w]]
+        kept: list[Tensor | None] = [None, None]
+        z = None
+        if w >= 0:
+            kept = [history.xhatf[w], history.rstdf[w]] if keep else kept
+            z = None if states is None else states[w]
+        elif w == -1 and len(history.start):
+            z = history.start
+        if read_out is None or (i := w - window + len(read_out.predictions)) < 0:
+            return [*norm, *kept, z, None, None, None, None]
+        weight, bias, targets, predictions = read_out
+        return [*norm, *kept, z, weight, bias, predictions[i], targets]
 
     def rows(config: Config, ends: tuple[int, int] | None, begins: tuple[int, int] | None) -> None:
         """From the attention of one (step, block) to that of the next."""
         head: list[Tensor | None] = [None] * 5
-        middle: list[Tensor | None] = [None] * 8
+        middle: list[Tensor | None] = [None] * 9
         tail: list[Tensor | None] = [None] * 7
         if ends:
             step, block = ends
@@ -172,7 +182,8 @@ def run_steps(
             ]  # fmt: skip
         launch(
             row_forward_kernel, (triton.cdiv(B * S, config.rows),), x, *head, *middle, *tail,
-            B * S, config=config, D=D, TF32=tf32, OUTPUTS=0 if middle[7] is None else n_outputs,
+            B * S, S, config=config, D=D, TF32=tf32,
+            OUTPUTS=0 if middle[7] is None else n_outputs,
         )  # fmt: skip
 
     config = choose(

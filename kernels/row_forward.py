@@ -5,7 +5,8 @@ residual stays on the chip meanwhile:
 
     HEAD      x1 = x + attention @ Wo^T + bo
               x2 = x1 + gelu(norm(x1) @ Wfc'^T + bfc') @ Wproj^T + bproj
-    STEP_END  z = norm(x2) * scale + shift, and its read-out, predictions = z @ Wout^T + bout
+    STEP_END  z = norm(x2) * scale + shift, and its read-out, predictions = z @ Wout^T + bout,
+              from which targets are subtracted where there are any
     TAIL      x = inject(z, e) + p where a step begins, x2 inside one
               qkv = norm(x) @ Wqkv'^T + bqkv'
 
@@ -76,7 +77,7 @@ def _add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
 
 # Slots of one statistic a row start at any multiple of 4 bytes: no reason to compile twice.
 @triton.jit(
-    do_not_specialize=["N"],
+    do_not_specialize=["N", "S"],
     do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf", "read_out_bias", "predictions"],
 )
 def row_forward_kernel(
@@ -96,7 +97,8 @@ def row_forward_kernel(
     # the injection's neutral element, 0 or 1, for None
     read_out_weight,  # [OUTPUTS, D] fp32; None: no predictions
     read_out_bias,  # [OUTPUTS] fp32
-    predictions,  # out [N, OUTPUTS] fp32
+    predictions,  # out [N, OUTPUTS] fp32; with targets their errors at even tokens, 0 at odd ones
+    targets,  # [B, ceil(S / 2), OUTPUTS] fp32, or None
     # TAIL
     scale,  # [N, D] fp32, or None: what the block's input is multiplied with, and
     shift,  # [N, D] fp32, or None: what is added to it
@@ -106,6 +108,7 @@ def row_forward_kernel(
     rstd1,  # out [N] fp32
     qkv,  # out [N, 3D] operand
     N,
+    S,  # tokens of a sequence
     D: tl.constexpr,
     OUTPUTS: tl.constexpr,  # of the read-out; 0 without one
     TF32: tl.constexpr,
@@ -146,7 +149,9 @@ def row_forward_kernel(
         y = _add_bias(y, biases + 8 * D)
         for c in range(0, 4 * D, HIDDEN_CHUNK):
             hidden = _linear(xhat, weights + 4 * D * D, biases + 4 * D, c, HIDDEN_CHUNK, TF32)
-            hidden = cast(gelu(hidden, xhat2.dtype.element_ty != tl.float32), xhat2.dtype.element_ty)
+            hidden = cast(
+                gelu(hidden, xhat2.dtype.element_ty != tl.float32), xhat2.dtype.element_ty
+            )
             y = _add_product(y, hidden, weights + 8 * D * D, c, 4 * D, TF32)
 
     if STEP_END:
@@ -172,6 +177,11 @@ def row_forward_kernel(
                 for i in tl.static_range(1, D // PART):
                     dots += tl.sum(y[i] * tl.load(weight + i * PART)[None, :], axis=1)
                 dots += tl.load(read_out_bias + output)
+                if targets is not None:
+                    token = rows % S
+                    point = rows // S * ((S + 1) // 2) + token // 2
+                    target = tl.load(targets + point * OUTPUTS + output)
+                    dots = tl.where(token % 2 == 0, dots - target, 0.0)
                 tl.store(predictions + rows * OUTPUTS + output, dots, mask=valid)
 
     if TAIL:

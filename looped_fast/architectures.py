@@ -22,7 +22,8 @@ from looped_fast.reference import interleave
 Model = Any  # an nn.Module of another code base, known by its attributes only
 
 
-# ops.loop on one model's blocks: (embeddings [B, S, D], *, n_loops, window, injection, read_out) -> states [W, B, S, D], or predictions with a read_out
+# ops.loop on one model's blocks: (embeddings [B, S, D], *, n_loops, window, injection, read_out)
+# -> states [W, B, S, D], or predictions with a read_out
 Loop = Callable[..., Tensor]
 
 
@@ -146,9 +147,7 @@ def _read_in(model: Model, xs: Tensor, ys: Tensor) -> Tensor:
     return model._read_in(interleave(xs, ys)).to(model._read_in.weight.dtype)
 
 
-def _predict(
-    model: Model, loop: Loop, embeddings: Tensor, settings: dict[str, Any]
-) -> Tensor:
+def _predict(model: Model, loop: Loop, embeddings: Tensor, settings: dict[str, Any]) -> Tensor:
     """Predictions at the x positions, [W, B, n], or [W, B, n, 2] logits: by the loop, if it can."""
     read_out, of_x = model._read_out, slice(model.ind, None, model.freq)
     if type(read_out) is nn.Linear and not any(hooks_of(read_out)):

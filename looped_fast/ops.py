@@ -48,8 +48,7 @@ def _run(
         embeddings, weights, n_heads, n_loops, window, injection, precision, attention
     )
     explanation = backends.explain(problem, backend)
-    if state is None and not (explanation.chosen == "triton" and injection in ("add", "mul")):
-        state = reference.initial_state(embeddings, injection)
+    state = _start(state, embeddings, injection, explanation.chosen)
     arguments: tuple[Any, ...] = (
         embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
         checkpoint,
@@ -80,22 +79,42 @@ def _run_mse(
     n_supervised: int,
     *settings: Any,
 ) -> Tensor:
-    n_heads, n_loops, window, injection, precision, _, backend, attention = settings
+    n_heads, n_loops, window, injection, precision, checkpoint, backend, attention = settings
+    explanation = backends.explain(
+        _problem(embeddings, weights, n_heads, n_loops, window, injection, precision, attention),
+        backend,
+    )
+    state = _start(state, embeddings, injection, explanation.chosen)
     tensors = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
-    fusible = not targets.requires_grad and cpu_engine.can_read_out(read_out)
-    if fusible and loop_autograd.needs_grad(tensors):
-        problem = _problem(
-            embeddings, weights, n_heads, n_loops, window, injection, precision, attention
-        )
-        if backends.explain(problem, backend).chosen == "cpu":
-            if state is None:
-                state = reference.initial_state(embeddings, injection)
-            return cpu_engine.loop_mse(
-                embeddings, positions, state, [*weights, *read_out], targets, n_heads, n_loops,
-                window, n_supervised, injection, precision,
-            )  # fmt: skip
+    if explanation.attention and triton_backend.can_read_out(read_out) and not _wants_grad(targets):
+        errors = triton_backend.loop(
+            embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
+            checkpoint, explanation.attention.chosen, read_out, targets, n_supervised,
+        )  # fmt: skip
+        return errors.square().sum() / (n_supervised * targets.numel())  # 0 at odd tokens
+    if (
+        explanation.chosen == "cpu"
+        and cpu_engine.can_read_out(read_out)
+        and loop_autograd.needs_grad(tensors)
+        and not _wants_grad(targets)
+    ):
+        return cpu_engine.loop_mse(
+            embeddings, positions, state, [*weights, *read_out], targets, n_heads, n_loops,
+            window, n_supervised, injection, precision,
+        )  # fmt: skip
     predictions = _run(embeddings, positions, state, weights, read_out, *settings)
     return (predictions[-n_supervised:, :, ::2] - targets).square().mean()
+
+
+def _wants_grad(tensor: Tensor) -> bool:
+    return loop_autograd.needs_grad([tensor])
+
+
+def _start(state: Tensor | None, embeddings: Tensor, injection: str, backend: str) -> Tensor | None:
+    """The state before the first step; None where the backend's kernels know it."""
+    if state is None and not (backend == "triton" and injection in ("add", "mul")):
+        return reference.initial_state(embeddings, injection)
+    return state
 
 
 def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
@@ -230,7 +249,8 @@ def loop_mse(
 
     That is ``(loop(...)[-n_supervised:, :, ::2] - targets).square().mean()``. The ``cpu`` backend
     computes the error's gradient along with it, sequence by sequence: it keeps activations of a
-    sequence per thread instead of those of the batch, whatever ``checkpoint`` says.
+    sequence per thread instead of those of the batch, whatever ``checkpoint`` says. The ``triton``
+    backend subtracts targets where it reads out.
 
     Args:
         targets: [B, (S + 1) // 2, n_outputs], in the dtype and on the device of the others.

@@ -124,6 +124,8 @@ def loop(
     checkpoint: str,
     attention: str,
     read_out: Sequence[Tensor] = (),
+    targets: Tensor | None = None,
+    n_supervised: int | None = None,
 ) -> Tensor:
     """Run ``ops.loop`` in Triton kernels (same arguments and result).
 
@@ -131,6 +133,9 @@ def loop(
         state: None only where the injection has a neutral element: ``add`` and ``mul``.
         attention: name of the provider, chosen by ``backends.explain``.
         read_out: one that ``can_read_out`` takes.
+        targets: as in ``ops.loop_mse``, but without a gradient. With them the result is the error
+            of the last ``n_supervised`` steps' predictions at even tokens, and 0 at odd ones:
+            [n_supervised, B, S, n_outputs].
     """
     tensors = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
     save, save_inputs = loop_autograd.what_to_save(tensors, checkpoint)
@@ -139,7 +144,7 @@ def loop(
     # state is an argument.
     result, *_ = torch.ops.looped_fast.triton_loop_forward(
         embeddings, positions, state, [*weights, *read_out], n_heads, n_loops, window, injection,
-        precision, attention, save, needs_states,
+        precision, attention, targets, n_supervised, save, needs_states,
     )  # fmt: skip
     return result
 
@@ -161,7 +166,7 @@ def _split(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor
 
 def _forward(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    attention, save_activations, needs_states,
+    attention, targets, n_supervised, save_activations, needs_states,
 ):  # fmt: skip
     from looped_fast.kernels.forward import loop_forward
 
@@ -171,6 +176,7 @@ def _forward(
         *_split([w.contiguous() for w in weights]), n_heads, n_loops, window, injection,
         _operand(precision), attention,
         **_what_to_keep(weights, n_loops, window, save_activations, needs_states),
+        targets=None if targets is None else targets.contiguous(), n_supervised=n_supervised,
     )  # fmt: skip
     return result, *history
 
@@ -185,7 +191,7 @@ def _what_to_keep(weights, n_loops, window, save_activations, needs_states) -> d
 
 def _forward_fake(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    attention, save_activations, needs_states,
+    attention, targets, n_supervised, save_activations, needs_states,
 ):  # fmt: skip
     from looped_fast.kernels.history import empty_history
 
@@ -195,7 +201,8 @@ def _forward_fake(
     )  # fmt: skip
     B, S, D = embeddings.shape
     read_out = _split(weights)[1]
-    return embeddings.new_empty((window, B, S, len(read_out[1]) if read_out else D)), *history
+    shape = (n_supervised or window, B, S, len(read_out[1]) if read_out else D)
+    return embeddings.new_empty(shape), *history
 
 
 def _backward_op(
@@ -271,7 +278,8 @@ def _register() -> torch.library.Library:
     library = torch.library.Library("looped_fast", "FRAGMENT")
     library.define(
         f"triton_loop_forward({tensors}, {settings}, str precision, str attention, "
-        f"bool save_activations, bool needs_states) -> ({outputs})"
+        f"Tensor? targets, int? n_supervised, bool save_activations, bool needs_states) "
+        f"-> ({outputs})"
     )
     library.define(
         f"triton_loop_backward(Tensor grad, Tensor result, Tensor[] history, {tensors}, "
@@ -283,7 +291,7 @@ def _register() -> torch.library.Library:
     name = "looped_fast::triton_loop"
     torch.library.register_fake(f"{name}_forward", _forward_fake, lib=library)
     torch.library.register_fake(f"{name}_backward", _backward_fake, lib=library)
-    loop_autograd.register("triton", _gradients, library)
+    loop_autograd.register("triton", _gradients, n_settings=6, lib=library)
 
     library.define("triton_read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias) -> Tensor")
     for key in ("CPU", "CUDA"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FP32_EPS, leaves, loop_inputs, relative_error, require_grad
+from conftest import FP32_EPS, cast, leaves, loop_inputs, relative_error, require_grad
 from golden_cases import MODEL_CASES, assert_as_good_as_plain, load_tensors, with_prefix
 from test_cpu_engine import golden_results, golden_truth
 from torch.torch_version import TorchVersion
@@ -62,7 +62,8 @@ def test_the_ops_pass_opcheck(n_loops, n_outputs):
     inputs["weights"] += inputs.pop("read_out", [])
     if n_outputs:
         inputs["state"] = None
-    settings = (4, n_loops, 1, "mul", "bf16", "triton", True, n_loops > 1)
+    targets = torch.randn(1, 2, n_outputs) if n_outputs else None
+    settings = (4, n_loops, 1, "mul", "bf16", "triton", targets, None, True, n_loops > 1)
     forward = torch.ops.looped_fast.triton_loop_forward.default
     result, *history = forward(*inputs.values(), *settings)
     grad = torch.randn_like(result)
@@ -73,6 +74,57 @@ def test_the_ops_pass_opcheck(n_loops, n_outputs):
     for tensor in (inputs["embeddings"], inputs["positions"], *inputs["weights"]):
         tensor.requires_grad_()
     torch.library.opcheck(forward, (*inputs.values(), *settings))
+
+
+@pytest.mark.parametrize(
+    ("injection", "S", "n_outputs", "n_supervised", "checkpoint"),
+    [
+        ("add", 6, 1, 2, "none"), ("add", 7, 2, 1, "none"), ("mul", 6, 1, 1, "state"),
+        ("none", 7, 1, 2, "none"), ("add", 5, 9, 2, "none"),
+    ],
+)  # fmt: skip
+def test_the_loss_is_as_accurate_as_plain_pytorch(
+    injection, S, n_outputs, n_supervised, checkpoint
+):
+    inputs = loop_inputs(B=3, S=S, D=64, n_outputs=n_outputs)
+    targets = torch.randn(3, (S + 1) // 2, n_outputs, dtype=torch.float64)
+    settings = {
+        "n_heads": 4, "n_loops": 3, "window": 2, "injection": injection, "checkpoint": checkpoint
+    }  # fmt: skip
+
+    def results(dtype, precision, backend):
+        given = require_grad(cast(inputs, dtype))
+        loss = ops.loop_mse(
+            **given, targets=targets.to(dtype), n_supervised=n_supervised, precision=precision,
+            backend=backend, **settings,
+        )  # fmt: skip
+        tensors = leaves(given)
+        grads = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+        return {"loss": loss.detach()} | dict(zip(tensors, grads, strict=True))
+
+    truth = results(torch.float64, "fp32", "reference")
+    plain = results(torch.float32, "fp32", "reference")
+    fast = results(torch.float32, "fp32", "triton")
+    for name, exact in truth.items():
+        if exact is None:
+            assert fast[name] is None, name
+            continue
+        error, of_plain = (relative_error(run[name], exact) for run in (fast, plain))
+        factor = 2 if name == "loss" else 3
+        assert error <= factor * of_plain + 4 * FP32_EPS, name
+
+
+def test_targets_may_want_a_gradient():
+    inputs = loop_inputs(B=1, S=4, D=64, n_outputs=1, dtype=torch.float32)
+    targets = torch.randn(1, 2, 1, requires_grad=True)
+    settings = {"n_heads": 4, "n_loops": 1, "window": 1}
+    grads = [
+        torch.autograd.grad(
+            ops.loop_mse(**inputs, targets=targets, backend=backend, **settings), targets
+        )[0]
+        for backend in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_step_is_one_graph_with_the_same_numbers():
