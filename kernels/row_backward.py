@@ -146,7 +146,7 @@ def row_backward_kernel(
             into = tile(next_weights + 4 * D * D, c, HIDDEN_CHUNK, 0, D, D)
             pre = dot(xhat, tl.trans(into), tl.zeros([ROWS, HIDDEN_CHUNK], tl.float32), TF32)
             pre += tl.load(next_biases + 4 * D + chunk)[None, :]
-            u, slope = gelu_and_slope(pre, xhat.dtype != tl.float32)
+            u, slope = gelu_and_slope(pre, xhat.dtype == tl.bfloat16)
             out = tile(next_weights + 8 * D * D, 0, D, c, HIDDEN_CHUNK, 4 * D)
             d_pre = dot(d_out, out, tl.zeros([ROWS, HIDDEN_CHUNK], tl.float32), TF32) * slope
             tl.store(next_d_biases + 4 * D + chunk, tl.sum(d_pre, axis=0))

@@ -65,6 +65,14 @@ def _linear(x, weight, bias, row, OUT: tl.constexpr, TF32: tl.constexpr):
 
 
 @triton.jit
+def _hidden(xhat, weights, biases, c, CHUNK: tl.constexpr, TF32: tl.constexpr):
+    """Hidden units c .. c + CHUNK of a block's MLP after GELU, as an operand. xhat: [ROWS, D]."""
+    D: tl.constexpr = xhat.shape[1]
+    y = _linear(xhat, weights + 4 * D * D, biases + 4 * D, c, CHUNK, TF32)
+    return cast(gelu(y, xhat.dtype != tl.float32), xhat.dtype)
+
+
+@triton.jit
 def _add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
     """y + x @ weight[:, column : column + IN]^T, with x [ROWS, IN] and a weight WIDTH wide."""
     PART: tl.constexpr = y[0].shape[1]
@@ -147,12 +155,14 @@ def row_forward_kernel(
             y = _add_product(y, tl.load(attention + chunk), weights + 3 * D * D, c, D, TF32)
         xhat = _norm(y, xhat2, rstd2, rows, valid, D)
         y = _add_bias(y, biases + 8 * D)
-        for c in range(0, 4 * D, HIDDEN_CHUNK):
-            hidden = _linear(xhat, weights + 4 * D * D, biases + 4 * D, c, HIDDEN_CHUNK, TF32)
-            hidden = cast(
-                gelu(hidden, xhat2.dtype.element_ty != tl.float32), xhat2.dtype.element_ty
-            )
-            y = _add_product(y, hidden, weights + 8 * D * D, c, 4 * D, TF32)
+        # A chunk of hidden units is multiplied while the next one is computed. That also keeps
+        # Triton from seeing two products in a row, whose first one it would have every group of
+        # warps compute for itself.
+        hidden = _hidden(xhat, weights, biases, 0, HIDDEN_CHUNK, TF32)
+        for c in range(HIDDEN_CHUNK, 4 * D, HIDDEN_CHUNK):
+            y = _add_product(y, hidden, weights + 8 * D * D, c - HIDDEN_CHUNK, 4 * D, TF32)
+            hidden = _hidden(xhat, weights, biases, c, HIDDEN_CHUNK, TF32)
+        y = _add_product(y, hidden, weights + 8 * D * D, 4 * D - HIDDEN_CHUNK, 4 * D, TF32)
 
     if STEP_END:
         mean, rstd = statistics(y, D)
