@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from benchmarks.compile_store import Entry, Group, Key, Report, problem
+from benchmarks.compile_store import Entry, Group, Key, Report, problem, triton_version
 from benchmarks.kernel_launches import PAPER_WIDTH, PRECISIONS, Case, cases
 from benchmarks.machine_code import ARCHITECTURES, KIB, compile_launch
+from benchmarks.predicted_time import GPUS
 from looped_fast.kernels.tuning import Config, source_hash
 
+THOROUGH = "3.9"  # the version of Triton that is compiled for everything
+VERSIONS = ("3.6", THOROUGH)  # that ``kernels/candidates.json`` is good for
 N_CANDIDATES = 3  # to look for at the paper's width; the autotuner compiles and times them all
 
 # rows, hidden_chunk, columns, num_warps, num_stages; the most promising first
@@ -19,6 +22,14 @@ _ROWS = [
     Config(32, 32, 32, 4), Config(32, 64, 64, 8), Config(64, 64, 64, 8), Config(16, 64, 64, 4),
     Config(16, 32, 32, 4), Config(32, 32, 32, 8), Config(16, 32, 32, 8), Config(16, 16, 16, 4),
     Config(16, 16, 16, 8), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 8, 1),
+]  # fmt: skip
+# From 64 rows on sm_90 multiplies by wgmma, and sm_100 by tcgen05; of each number of rows the most
+# promising come first, for where not all are compiled.
+_TALL_ROWS = [
+    Config(64, 64, 128, 8), Config(64, 64, 64, 8), Config(32, 64, 64, 8), Config(16, 64, 64, 4),
+    Config(64, 32, 64, 8), Config(64, 64, 64, 4), Config(64, 32, 32, 4), Config(64, 32, 32, 8),
+    Config(128, 64, 128, 8), Config(128, 64, 64, 8), Config(128, 32, 32, 8),
+    Config(32, 64, 64, 4), Config(32, 32, 32, 4),
 ]  # fmt: skip
 _NARROW_ROWS = [
     Config(64, 64, 64, 4), Config(32, 64, 64, 4), Config(64, 64, 64, 8), Config(32, 32, 32, 4),
@@ -35,7 +46,7 @@ _ATTENTION = [
 ]  # fmt: skip
 
 
-def space(case: Case) -> tuple[Config, ...]:
+def space(case: Case, arch: str) -> tuple[Config, ...]:
     """Configurations to try; the launch's own where the host code fixes it."""
     if case.kernel.startswith("attention_"):
         return tuple(_ATTENTION)
@@ -43,7 +54,9 @@ def space(case: Case) -> tuple[Config, ...]:
         narrow, wide = case.width <= 128, case.width > PAPER_WIDTH
         if case.precision in ("fp32", "tf32") or wide:
             return tuple(_SMALL_NARROW_ROWS if narrow else _SMALL_ROWS)
-        return tuple(_NARROW_ROWS if narrow else _ROWS)
+        if narrow:
+            return tuple(_NARROW_ROWS)
+        return tuple(_TALL_ROWS if arch in GPUS else _ROWS)
     return (case.launch.config,)
 
 
@@ -73,11 +86,25 @@ def is_launched(case: Case, arch: str) -> bool:
     return not (wide and ARCHITECTURES[arch].block_shared < 100 * KIB)
 
 
-def screening() -> list[Job]:
+def is_covered(group: Group, version: str) -> bool:
+    """Whether the report is to cover a group in a version of Triton.
+
+    Versions but ``THOROUGH``: what the paper's model launches in 16 bits on NVIDIA GPUs, in fp16 on
+    the newest ones alone. AMD: the same in bf16, since the row kernels take a minute each there.
+    """
+    paper = group.kernel.startswith("attention_") or group.width == PAPER_WIDTH
+    if group.arch.startswith("gfx"):
+        return paper and group.precision == "bf16" and version == THOROUGH
+    if version == THOROUGH:
+        return True
+    return paper and (group.precision == "bf16" or (group.precision == "fp16" and group.arch in GPUS))
+
+
+def screening(version: str, known: dict[Group, list[Config]] | None = None) -> list[Job]:
     """Which configurations are good: those that are in the form of a kernel that does most.
 
-    Away from the paper's width and 16-bit operands the first good one is enough, and AMD is left
-    out: the row kernels take a minute each to compile there.
+    Away from the paper's width and 16-bit operands the first good one is enough. ``known``
+    candidates come first: another version of Triton has found them good.
     """
     jobs = []
     for precision in PRECISIONS:
@@ -86,24 +113,35 @@ def screening() -> list[Job]:
             best = largest.setdefault((case.kernel, case.width), i)
             if len(case.launch.types) > len(cases(precision)[best].launch.types):
                 largest[case.kernel, case.width] = i
-        for i in largest.values():
+        for (kernel, width), i in largest.items():
             case = cases(precision)[i]
-            tuned = case.kernel.startswith("attention_") or case.width == PAPER_WIDTH
+            tuned = kernel.startswith("attention_") or width == PAPER_WIDTH
             tuned = tuned and precision in ("bf16", "fp16")
-            jobs += [
-                Job(precision, i, arch, space(case), N_CANDIDATES if tuned else 1)
-                for arch in ARCHITECTURES
-                if arch.startswith("sm_") or (tuned and precision == "bf16")
-                if is_launched(case, arch)
-            ]
-    return sorted(jobs, key=lambda job: job.case.width != PAPER_WIDTH)
+            for arch in ARCHITECTURES:
+                group = Group(kernel, arch, width, precision)
+                if not (is_launched(case, arch) and is_covered(group, version)):
+                    continue
+                first = (known or {}).get(group, [])
+                configs = tuple(sorted(space(case, arch), key=lambda c, first=first: c not in first))
+                enough = N_CANDIDATES if tuned and not arch.startswith("gfx") else 1
+                if (kernel[:4], width, precision) == ("row_", PAPER_WIDTH, "bf16") and arch in GPUS:
+                    enough = len(configs)  # predicted times choose among them
+                jobs.append(Job(precision, i, arch, configs, enough))
+    return sorted(jobs, key=lambda job: _worth(job.group))
 
 
-def all_forms(candidates: dict[Group, list[Config]], full: bool = False) -> list[Job]:
+def _worth(group: Group) -> tuple[bool, bool, bool]:
+    """What is compiled first: the paper's width, bf16, GPUs whose times are predicted."""
+    return group.width != PAPER_WIDTH, group.precision != "bf16", group.arch not in GPUS
+
+
+def all_forms(
+    candidates: dict[Group, list[Config]], version: str, full: bool = False
+) -> list[Job]:
     """Every form of every kernel in every candidate, first candidates first.
 
-    At the paper's width in bf16; ``full``, everywhere. Elsewhere it is left at the form that does
-    most, which the others are parts of.
+    At the paper's width in bf16 on NVIDIA GPUs; ``full``, everywhere. Elsewhere it is left at the
+    form that does most, which the others are parts of.
     """
     ranked = []
     for precision in PRECISIONS if full else PRECISIONS[:1]:
@@ -111,19 +149,23 @@ def all_forms(candidates: dict[Group, list[Config]], full: bool = False) -> list
             if not full and case.width != PAPER_WIDTH:
                 continue
             for arch in ARCHITECTURES:
-                if not is_launched(case, arch):
-                    continue
                 group = Group(case.kernel, arch, case.width, precision)
+                if not (is_launched(case, arch) and is_covered(group, version)):
+                    continue
+                if arch.startswith("gfx") and not full:
+                    continue
                 for rank, config in enumerate(candidates.get(group, [])):
-                    ranked.append((rank, Job(precision, i, arch, (config,), 1)))
+                    job = Job(precision, i, arch, (config,), 1)
+                    ranked.append(((arch not in GPUS, rank), job))
     ranked.sort(key=lambda item: item[0])
     return [job for _, job in ranked]
 
 
-def entry_key(job: Job, config: Config) -> Key:
-    """Where the report keeps the entry of a job's configuration."""
+def entry_key(job: Job, config: Config, version: str | None = None) -> Key:
+    """Where the report keeps a job's configuration, by this Triton or by ``version``."""
     case = job.case
-    return Key(*job.group, case.form, config.astuple(), source_hash(case.launch.kernel))
+    source = source_hash(case.launch.kernel)
+    return Key(*job.group, case.form, config.astuple(), source, version or triton_version())
 
 
 def compile_entry(job: Job, config: Config) -> Entry:
@@ -142,7 +184,7 @@ def _run(work: tuple[Job, Report]) -> list[Entry]:
     entries: list[Entry] = []
     for config in job.configs:
         entries.append(known.get(entry_key(job, config)) or compile_entry(job, config))
-        if sum(problem(entry) is None for entry in entries) == job.enough:
+        if sum(problem(found) is None for found in entries) == job.enough:
             break
     return entries
 

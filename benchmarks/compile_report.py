@@ -3,7 +3,9 @@
 ``python -m benchmarks.compile_report`` prints the stored report, and what is wrong or not in it;
 ``--update`` compiles what is new or was changed since, and stores the report and, for
 ``kernels/tuning.py``, which configurations are good where; ``--verify`` compiles a few kernels
-again and holds them against the stored entries. None needs a GPU.
+again and holds them against the stored entries. None needs a GPU. Both compile by the Triton of the
+Python they run in, and the report holds ``compile_matrix.VERSIONS`` of it: run ``--update`` in a
+Python of each.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ import sys
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.compile_matrix import Job, all_forms, compile_entry, entry_key, run, screening
+from benchmarks.compile_matrix import (
+    VERSIONS,
+    Job,
+    all_forms,
+    compile_entry,
+    entry_key,
+    run,
+    screening,
+)
 from benchmarks.compile_store import (
     Entry,
     Group,
@@ -25,6 +35,7 @@ from benchmarks.compile_store import (
     load,
     problem,
     store,
+    triton_version,
 )
 from benchmarks.kernel_launches import PRECISIONS, cases
 from looped_fast.kernels.tuning import source_hash
@@ -32,10 +43,10 @@ from looped_fast.kernels.tuning import source_hash
 
 def update(processes: int, kernels: list[str] | None, full: bool) -> None:
     """Compile what the stored report lacks, of all kernels or some, and store as it grows."""
-    report = load()
-    report = {key: entry for key, entry in report.items() if key.source in _present().values()}
-    _add(screening(), report, processes, kernels)
-    _add(all_forms(candidates(report), full), report, processes, kernels)
+    sources, version = _present().values(), triton_version()
+    report = {key: entry for key, entry in load().items() if key.source in sources}
+    _add(screening(version, candidates(report)), report, processes, kernels)
+    _add(all_forms(candidates(report), version, full), report, processes, kernels)
 
 
 def _add(jobs: list[Job], report: Report, processes: int, kernels: list[str] | None) -> None:
@@ -70,14 +81,23 @@ def faults(report: Report) -> list[str]:
 
 def gaps(report: Report) -> list[str]:
     """What a stored report lacks: candidates for it are a guess, until ``--update`` has run."""
-    groups = {job.group for job in screening()} - {key.group for key in report}
-    forms = [
-        job for job in all_forms(candidates(report))
-        if entry_key(job, job.configs[0]) not in report
-    ]  # fmt: skip
-    found = [f"not compiled yet: {' '.join(map(str, group))}" for group in sorted(groups)]
-    if forms:
-        found.append(f"not compiled yet: {len(forms)} forms, such as {forms[0].case[:4]}")
+    found = []
+    for version in VERSIONS:
+        stored = {key.group for key in report if key.triton == version}
+        groups = {job.group for job in screening(version)} - stored
+        forms = [
+            job for job in all_forms(candidates(report), version)
+            if entry_key(job, job.configs[0], version) not in report
+        ]  # fmt: skip
+        found += [
+            f"not compiled yet by Triton {version}: {' '.join(map(str, group))}"
+            for group in sorted(groups)
+        ]
+        if forms:
+            found.append(
+                f"not compiled yet by Triton {version}: {len(forms)} forms, "
+                f"such as {forms[0].case[:4]}"
+            )
     return found
 
 
@@ -94,7 +114,7 @@ SAMPLE = (
 def verify(report: Report) -> list[str]:
     """Compile the sample again; what is worse now than in the stored report."""
     found = []
-    for job in screening():
+    for job in screening(triton_version()):
         if job.group not in {Group(*sample) for sample in SAMPLE}:
             continue
         config = candidates(report)[job.group][0]

@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import predicted_time
+from benchmarks.cases import CASES
 from benchmarks.machine_code import ARCHITECTURES
+from benchmarks.phases import Phase
 from looped_fast.kernels import tuning
 from looped_fast.kernels.tuning import Config
 
@@ -15,6 +18,17 @@ REPORT = Path(__file__).parent / "results/compile_report.json"
 CANDIDATES = Path(tuning.__file__).with_name("candidates.json")
 FEW_SPILLS = 64  # instructions, outside loops; with more a configuration comes after the others
 LITTLE_DUPLICATION = 1.25
+# Of a loop's instructions that may be spills. A spill takes as much of the pipe to L1 and shared
+# memory as an LDS, one clock per warp, and a reload from L1 arrives after about 30. An instruction
+# in the loops of the row kernels costs that pipe 0.4 to 1.1 clocks on average: with 2 % of spills a
+# loop takes 2 to 5 % longer, or 15 % where nothing hides a wait (a loop of 750 instructions and
+# 1400 clocks: 7 reloads, 210 clocks). Predicted times count the first, and decide among the rest.
+SPILL_LIMIT = 0.02
+
+
+def triton_version() -> str:
+    """The Triton of this Python, as entries are kept by it: ``"3.6"``."""
+    return ".".join(importlib.metadata.version("triton").split(".")[:2])
 
 
 class Group(NamedTuple):
@@ -36,6 +50,7 @@ class Key(NamedTuple):
     form: str  # of the launch, see ``kernel_launches.Case``
     config: tuple[int, ...]
     source: str  # ``tuning.source_hash`` of the kernel
+    triton: str  # version that compiled it, major and minor
 
     @property
     def group(self) -> Group:
@@ -52,8 +67,8 @@ def problem(entry: Entry) -> str | None:
     limit = ARCHITECTURES[entry["arch"]].block_shared
     if "error" in entry:
         return entry["error"]
-    if entry["spills_in_loop"]:
-        return f"{entry['spills_in_loop']} spills in a loop"
+    if entry["spill_share"] > SPILL_LIMIT:
+        return f"{entry['spill_share']:.1%} of a loop are spills, the limit is {SPILL_LIMIT:.0%}"
     if entry["shared"] > limit:
         return f"{entry['shared']} bytes of shared memory, the limit is {limit}"
     if entry["products"] and entry["precision"] != "fp32" and not entry["tensor_core"]:
@@ -64,13 +79,17 @@ def problem(entry: Entry) -> str | None:
 def candidates(report: Report) -> dict[Group, list[Config]]:
     """Configurations that have no problem in any form of their kernel compiled so far.
 
-    In the order in which they were tried; but those come last in which warps repeat each other's
-    work, or that spill a lot outside loops.
+    That is, by every version of Triton that compiled anything for the group. Where a time can be
+    predicted, by ``predicted`` and few of each kind; elsewhere in the order in which they were
+    tried, but those come last in which warps repeat each other's work, or that spill a lot outside
+    loops.
     """
     found: dict[Group, dict[Config, list[Entry]]] = {}
+    versions: dict[Group, set[str]] = {}
     for key, entry in report.items():
         of_group = found.setdefault(key.group, {})
         of_group.setdefault(Config(*key.config), []).append(entry)
+        versions.setdefault(key.group, set()).add(key.triton)
 
     def cost(entries: list[Entry]) -> tuple[bool, bool]:
         return (
@@ -80,27 +99,69 @@ def candidates(report: Report) -> dict[Group, list[Config]]:
 
     chosen = {}
     for group, configs in found.items():
-        good = {c: entries for c, entries in configs.items() if not any(map(problem, entries))}
-        chosen[group] = sorted(good, key=lambda config, good=good: cost(good[config]))
+        good = {
+            config: entries
+            for config, entries in configs.items()
+            if not any(map(problem, entries))
+            if {entry["triton"] for entry in entries} == versions[group]
+        }
+        found_times = {config: predicted(config, entries) for config, entries in good.items()}
+        times = {config: time for config, time in found_times.items() if time is not None}
+        if times:
+            chosen[group] = few_of_each_kind(sorted(times, key=times.__getitem__))
+        else:
+            chosen[group] = sorted(good, key=lambda config, good=good: cost(good[config]))
     return chosen
+
+
+def predicted(config: Config, entries: list[Entry]) -> float | None:
+    """Seconds of a launch of the row kernels at LR's size, in the slowest of ``entries``.
+
+    None of other kernels, and where ``predicted_time`` knows nothing of the architecture or of an
+    entry.
+    """
+    gpu = predicted_time.GPUS.get(entries[0]["arch"])
+    if gpu is None or not entries[0]["kernel"].startswith("row_"):
+        return None
+    if not all(predicted_time.is_predictable(entry, gpu) for entry in entries):
+        return None
+    lr = CASES["lr"]
+    programs = -(-lr.batch * 2 * lr.n_points // config.rows)
+    return max(predicted_time.seconds(entry, programs, gpu) for entry in entries)
+
+
+def few_of_each_kind(ranked: list[Config]) -> list[Config]:
+    """The first two, and the first of every other number of rows: programs of few rows suit small
+    batches, of many rows large ones, and the autotuner compiles them all.
+    """
+    kept = ranked[:2]
+    for config in ranked[2:]:
+        if config.rows not in {other.rows for other in kept}:
+            kept.append(config)
+    return kept
 
 
 def load() -> Report:
     """The stored report."""
     entries = json.loads(REPORT.read_text())["entries"] if REPORT.exists() else []
-    return {key_of(entry): entry | {"config": tuple(entry["config"])} for entry in entries}
+    report = {}
+    for entry in entries:
+        entry["config"] = tuple(entry["config"])
+        if "phases" in entry:  # it compiled
+            entry["phases"] = [Phase(*phase) for phase in entry["phases"]]
+        report[key_of(entry)] = entry
+    return report
 
 
 def key_of(entry: Entry) -> Key:
     values = {name: entry[name] for name in Key._fields}
-    return Key(**values | {"config": tuple(values["config"])})
+    return Key(**values)
 
 
 def store(report: Report) -> None:
     """Write the report, an entry a line, and the candidates that follow from it."""
     lines = ",\n".join(json.dumps(entry) for entry in report.values())
-    version = json.dumps(importlib.metadata.version("triton"))
-    _write(REPORT, f'{{"triton": {version}, "entries": [\n{lines}\n]}}\n')
+    _write(REPORT, f'{{"entries": [\n{lines}\n]}}\n')
     # What was not compiled stays as it was; and so does sm_80, with whose candidates launches are
     # recorded on a CPU.
     known = json.loads(CANDIDATES.read_text()) if CANDIDATES.exists() else {}

@@ -109,7 +109,7 @@ def cases(precision: str) -> tuple[Case, ...]:
     def add(launches: list[Launch], width: int) -> None:
         for launch in launches:
             size = launch.constexprs.get("HEAD_DIM", width)
-            case = Case(launch.name, size, precision, _form(launch), launch)
+            case = Case(launch.name, size, precision, form_of(launch), launch)
             found.setdefault(case[:4], case)
 
     runs = [(loop, width, min(HEAD_DIMS)) for width in WIDTHS for loop in LOOPS]
@@ -127,7 +127,8 @@ def cases(precision: str) -> tuple[Case, ...]:
     return tuple(found.values())
 
 
-def _form(launch: Launch) -> str:
+def form_of(launch: Launch) -> str:
+    """Tells launches of a kernel apart whose machine code differs at equal sizes and types."""
     sizes = {*TILES, "D", "HEAD_DIM", "TF32"}
     parts = [f"{k}={v}" for k, v in launch.constexprs.items() if k not in sizes and v is not None]
     absent = [name for name, value in launch.constexprs.items() if value is None]

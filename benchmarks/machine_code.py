@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
+from benchmarks.phases import SPILLS, Phase, duplication, parse, phases
 from looped_fast.kernels.launch import Launch
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -58,14 +59,17 @@ class MachineCode:
     registers: int  # of a thread
     spills: int  # loads and stores of local memory, which hold registers that did not fit
     spills_in_loop: int
+    spill_share: float  # of a loop's instructions, in the loop where it is highest
     shared: int  # bytes of a thread block
     products: int  # of matrices, in the kernel's source
     tensor_core: int  # matrix products
+    asynchronous_mma: bool  # tensor cores read shared memory themselves: wgmma, tcgen05
     async_copy: int  # global to shared memory, past the registers
     special_function: int  # exp2, reciprocal, square root, ...
     duplication: float  # tensor-core work issued / needed: 2 where two warps compute the same tile
     blocks_per_sm: int
     instructions: int
+    phases: list[Phase]  # what it does where; none of AMD, and where loops can't be told apart
 
     def asdict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -110,8 +114,8 @@ def measure(asm: dict[str, Any], metadata: Any, arch: Architecture) -> MachineCo
         assembly = _tool("nvdisasm", "-c", file.name)
     registers = int(re.findall(r"REG:(\d+)", resources)[-1])
     code, loops = parse(assembly)
-    counts = Counter(name for _, name in code)
-    spills = [address for address, name in code if name in ("LDL", "STL")]
+    counts = Counter(i.name for i in code)
+    spills = [i.address for i in code if i.name in SPILLS]
 
     def count(pattern: str) -> int:
         return sum(n for name, n in counts.items() if re.fullmatch(pattern, name))
@@ -120,14 +124,17 @@ def measure(asm: dict[str, Any], metadata: Any, arch: Architecture) -> MachineCo
         registers=registers,
         spills=len(spills),
         spills_in_loop=sum(any(a <= spill <= b for a, b in loops) for spill in spills),
+        spill_share=_spill_share([i.address for i in code], loops, spills),
         shared=metadata.shared,
         products=len(re.findall(r"= tt\.dot ", asm["ttir"])),
         tensor_core=count(r"[HIDQO]?G?MMA|UTC\w*MMA"),
+        asynchronous_mma=count(r"[HIQ]GMMA|UTC\w*MMA") > 0,
         async_copy=count(r"LDGSTS|UTMALDG|UBLKCP"),
         special_function=count("MUFU"),
         duplication=duplication(asm["ttgir"]),
         blocks_per_sm=_blocks_per_sm(registers, metadata, arch),
         instructions=len(code),
+        phases=phases(assembly, asm["ttir"], asm["ttgir"], metadata.num_warps),
     )
 
 
@@ -136,29 +143,14 @@ def _tool(name: str, *args: str) -> str:
     return done.stdout
 
 
-def parse(assembly: str) -> tuple[list[tuple[int, str]], list[tuple[int, int]]]:
-    """Instructions (address, name) and loops (first address, last) of nvdisasm's output.
+def _spill_share(code: list[int], loops: list[tuple[int, int]], spills: list[int]) -> float:
+    """Highest share of a loop's instructions that ``spills`` are; all by address, or by index."""
 
-    A loop is a branch back. Those after the last EXIT are not: they are where a wait for an
-    asynchronous operation tries again, out of line.
-    """
-    code, branches, labels, fresh = [], [], {}, []
-    for line in assembly.splitlines():
-        if label := re.match(r"\s*\.(L_x_\d+):", line):
-            fresh.append(label[1])
-            continue
-        found = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)(.*)", line)
-        if not found:
-            continue
-        address, name = int(found[1], 16), found[2]
-        code.append((address, name))
-        labels |= dict.fromkeys(fresh, address)
-        fresh = []
-        if name == "BRA" and (target := re.search(r"\.(L_x_\d+)", found[3])):
-            branches.append((address, target[1]))
-    end = max((address for address, name in code if name == "EXIT"), default=0)
-    loops = [(labels[to], address) for address, to in branches if to in labels]
-    return code, [(first, last) for first, last in loops if first < last < end]
+    def within(addresses: list[int], loop: tuple[int, int]) -> int:
+        return sum(loop[0] <= address <= loop[1] for address in addresses)
+
+    shares = (within(spills, loop) / within(code, loop) for loop in loops if within(code, loop))
+    return round(max(shares, default=0.0), 4)
 
 
 def measure_amd(asm: dict[str, Any], metadata: Any, arch: Architecture) -> MachineCode:
@@ -185,9 +177,11 @@ def measure_amd(asm: dict[str, Any], metadata: Any, arch: Architecture) -> Machi
         registers=said("NumVgprs"),
         spills=len(spills),
         spills_in_loop=sum(any(a <= spill <= b for a, b in loops) for spill in spills),
+        spill_share=_spill_share(list(range(len(code))), loops, spills),
         shared=metadata.shared,
         products=len(re.findall(r"= tt\.dot ", asm["ttir"])),
         tensor_core=count("v_mfma|v_smfmac"),
+        asynchronous_mma=False,
         async_copy=count(r"buffer_load_\w*lds|global_load_lds"),
         special_function=count("v_(exp|log|rcp|rsq|sqrt)_"),
         duplication=1.0,  # not looked for
@@ -196,39 +190,8 @@ def measure_amd(asm: dict[str, Any], metadata: Any, arch: Architecture) -> Machi
             arch.sm_shared // max(1, metadata.shared),
         ),
         instructions=len(code),
+        phases=[],
     )
-
-
-def duplication(ttgir: str) -> float:
-    """Tensor-core work issued over work needed; 1 where no two warps compute the same tile.
-
-    Chained products get all warps stacked along the rows: with fewer than 16 rows for each, warps
-    repeat each other's rows (columns likewise, in instructions of 8). Products that work in tensor
-    memory (sm_100) are issued once whatever the layout.
-    """
-    layouts = {
-        name: (int(version), int(rows), int(columns))
-        for name, version, rows, columns in re.findall(
-            r"^(#\w+) = #ttg\.nvidia_mma<\{versionMajor = (\d).*?warpsPerCTA = \[(\d+), (\d+)\]",
-            ttgir,
-            re.MULTILINE,
-        )
-    }
-    needed = issued = 0.0
-    for a_columns, rows, columns, layout in re.findall(
-        r"(?:tt\.dot|warp_group_dot) .*?: \S*?<\d+x(\d+)x.*-> tensor<(\d+)x(\d+)xf32, (#\w+)>",
-        ttgir,
-    ):
-        if layout not in layouts:
-            continue
-        version, row_warps, column_warps = layouts[layout]
-        work = int(a_columns) * int(rows) * int(columns)
-        factor = max(1, 16 * row_warps / int(rows))
-        if version == 2:
-            factor *= max(1, 8 * column_warps / int(columns))
-        needed += work
-        issued += work * factor
-    return round(issued / needed, 2) if needed else 1.0
 
 
 def _blocks_per_sm(registers: int, metadata: Any, arch: Architecture) -> int:

@@ -1,158 +1,154 @@
-"""Predicts time per training step of the loop on GPUs that are not there: ``python -m
-benchmarks.roofline``, some minutes.
+"""Predicts time per training step on a GPU that is not there: ``python -m benchmarks.roofline``.
 
-**A prediction, not a measurement.** Kernels' work is counted (``work.py``); how fast a GPU does it
-is assumed, see ``ASSUMPTIONS``. Both the fused kernels and plain PyTorch are modelled by the same
-rule: a kernel takes as long as the slowest of tensor cores, L2 cache and DRAM, and never less than
-it takes to start.
+**A prediction, not a measurement.** Our kernels are predicted from the compile report, by
+``predicted_time``; PyTorch's ops from their shapes, see ``ASSUMPTIONS``.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its interpreter counts
-
 import sys
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 from tabulate import tabulate
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import predicted_time
 from benchmarks.cases import CASES, Case
-from benchmarks.kernel_launches import weights_of
-from benchmarks.work import CountingOps, Work, counting_kernels
+from benchmarks.compile_store import Group, Report, candidates, load
+from benchmarks.kernel_launches import form_of, weights_of
+from benchmarks.predicted_time import GRAPH_START, H100, Gpu
+from benchmarks.work import CountingOps, Op, compiled, is_product
 from looped_fast import reference
-from looped_fast.kernels import attention, backward, forward, tuning
+from looped_fast.kernels import backward, forward, tuning
 from looped_fast.kernels.launch import Launch, recording
 from looped_fast.kernels.tuning import Config
 
+# Before tiles of 64 rows: the first candidates for sm_90 until then.
+BEFORE = {
+    "row_forward_kernel": Config(32, 32, 32, 4),
+    "row_backward_kernel": Config(32, 64, 64, 8),
+}
+HALF_RATE = 320  # a product that sums over so many terms reaches half of the matrix rate
+L2_SIZE = 50e6  # bytes
+SMALL_LAUNCHES = 100  # read-in, read-out, loss, clipping and optimizer, of every contender
+ASSUMPTIONS = f"""Prediction for one {H100.name}, bf16, from counted work and these assumptions:
+- our kernels: benchmarks/predicted_time.py, in the candidates that take least at the case's size; a
+  form that was not compiled counts as the one that does most;
+- PyTorch's products reach {H100.flops / 1e12:.0f} TFLOP/s times K / (K + {HALF_RATE}) when they sum over K terms;
+- PyTorch's other ops move their tensors at {H100.bandwidth / 1e12:.1f} TB/s, or at {H100.l2_bandwidth / 1e12:.1f} where all of them fit into half
+  of the L2 cache; its attention takes as long as ours, which favours PyTorch;
+- a compiled step has one kernel between two products, and a kernel of a CUDA graph takes
+  {1e6 * GRAPH_START:.1f} us or more; {SMALL_LAUNCHES} of these are added to everything outside the loop."""
 
-@dataclass(frozen=True)
-class Gpu:
-    """Peak figures of the vendor's data sheet, dense."""
+
+class Part(NamedTuple):
+    """A kernel of a step."""
 
     name: str
-    arch: str
-    processors: int  # streaming multiprocessors
-    flops: float  # bf16 tensor cores
-    bandwidth: float  # DRAM, bytes/s
+    seconds: float
 
 
-GPUS = (
-    Gpu("A100 SXM 80 GB", "sm_80", 108, 312e12, 2.04e12),
-    Gpu("H100 SXM", "sm_90", 132, 989e12, 3.35e12),
-    Gpu("B200", "sm_100", 148, 2250e12, 8.0e12),
-)
-REACHED = 0.6  # share of the peak of tensor cores and of DRAM that a good kernel reaches
-L2_RATIO = 2.5  # bandwidth of the L2 cache over that of DRAM
-GRAPH_START = 1.5e-6  # seconds from one kernel of a CUDA graph to the next
-EAGER_START = 5e-6  # seconds for which PyTorch occupies the CPU with one op
-ASSUMPTIONS = f"""Prediction, from counted work and these assumptions:
-- kernels reach {REACHED:.0%} of the data sheet's tensor-core rate and DRAM bandwidth;
-- the L2 cache delivers {L2_RATIO} times the DRAM bandwidth; of our kernels all loads and stores are
-  taken to pass it, of PyTorch's ops only distinct memory, which favours PyTorch;
-- the multiprocessor with the most programs of a kernel decides when it ends;
-- a kernel takes {1e6 * GRAPH_START:.1f} us or more in a CUDA graph, and
-  {1e6 * EAGER_START:.0f} us or more where PyTorch launches it;
-- configurations are the first candidates for the architecture, bf16; nothing overlaps;
-- the loop alone: no read-in, read-out, loss or optimizer."""
+def ours(case: Case, report: Report, version: str, configs: dict[str, Config]) -> list[Part]:
+    """What the Triton backend launches for the loop of a training step.
 
-
-def seconds(work: Work, gpu: Gpu, start: float) -> float:
-    """How long one kernel takes by the model above."""
-    balance = 1.0
-    if work.programs:
-        busiest = -(-work.programs // gpu.processors)
-        balance = busiest * gpu.processors / work.programs
-    reached = REACHED * gpu.bandwidth
-    times = work.flops / (REACHED * gpu.flops), work.moved / (L2_RATIO * reached)
-    return max(start, balance * max(times), work.touched / reached)
-
-
-def fused(case: Case, arch: str) -> list[Work]:
-    """What the Triton backend launches for the loop of a training step, in bf16.
-
-    Grids are those of the real size. What a kernel does is counted at a small one, where the
-    interpreter is quick: of attention on one sequence, since it does the same on all; of the rows'
-    kernels at two sizes of whole tiles, since part of the memory that they touch, the weights,
-    does not grow with rows.
+    Args:
+        case: the size.
+        report: the compile report.
+        version: of Triton, whose entries count.
+        configs: kernel -> configuration, for those that are not to be the best predicted.
     """
-    D, S = case.n_embd, 2 * case.n_points
     with recording(execute=False) as launches, CountingOps() as ops:
-        _run(case, arch, case.batch, S, "meta")
-    twin, rows = _twin(case, arch), max(config.rows for config in _configs("row", D, arch))
-    sequence = attention_work(D, case.n_head, S, twin)
-    few, more = row_work(D, rows, twin), row_work(D, 2 * rows, twin)
-    works = []
-    for launch in launches:
-        form, programs = form_of(launch), math.prod(launch.grid)
-        if form in sequence:
-            work = sequence[form].times(case.batch)
+        _run(case)
+    parts = []
+    for name in dict.fromkeys(launch.name for launch in launches):
+        same = [launch for launch in launches if launch.name == name]
+        options = [configs[name]] if name in configs else _candidates(report, same[0])
+        times = [_kernel(case, report, version, same, config) for config in options]
+        best = min(times, key=lambda found: sum(part.seconds for part in found))
+        parts += best
+    return parts + list(torch_parts(ops.ops, parts))
+
+
+def _candidates(report: Report, launch: Launch) -> list[Config]:
+    if launch.name.startswith(("row_", "attention_")):
+        return candidates(report)[_group(launch)]
+    return [launch.config]
+
+
+def _group(launch: Launch) -> Group:
+    width = launch.constexprs.get("HEAD_DIM", launch.constexprs.get("D"))
+    return Group(launch.name, H100.arch, width, "bf16")
+
+
+def _kernel(
+    case: Case, report: Report, version: str, launches: list[Launch], config: Config
+) -> list[Part]:
+    """Predicted times of all launches of a kernel, in one configuration."""
+    entries = {
+        key.form: entry for key, entry in report.items()
+        if key.group == _group(launches[0]) and key.config == config.astuple()
+        if key.triton == version
+    }  # fmt: skip
+    if not entries:
+        raise ValueError(
+            f"Triton {version} did not compile {launches[0].name} in {config.astuple()}: "
+            f"run python -m benchmarks.compile_report --update"
+        )
+    S = 2 * case.n_points
+    rows, trips = case.batch * S, ()
+    programs = -(-rows // config.rows)
+    name = f"{launches[0].name.removesuffix('_kernel')} {' '.join(map(str, config.astuple()))}"
+    if launches[0].name.startswith("attention_"):
+        programs = case.batch * case.n_head * -(-S // config.rows)
+        trips = attention_trips(launches[0].name, S, config)
+    elif not launches[0].name.startswith("row_"):
+        programs, name = launches[0].grid[0], launches[0].name.removesuffix("_kernel")
+    times = {
+        form: predicted_time.seconds(entry, programs, H100, trips)
+        for form, entry in entries.items()
+    }
+    return [Part(name, times.get(form_of(launch), max(times.values()))) for launch in launches]
+
+
+def attention_trips(kernel: str, seq_len: int, config: Config) -> tuple[float, ...]:
+    """Mean passes through the loops of an attention kernel: tiles that the causal mask leaves."""
+    starts = range(0, seq_len, config.rows)
+    keys = [-(-min(first + config.rows, seq_len) // config.columns) for first in starts]
+    queries = [-(-(seq_len - first) // config.columns) for first in starts]
+    loops = (keys,) if kernel == "attention_forward_kernel" else (queries, keys)
+    return tuple(sum(trips) / len(trips) for trips in loops)
+
+
+def torch_parts(ops: list[Op], kernels: list[Part]) -> Iterator[Part]:
+    """Predicted times of PyTorch's ops; its attention takes as long as that among ``kernels``."""
+    attention = {part.name.split(" ")[0]: part.seconds for part in kernels}
+    for op in ops:
+        if "scaled_dot_product" in op.name:
+            way = "backward" if "backward" in op.name else "forward"
+            yield Part("attention", attention[f"attention_{way}"])
         else:
-            growth = more[form].touched - few[form].touched
-            growth /= max(1, more[form].programs - few[form].programs)  # 0 where none is by rows
-            touched = few[form].touched + growth * (programs - few[form].programs)
-            work = replace(few[form].times(programs / few[form].programs), touched=touched)
-        works.append(replace(work, programs=programs))
-    return works + ops.works
+            name = "product" if is_product(op) else "other op"
+            yield Part(name, op_seconds(op, H100))
 
 
-def _configs(kind: str, width: int, arch: str) -> list[Config]:
-    ways = ("forward", "backward")
-    return [tuning.candidates(f"{kind}_{way}_kernel", arch, width, "bf16")[0] for way in ways]
+def op_seconds(op: Op, gpu: Gpu) -> float:
+    """How long one of PyTorch's ops takes, in a CUDA graph."""
+    rate = gpu.flops * op.inner / (op.inner + HALF_RATE) if op.flops else 1.0
+    bandwidth = gpu.l2_bandwidth if op.bytes < L2_SIZE / 2 else gpu.bandwidth
+    return max(GRAPH_START, op.flops / rate, op.bytes / bandwidth)
 
 
-def _twin(case: Case, arch: str) -> str:
-    """The first of GPUS whose programs do the same as on ``arch``, so that it is counted once."""
-
-    def tiles(arch: str) -> list[tuple[int, ...]]:
-        attention = _configs("attention", case.n_embd // case.n_head, arch)
-        rows = _configs("row", case.n_embd, arch)
-        return [(c.rows, c.columns) for c in attention] + [(c.rows,) for c in rows]
-
-    return next((gpu.arch for gpu in GPUS if tiles(gpu.arch) == tiles(arch)), arch)
-
-
-Form = tuple[str, ...]  # of a launch: kernel and the arguments it has
-
-
-def form_of(launch: Launch) -> Form:
-    """All launches of a form do the same, up to their size."""
-    return launch.name, *launch.types
-
-
-@functools.cache
-def attention_work(D: int, n_heads: int, seq_len: int, arch: str) -> dict[Form, Work]:
-    """Of the attention kernels on one sequence."""
-    qkv = torch.zeros(1, seq_len, 3 * D, dtype=torch.bfloat16)
-    out, lse = torch.zeros_like(qkv[..., :D]), torch.zeros(1, n_heads, seq_len)
-    with mock.patch.object(tuning, "architecture", return_value=arch), counting_kernels() as found:
-        attention.forward(qkv, out, lse, n_heads)
-        attention.backward(qkv, out, lse, out, qkv.clone(), n_heads)
-    return {form_of(launch): work for launch, work in found}
-
-
-@functools.cache
-def row_work(D: int, n_rows: int, arch: str) -> dict[Form, Work]:
-    """Of all other kernels, on so many rows; the window is in two chunks, as a long one is."""
-    case = Case(batch=1, n_points=0, n_loops=4, window=3, n_embd=D, n_head=D // 16)
-    chunks = mock.patch.object(backward, "steps_per_chunk", return_value=2)
-    with chunks, counting_kernels() as found:
-        _run(case, arch, n_rows // 16, 16, "cpu")
-    return {form_of(launch): work for launch, work in found}
-
-
-def _run(case: Case, arch: str, batch: int, seq_len: int, device: str) -> None:
-    """Host code of the loop's forward and backward, with what it would choose on ``arch``."""
-    D = case.n_embd
-    with mock.patch.object(tuning, "architecture", return_value=arch), torch.device(device):
-        embeddings, state = torch.zeros(2, batch, seq_len, D)
-        positions, weights = torch.zeros(seq_len, D), weights_of(1, D)
+def _run(case: Case) -> None:
+    """Host code of the loop's forward and backward, with what it would choose on an H100."""
+    S, D = 2 * case.n_points, case.n_embd
+    architecture = mock.patch.object(tuning, "architecture", return_value=H100.arch)
+    with architecture, torch.device("meta"):
+        embeddings, state = torch.zeros(2, case.batch, S, D)
+        positions, weights = torch.zeros(S, D), weights_of(1, D)
         loop = (case.n_head, case.n_loops, case.window, "add")
         states, history = forward.loop_forward(
             embeddings, positions, state, weights, *loop, torch.bfloat16, "triton", True, False
@@ -162,7 +158,7 @@ def _run(case: Case, arch: str, batch: int, seq_len: int, device: str) -> None:
         )
 
 
-def eager(case: Case, precision: str) -> list[Work]:
+def plain(case: Case, precision: str = "bf16") -> list[Op]:
     """What plain PyTorch launches for the loop of a training step."""
     S, D = 2 * case.n_points, case.n_embd
     with FakeTensorMode(), CountingOps() as ops:
@@ -170,43 +166,63 @@ def eager(case: Case, precision: str) -> list[Work]:
         positions, weights = torch.zeros(S, D), weights_of(1, D)
         for tensor in (embeddings, positions, *weights):
             tensor.requires_grad_()
-        ops.works.clear()
+        ops.ops.clear()
         states = reference.loop(
             embeddings, positions, state, weights, case.n_head, case.n_loops, case.window, "add",
             precision,
         )  # fmt: skip
         states.backward(torch.zeros_like(states))
-    return ops.works
+    return ops.ops
+
+
+def contenders(case: Case, report: Report) -> dict[str, list[Part]]:
+    """Kernels of a training step's loop, of everyone compared."""
+    versions = sorted({key.triton for key in report})
+    found = {
+        f"ours before, 32 rows, Triton {versions[0]}": ours(case, report, versions[0], BEFORE)
+    }
+    for version in versions:
+        found[f"ours, Triton {version}"] = ours(case, report, version, {})
+    kernels, ops = found[f"ours, Triton {versions[0]}"], plain(case)
+    found["compiled step in a CUDA graph"] = list(torch_parts(compiled(ops), kernels))
+    found["eager in a CUDA graph"] = list(torch_parts(ops, kernels))
+    return found
+
+
+def step_seconds(parts: list[Part]) -> float:
+    """Predicted time of a training step: its loop, and what surrounds it."""
+    return sum(part.seconds for part in parts) + SMALL_LAUNCHES * GRAPH_START
 
 
 def main() -> int:
     """The command."""
-    rows = []
+    report = load()
+    print(ASSUMPTIONS)
     for name in ("lr", "dt"):
-        case = CASES[name]
-        plain = eager(case, "bf16")
-        for gpu in GPUS:
-            ours = fused(case, gpu.arch)
-            t_plain = sum(seconds(work, gpu, EAGER_START) for work in plain)
-            t_ours = sum(seconds(work, gpu, GRAPH_START) for work in ours)
-            rows.append(
-                (name, gpu.name, len(plain), 1e3 * t_plain, len(ours), 1e3 * t_ours,
-                 t_plain / t_ours, sum(w.flops for w in ours) / 1e9,
-                 sum(w.touched for w in ours) / 1e9, sum(w.moved for w in ours) / 1e9)
-            )  # fmt: skip
-    headers = (
-        "case", "GPU", "launches, PyTorch eager bf16", "predicted ms", "launches, fused",
-        "predicted ms", "ratio", "GFLOP", "GB touched", "GB moved",
-    )  # fmt: skip
-    print(ASSUMPTIONS, "\n")
-    print(
-        tabulate(
-            rows,
-            headers=headers,
-            floatfmt=("", "", "", ".2f", "", ".2f", ".1f", ".0f", ".2f", ".1f"),
-        )
-    )
+        found = contenders(CASES[name], report)
+        steps = [
+            (contender, len(parts) + SMALL_LAUNCHES, 1e3 * step_seconds(parts))
+            for contender, parts in found.items()
+        ]
+        headers = (f"{name}: contender", "launches", "predicted ms")
+        print("\n" + tabulate(steps, headers=headers, floatfmt=".2f"))
+        print("\n" + tabulate(_kernels(found), headers=_KERNEL_HEADERS, floatfmt=".1f"))
     return 0
+
+
+_KERNEL_HEADERS = ("kernel", "launches", "us each", "us in all")
+
+
+def _kernels(found: dict[str, list[Part]]) -> list[tuple[str, int, float, float]]:
+    """A line for each kernel of each contender."""
+    lines = []
+    for contender, parts in found.items():
+        counts = Counter(part.name for part in parts)
+        lines.append((contender, len(parts), None, 1e6 * sum(part.seconds for part in parts)))
+        for name, n in counts.items():
+            total = 1e6 * sum(part.seconds for part in parts if part.name == name)
+            lines.append((f"  {name}", n, total / n, total))
+    return lines
 
 
 if __name__ == "__main__":
