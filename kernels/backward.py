@@ -158,7 +158,6 @@ class _Rows:
             n_rows=self.n_rows,
             device=embeddings.device,
             run=lambda config: self._run(config, saved, 0, first, last, self._d_norm(config, 1)[0]),
-            in_place=[t for t in (self.d_shift, self.d_scale) if t is not None],
         )
         self.d_norm = self._d_norm(self.config, len(states))
 

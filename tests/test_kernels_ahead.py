@@ -1,0 +1,83 @@
+"""What happens before a kernel's first launch, without a GPU: see ``fake_h100``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from looped_fast.kernels import ahead
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder, root = tmp_path_factory.mktemp("fake_h100"), Path(__file__).parents[1]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(folder),
+        "XDG_CACHE_HOME": str(folder),
+        "PYTHONPATH": str(root),
+    }
+    command = [sys.executable, root / "tests" / "fake_h100.py"]
+    done = subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("order", ["loop last", "hash first"])
+def test_cache_keys_do_not_depend_on_the_order_of_use(seen, order) -> None:
+    assert seen[f"keys, {order}"] == seen["keys, loop first"]
+
+
+def test_without_settling_them_they_would(seen) -> None:
+    """In Triton 3.6; otherwise the test above shows nothing."""
+    if seen["Triton's keys"] == seen["Triton's keys, reversed"]:
+        pytest.skip("keys do not depend on the order in this version of Triton")
+    assert seen["Triton's keys"] != seen["keys, loop first"]
+
+
+def test_everything_is_compiled_before_the_first_launch(seen) -> None:
+    first_use = seen["first use"]
+    assert {event for event, _ in first_use["run"]} == {"launch"}
+    launched = {name for _, name in first_use["run"]}
+    assert len(launched) == 11  # forms of the fold, of two attentions, and of the rows' kernels
+    assert launched <= {name for event, name in first_use["ahead"] if event == "compile"}
+
+
+def test_several_kernels_are_compiled_at_a_time(seen) -> None:
+    assert seen["first use"]["most at a time"] == 4  # as many as there are cores
+
+
+def test_candidates_come_first_and_other_forms_of_the_chosen_alone(seen) -> None:
+    ahead = seen["first use"]["ahead"]
+    events = [event for event, _ in ahead]
+    choices = [i for i, event in enumerate(events) if event == "choose"]
+    assert [ahead[i][1] for i in choices] == [
+        "row_forward_kernel", "attention_forward_kernel",
+        "row_backward_kernel", "attention_backward_kernel",
+    ]  # fmt: skip
+    before, after = ahead[: choices[0]], ahead[choices[-1] + 1 :]
+    assert len(before) == 1 + 4 * 3  # the fold, and three candidates of four kernels
+    assert len(after) == 4 + 3
+    assert all("[32, 4]" in name for _, name in after)
+
+
+def test_a_second_call_compiles_nothing(seen) -> None:
+    assert seen["first use"]["ahead again"] == []
+
+
+def test_threads_make_machine_code(seen) -> None:
+    (size,) = seen["a real kernel"]
+    assert size > 1000
+
+
+def test_nothing_happens_off_a_gpu() -> None:
+    ahead.compile_ahead("key", torch.device("cpu"), lambda: pytest.fail("it ran"))
+    assert not ahead._done
