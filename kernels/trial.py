@@ -39,6 +39,14 @@ REPLAYS = 5  # in a row, in each round
 ROUNDS = 4  # through all configurations, so that a change of clock rate meets them all
 
 
+class NotTimed(RuntimeError):
+    """There is no memory for a trial, or CUDA can't capture a graph here; take ``config`` then."""
+
+    def __init__(self, config: Config, reason: BaseException) -> None:
+        super().__init__(f"{type(reason).__name__}: {reason}".splitlines()[0])
+        self.config = config
+
+
 def fastest(options: Sequence[Config], run: Callable[[Config], None], precision: str) -> Config:
     """The configuration that takes the least time; the first among equals.
 
@@ -48,15 +56,21 @@ def fastest(options: Sequence[Config], run: Callable[[Config], None], precision:
         precision: operands of matrix products: ``bf16``, ``fp16``, ``tf32`` or ``fp32``.
 
     Raises:
-        RuntimeError: none of them runs.
-        torch.OutOfMemoryError: there is no room for a second and third set of the tensors.
+        NotTimed: timing failed, or there is no room for two more sets of the tensors.
+        RuntimeError: none of the configurations runs.
     """
     calls = {config: _only_call(run, config) for config in options}
     with compiling_together():
         for call in calls.values():
             call.compile()
-    right = _right_ones(calls, TOLERANCE[precision])
-    times = dict(zip(right, milliseconds(list(right.values())), strict=True))
+    try:
+        right = _right_ones(calls, TOLERANCE[precision])
+    except torch.OutOfMemoryError as error:
+        raise NotTimed(options[0], error) from error
+    try:
+        times = dict(zip(right, milliseconds(list(right.values())), strict=True))
+    except RuntimeError as error:
+        raise NotTimed(next(iter(right)), error) from error
     return min(times, key=times.__getitem__)
 
 

@@ -148,6 +148,8 @@ def choose(
         return _chosen[here]
 
     options = candidates(kernel.__name__, architecture(device), width, precision)
+    if len(options) == 1:
+        return options[0]
     name = torch.cuda.get_device_name(index)
     among = _digest([config.astuple() for config in options])
     versions = f"triton {metadata.version('triton')}/{source_hash(kernel)}/{among}"
@@ -188,9 +190,9 @@ def _fastest(
 
     try:
         config = trial.fastest(options, run, precision)
-    except torch.OutOfMemoryError:
-        logger.warning("no memory to time configurations, taking %s: %s", options[0], key)
-        return options[0]
+    except trial.NotTimed as error:
+        logger.warning("configurations are not timed, taking %s: %s (%s)", error.config, key, error)
+        return error.config
     logger.info("%s: %s", key, config)
     _save(key, config)
     return config

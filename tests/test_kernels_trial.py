@@ -1,5 +1,8 @@
 """Trials of configurations, in the interpreter: what is compared, and what is left alone."""
 
+import contextlib
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ import triton
 import triton.language as tl
 
 from benchmarks.kernel_launches import Loop, launches_of
+from looped_fast import graphs
 from looped_fast.kernels import backward, forward, trial, tuning
 from looped_fast.kernels.launch import launch
 from looped_fast.kernels.tuning import Config
@@ -139,3 +143,70 @@ def test_a_configuration_that_can_not_be_launched_is_out(times, caplog, monkeypa
     assert "more" not in message
     with pytest.raises(RuntimeError, match="no configuration runs on this GPU; use another backen"):
         trial.fastest([BROKEN], Problem().run, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("error", "config"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), BROKEN), (None, RIGHT)],
+    ids=["no memory", "no capture"],
+)
+def test_what_can_not_be_timed_is_said(monkeypatch, error, config) -> None:
+    """Without memory, the first; else the first that is right."""
+
+    def broken(*args):
+        raise error or RuntimeError("operation not permitted when stream is capturing")
+
+    real = tile_kernel.run
+
+    def run(*args, warmup, num_warps, **kwargs):
+        if num_warps == BROKEN.num_warps and not warmup:
+            raise error or RuntimeError("out of resource: shared memory")
+        return real(*args, warmup=warmup, num_warps=num_warps, **kwargs)
+
+    monkeypatch.setattr(tile_kernel, "run", run)
+    monkeypatch.setattr(trial, "milliseconds", broken)
+    with pytest.raises(trial.NotTimed) as caught:
+        trial.fastest([BROKEN, RIGHT], Problem().run, "fp32")
+    assert caught.value.config == config
+
+
+def test_milliseconds_are_those_of_one_launch_in_a_replay(monkeypatch) -> None:
+    clock, launched = [0.0], []
+
+    class FakeGraph:
+        def __init__(self, device) -> None:
+            pass
+
+        def capture(self, work) -> None:
+            launched.clear()
+            work()
+            self.takes = sum(launched)
+
+        def replay(self) -> None:
+            clock[0] += self.takes
+
+    class Event:
+        def __init__(self, enable_timing) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = clock[0]
+
+        def elapsed_time(self, end) -> float:
+            return end.time - self.time
+
+        def synchronize(self) -> None:
+            pass
+
+    class FakeCall(NamedTuple):
+        takes: float
+        device: torch.device = torch.device("cuda")
+
+        def execute(self) -> None:
+            launched.append(self.takes)
+
+    monkeypatch.setattr(graphs, "CudaGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    assert trial.milliseconds([FakeCall(2.0), FakeCall(0.5)]) == [2.0, 0.5]
+    assert len(launched) == trial.LAUNCHES

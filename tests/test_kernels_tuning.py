@@ -46,7 +46,7 @@ class Gpu:
 
     def fastest(self, options, run, precision) -> Config:
         if not self.memory:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise trial.NotTimed(options[0], torch.OutOfMemoryError("CUDA out of memory"))
         for config in options:
             run(config)
         return FAST
@@ -118,7 +118,8 @@ def test_other_candidates_are_timed_anew(gpu: Gpu, monkeypatch: pytest.MonkeyPat
 def test_without_memory_for_a_trial_the_first_is_taken_and_not_kept(gpu: Gpu, caplog) -> None:
     gpu.memory = False
     assert gpu.choose() == OPTIONS[0]
-    assert "no memory to time configurations" in caplog.text
+    assert "not timed" in caplog.text
+    assert "OutOfMemoryError: CUDA out of memory" in caplog.text
     gpu.memory = True
     gpu.new_process()
     assert gpu.choose() == FAST
@@ -164,6 +165,12 @@ def test_nothing_is_timed_while_a_graph_is_captured(gpu: Gpu) -> None:
     gpu.capturing = True
     gpu.ran.clear()
     assert gpu.choose() == FAST
+    assert gpu.ran == []
+
+
+def test_a_single_candidate_needs_no_trial(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "candidates", lambda *args: OPTIONS[:1])
+    assert gpu.choose() == OPTIONS[0]
     assert gpu.ran == []
 
 
