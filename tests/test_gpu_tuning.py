@@ -67,9 +67,8 @@ def test_candidates_are_timed_on_the_tensors_device_and_the_numbers_are_right(
     inputs = on_device(loop_inputs(B=4, S=82, D=256), torch.device("cuda", index))
     with torch.cuda.device(current):
         truth = states_and_gradients(cast(inputs, torch.float64), "reference", "fp32")
-        inputs = cast(inputs, torch.float32)
-        plain = states_and_gradients(inputs, "reference", precision)
-        fast = states_and_gradients(inputs, "triton", precision)
+        plain = states_and_gradients(cast(inputs, torch.float32), "reference", precision)
+        fast = states_and_gradients(cast(inputs, torch.float32), "triton", precision)
     assert {(kernel, at) for kernel, *_, at in tuning._chosen} == {(k, index) for k in KERNELS}
     assert len(json.loads(tuning.cache_file().read_text())) == len(KERNELS)
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == []
