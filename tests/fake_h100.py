@@ -84,6 +84,7 @@ class Compiler:
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
         self.running = self.most_at_a_time = 0
+        self.fails = ""  # name of a kernel
         self.lock = threading.Lock()
 
     def compile(self, src, target=None, options=None, _env_vars=None) -> SimpleNamespace:
@@ -91,6 +92,8 @@ class Compiler:
             self.running += 1
             self.most_at_a_time = max(self.running, self.most_at_a_time)
         time.sleep(0.02)
+        if src.fn.__name__ == self.fails:
+            raise RuntimeError(f"{self.fails} can't be compiled")
         absent = sum(value is None for value in src.constants.values())
         tiles = [src.constants.get((src.fn.arg_names.index("ROWS"),)), options["num_warps"]]
         name = f"{src.fn.__name__} {tiles}, {absent} absent"
@@ -176,6 +179,18 @@ def first_use(compiler: Compiler) -> dict[str, Any]:
         }
 
 
+def failure(compiler: Compiler) -> str:
+    """What the launch of a kernel raises whose compilation failed before."""
+    compiler.fails = "read_in_kernel"
+    with mock.patch.multiple(ahead, _can_compile=lambda device: True):
+        ahead.compile_ahead("key", torch.device("cpu"), use_read_in)
+    try:
+        use_read_in()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def compile_for_real() -> list[int]:
     """Sizes of machine code that threads compiled, in bytes."""
     calls: list[Call] = []
@@ -203,6 +218,7 @@ def scenario(name: str) -> Any:
         "keys, loop last": lambda: keys_after(use_read_in, use_attention, use_loop),
         "keys, hash first": lambda: keys_after(hash_one, use_read_in, use_loop),
         "first use": lambda: first_use(compiler),
+        "failure": lambda: failure(compiler),
         "a real kernel": compile_for_real,
     }
     return scenarios[name]()
@@ -210,7 +226,7 @@ def scenario(name: str) -> Any:
 
 NAMES = (
     "Triton's keys", "Triton's keys, reversed", "keys, loop first", "keys, loop last",
-    "keys, hash first", "first use", "a real kernel",
+    "keys, hash first", "first use", "failure", "a real kernel",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -73,11 +73,32 @@ def test_a_second_call_compiles_nothing(seen) -> None:
     assert seen["first use"]["ahead again"] == []
 
 
+def test_an_error_comes_with_the_launch(seen) -> None:
+    assert seen["failure"] == "read_in_kernel can't be compiled"
+
+
 def test_threads_make_machine_code(seen) -> None:
     (size,) = seen["a real kernel"]
     assert size > 1000
 
 
-def test_nothing_happens_off_a_gpu() -> None:
+def test_nothing_happens_off_a_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(ahead, "_done", set())
     ahead.compile_ahead("key", torch.device("cpu"), lambda: pytest.fail("it ran"))
     assert not ahead._done
+
+
+def test_host_code_that_does_not_fit_twice_is_left_to_its_launches(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(ahead, "_done", set())
+    monkeypatch.setattr(ahead, "_can_compile", lambda device: True)
+    ran = []
+
+    def host_code() -> None:
+        ran.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            ahead.compile_ahead("key", torch.device("cpu"), host_code)
+    assert len(ran) == 1
+    assert "no memory to compile kernels ahead" in caplog.text
