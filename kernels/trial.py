@@ -3,7 +3,8 @@
 A trial launches the kernel on tensors of its own, which have the shapes and alignments of the real
 ones. So it can take place before the real ones hold anything, and leaves them as they are.
 
-Each configuration starts from the same random numbers. A configuration is out if it can't be
+Each configuration starts from the same random numbers; tensors that have a part for each program,
+and so another shape, from zero, and their sums are compared. A configuration is out if it can't be
 compiled or launched, or if its results are not finite or differ from those of the first by more
 than rounding can. The others are timed as the loop runs them: within a replayed CUDA graph, where
 the host has no part in it, and with warm caches, since weights stay in L2 from step to step.
@@ -89,6 +90,7 @@ def _only_call(run: Callable[[Config], None], config: Config) -> Call:
 
 def _right_ones(calls: dict[Config, Call], tolerance: float) -> dict[Config, Call]:
     """``calls`` whose results are right, on tensors of the trial's own."""
+    part_axes = _part_axes(list(calls.values()))
     tensors: dict[Any, Tensor] = {}
     expected: dict[str, Tensor] = {}
     right: dict[Config, Call] = {}
@@ -96,7 +98,7 @@ def _right_ones(calls: dict[Config, Call], tolerance: float) -> dict[Config, Cal
     for config, real in calls.items():
         call = _on_own_tensors(real, tensors)
         try:
-            results = _results(call)
+            results = _results(call, part_axes)
             fault = _fault(results, expected, tolerance)
         except torch.OutOfMemoryError:
             raise
@@ -119,7 +121,7 @@ def _on_own_tensors(call: Call, tensors: dict[Any, Tensor]) -> Call:
     args = list(call.args)
     for i, arg in enumerate(args):
         if isinstance(arg, Tensor):
-            place = i, arg.shape  # some shapes depend on the configuration: one part per program
+            place = i, arg.shape
             if place not in tensors:
                 skip = arg.data_ptr() % 16 // arg.element_size()  # Triton compiles for alignment
                 tensors[place] = arg.new_empty(skip + arg.numel())[skip:].view(arg.shape)
@@ -127,15 +129,31 @@ def _on_own_tensors(call: Call, tensors: dict[Any, Tensor]) -> Call:
     return call._replace(args=tuple(args))
 
 
-def _results(call: Call) -> dict[str, Tensor]:
-    """All tensors of ``call`` after it, by name of the parameter; the same at every call."""
+def _part_axes(calls: Sequence[Call]) -> dict[int, list[int]]:
+    """Axes along which the shapes of an argument, by its place, differ between configurations."""
     found = {}
-    for i, (name, arg) in enumerate(zip(call.kernel.arg_names, call.args, strict=False)):
-        if isinstance(arg, Tensor):
-            generator = torch.Generator(arg.device).manual_seed(i)
-            found[name] = arg.normal_(std=STD, generator=generator)
+    for i, args in enumerate(zip(*(call.args for call in calls), strict=True)):
+        if isinstance(args[0], Tensor):
+            sizes = enumerate(zip(*(arg.shape for arg in args), strict=True))
+            found[i] = [axis for axis, lengths in sizes if len(set(lengths)) > 1]
+    return {i: axes for i, axes in found.items() if axes}
+
+
+def _results(call: Call, part_axes: dict[int, list[int]]) -> dict[str, Tensor]:
+    """Tensors of ``call`` after it, by name of the parameter; those in parts as their sum."""
+    names = call.kernel.arg_names[: len(call.args)]
+    tensors = {i: arg for i, arg in enumerate(call.args) if isinstance(arg, Tensor)}
+    for i, tensor in tensors.items():
+        if i in part_axes:
+            tensor.zero_()
+        else:
+            generator = torch.Generator(tensor.device).manual_seed(i)
+            tensor.normal_(std=STD, generator=generator)
     call.execute()
-    return found
+    return {
+        names[i]: tensor.sum(part_axes[i]) if i in part_axes else tensor
+        for i, tensor in tensors.items()
+    }
 
 
 def _fault(results: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) -> str | None:
@@ -143,7 +161,7 @@ def _fault(results: dict[str, Tensor], right: dict[str, Tensor], tolerance: floa
     for name, result in results.items():
         if not result.isfinite().all():
             return f"{name} is not finite"
-        if name in right and right[name].shape == result.shape:
+        if name in right:
             expected = right[name].float()
             size = expected.abs() + expected.square().mean().sqrt()
             error = ((result.float() - expected).abs() / size).nan_to_num().max().item()  # 0 / 0
