@@ -178,9 +178,7 @@ def plain(case: Case, precision: str = "bf16") -> list[Op]:
 def contenders(case: Case, report: Report) -> dict[str, list[Part]]:
     """Kernels of a training step's loop, of everyone compared."""
     versions = sorted({key.triton for key in report})
-    found = {
-        f"ours before, 32 rows, Triton {versions[0]}": ours(case, report, versions[0], BEFORE)
-    }
+    found = {f"ours before, 32 rows, Triton {versions[0]}": ours(case, report, versions[0], BEFORE)}
     for version in versions:
         found[f"ours, Triton {version}"] = ours(case, report, version, {})
     kernels, ops = found[f"ours, Triton {versions[0]}"], plain(case)

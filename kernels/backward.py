@@ -187,7 +187,6 @@ class _Rows:
             n_rows=self.n_rows,
             device=embeddings.device,
             run=run,
-            in_place=[t for t in (self.d_shift, self.d_scale) if t is not None],
         )
         self.sums = self._sums(self.config, window)
 

@@ -60,7 +60,7 @@ def accelerate(
         precision: operands of matrix products: ``fp32``, ``bf16``, ``fp16``; None follows
             ``torch.autocast`` around the call.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the second of a shape on; see ``graphs.GraphedLoop``.
+            as a CUDA graph from the third with a shape; see ``graphs.GraphedLoop``.
         attention: who computes it on the triton backend: ``auto``, ``triton``, ``flash_attn`` or
             ``sdpa``; see ``ops.loop``.
 

@@ -110,7 +110,7 @@ class LoopedTransformer(nn.Module):
         attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
             ``triton``. See ``ops.loop``.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the second of a shape on; see ``graphs.GraphedLoop``.
+            as a CUDA graph from the third with a shape; see ``graphs.GraphedLoop``.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from looped_fast import loop_autograd
+from looped_fast.kernels.tuning import operand_precision
 from looped_fast.reference import AUTOCAST_DTYPES
 
 if TYPE_CHECKING:
@@ -168,16 +169,23 @@ def _forward(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
     attention, targets, n_supervised, save_activations, needs_states,
 ):  # fmt: skip
+    from looped_fast.kernels.ahead import compile_ahead
     from looped_fast.kernels.forward import loop_forward
 
     state = None if state is None else state.contiguous()
-    result, history = loop_forward(
-        embeddings.contiguous(), positions.contiguous(), state,
-        *_split([w.contiguous() for w in weights]), n_heads, n_loops, window, injection,
-        _operand(precision), attention,
-        **_what_to_keep(weights, n_loops, window, save_activations, needs_states),
+    settings = (n_heads, n_loops, window, injection, _operand(precision), attention)
+    keep = _what_to_keep(weights, n_loops, window, save_activations, needs_states)
+    run = functools.partial(
+        loop_forward, embeddings.contiguous(), positions.contiguous(), state,
+        *_split([w.contiguous() for w in weights]), *settings, **keep,
         targets=None if targets is None else targets.contiguous(), n_supervised=n_supervised,
     )  # fmt: skip
+    kind = (
+        "forward", embeddings.shape, state is None, len(weights), *settings, *keep.values(),
+        targets is None, n_supervised, operand_precision(torch.float32),
+    )  # fmt: skip
+    compile_ahead(kind, embeddings.device, run)
+    result, history = run()
     return result, *history
 
 
@@ -209,17 +217,25 @@ def _backward_op(
     grad, result, history, embeddings, positions, state, weights, n_heads, n_loops, window,
     injection, attention,
 ):  # fmt: skip
+    from looped_fast.kernels.ahead import compile_ahead
     from looped_fast.kernels.backward import loop_backward
     from looped_fast.kernels.history import History
 
     state = None if state is None else state.contiguous()
+    settings = (n_heads, n_loops, window, injection, attention)
+    run = functools.partial(
+        loop_backward, grad.contiguous(), result, History(*history), embeddings.contiguous(),
+        positions.contiguous(), state, *_split([w.contiguous() for w in weights]), *settings,
+    )  # fmt: skip
+    kind = (
+        "backward", embeddings.shape, grad.shape, state is None, len(weights), *settings,
+        *(len(kept) for kept in history), history[0].dtype,
+        operand_precision(torch.float32),
+    )  # fmt: skip
     # A backward may run inside an autocast that its forward was not in.
     with torch.autocast(embeddings.device.type, enabled=False):
-        return loop_backward(
-            grad.contiguous(), result, History(*history), embeddings.contiguous(),
-            positions.contiguous(), state, *_split([w.contiguous() for w in weights]), n_heads,
-            n_loops, window, injection, attention,
-        )  # fmt: skip
+        compile_ahead(kind, embeddings.device, run)
+        return run()
 
 
 def _backward_fake(

@@ -14,7 +14,7 @@ from looped_fast import ops, reference, triton_backend
 if triton_backend.why_not_loaded():
     pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
 
-from looped_fast.kernels import backward, tuning, weight_gradients
+from looped_fast.kernels import backward, trial, tuning, weight_gradients
 from looped_fast.kernels.launch import recording
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -166,20 +166,24 @@ def test_the_backward_repeats_bit_for_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_trying_configurations_leaves_the_gradients_alone(monkeypatch):
+def test_a_trial_of_configurations_leaves_the_gradients_alone(monkeypatch):
     inputs, grad, arguments = small_problem(injection="mul", n_loops=2, window=1)
     expected = interpreted(inputs, grad, **arguments)
-    chosen, tried = backward.choose, []
+    chosen, timed = backward.choose, []
 
-    def choose(kernel, *, run, in_place, **problem):
-        config = chosen(kernel, run=run, in_place=in_place, **problem)
-        other = tuning.Config(16, 32, 32)
-        tuning.fastest([other, config], run, in_place, lambda run: tried.append(run()) or 0)
+    def choose(kernel, *, run, precision, **problem):
+        config = chosen(kernel, run=run, precision=precision, **problem)
+        trial.fastest([tuning.Config(16, 32, 32), config], run, precision)
         return config
 
+    def milliseconds(calls):
+        timed.extend(calls)
+        return [1.0] * len(calls)
+
     monkeypatch.setattr(backward, "choose", choose)
+    monkeypatch.setattr(trial, "milliseconds", milliseconds)
     grads = interpreted(inputs, grad, **arguments)
-    assert len(tried) == 2
+    assert len(timed) == 2
     for name, value in expected.items():
         assert value is None or torch.equal(grads[name], value), name
 
