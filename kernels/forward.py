@@ -82,10 +82,14 @@ def loop_forward(
         embeddings, n_layer, n_heads, window, operand, save_activations, save_start, save_states
     )
     fold(weights, history.folded_weights, history.folded_biases)
-    n_steps = n_supervised or window
-    width = len(read_out[1]) if read_out else embeddings.shape[-1]
-    result = embeddings.new_empty((n_steps, *embeddings.shape[:2], width))
-    states = history.states if read_out else result
+    n_steps, (B, S, D) = n_supervised or window, embeddings.shape
+    reading = None
+    if read_out:
+        weight, bias = read_out
+        result, states = embeddings.new_empty((n_steps, B, S, len(bias))), history.states
+        reading = ReadOut(weight, bias, targets, result)
+    else:
+        result = states = embeddings.new_empty((window, B, S, D))
     run_steps(
         state,
         history if save_activations else with_scratch(history, embeddings, n_heads),
@@ -96,7 +100,7 @@ def loop_forward(
         window,
         attention,
         states if len(states) else None,
-        ReadOut(*read_out, targets, result) if read_out else None,
+        reading,
     )
     return result, history
 

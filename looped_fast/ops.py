@@ -98,6 +98,7 @@ def _run_mse(
         and loop_autograd.needs_grad(tensors)
         and not _wants_grad(targets)
     ):
+        assert state is not None  # only the triton backend may go without
         return cpu_engine.loop_mse(
             embeddings, positions, state, [*weights, *read_out], targets, n_heads, n_loops,
             window, n_supervised, injection, precision,
@@ -323,7 +324,7 @@ def _check(embeddings, positions, state, weights, read_out, n_heads) -> None:
         "c_attn_weight": (3 * D, D), "c_attn_bias": (3 * D,), "attn_c_proj_weight": (D, D),
         "c_fc_weight": (4 * D, D), "c_fc_bias": (4 * D,), "mlp_c_proj_weight": (D, 4 * D),
     }  # fmt: skip  # all others are [D]
-    expected = [("positions", positions, (S, D))]
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [("positions", positions, (S, D))]
     expected += [] if state is None else [("state", state, (B, S, D))]
     blocks, ln_f_weight, ln_f_bias = reference.split_weights(weights)
     for i, block in enumerate(blocks):

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -141,8 +141,6 @@ def loop(
     tensors = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
     save, save_inputs = loop_autograd.what_to_save(tensors, checkpoint)
     needs_states = save_inputs or (save and injection == "mul")
-    # Without a read-out the states are the result; where the window covers every step, the first
-    # state is an argument.
     result, *_ = torch.ops.looped_fast.triton_loop_forward(
         embeddings, positions, state, [*weights, *read_out], n_heads, n_loops, window, injection,
         precision, attention, targets, n_supervised, save, needs_states,
@@ -172,16 +170,27 @@ def _forward(
     from looped_fast.kernels.ahead import compile_ahead
     from looped_fast.kernels.forward import loop_forward
 
-    state = None if state is None else state.contiguous()
-    settings = (n_heads, n_loops, window, injection, _operand(precision), attention)
-    keep = _what_to_keep(weights, n_loops, window, save_activations, needs_states)
-    run = functools.partial(
-        loop_forward, embeddings.contiguous(), positions.contiguous(), state,
-        *_split([w.contiguous() for w in weights]), *settings, **keep,
-        targets=None if targets is None else targets.contiguous(), n_supervised=n_supervised,
-    )  # fmt: skip
+    tensors = (embeddings.contiguous(), positions.contiguous(), _contiguous(state))
+    settings: tuple[Any, ...] = (
+        n_heads,
+        n_loops,
+        window,
+        injection,
+        _operand(precision),
+        attention,
+    )
+    weights, read_out = _split([w.contiguous() for w in weights])
+    keep = _what_to_keep(read_out, n_loops, window, save_activations, needs_states)
+
+    def run():
+        return loop_forward(
+            *tensors, weights, read_out, *settings, **keep, targets=_contiguous(targets),
+            n_supervised=n_supervised,
+        )  # fmt: skip
+
     kind = (
-        "forward", embeddings.shape, state is None, len(weights), *settings, *keep.values(),
+        "forward", embeddings.shape, state is None, len(weights), len(read_out), *settings,
+        *keep.values(),
         targets is None, n_supervised, operand_precision(torch.float32),
     )  # fmt: skip
     compile_ahead(kind, embeddings.device, run)
@@ -189,11 +198,16 @@ def _forward(
     return result, *history
 
 
-def _what_to_keep(weights, n_loops, window, save_activations, needs_states) -> dict[str, bool]:
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _what_to_keep(read_out, n_loops, window, save_activations, needs_states) -> dict[str, Any]:
+    """States are the result without a read-out; the first may be an argument."""
     return {
         "save_activations": save_activations,
         "save_start": needs_states and window < n_loops,
-        "save_states": needs_states and bool(_split(weights)[1]),
+        "save_states": needs_states and bool(read_out),
     }
 
 
@@ -203,12 +217,12 @@ def _forward_fake(
 ):  # fmt: skip
     from looped_fast.kernels.history import empty_history
 
+    read_out = _split(weights)[1]
     history = empty_history(
         embeddings, len(weights) // 12, n_heads, window, _operand(precision),
-        **_what_to_keep(weights, n_loops, window, save_activations, needs_states),
+        **_what_to_keep(read_out, n_loops, window, save_activations, needs_states),
     )  # fmt: skip
     B, S, D = embeddings.shape
-    read_out = _split(weights)[1]
     shape = (n_supervised or window, B, S, len(read_out[1]) if read_out else D)
     return embeddings.new_empty(shape), *history
 
@@ -221,12 +235,15 @@ def _backward_op(
     from looped_fast.kernels.backward import loop_backward
     from looped_fast.kernels.history import History
 
-    state = None if state is None else state.contiguous()
-    settings = (n_heads, n_loops, window, injection, attention)
-    run = functools.partial(
-        loop_backward, grad.contiguous(), result, History(*history), embeddings.contiguous(),
-        positions.contiguous(), state, *_split([w.contiguous() for w in weights]), *settings,
+    tensors = (
+        grad.contiguous(), result, History(*history), embeddings.contiguous(),
+        positions.contiguous(), _contiguous(state), *_split([w.contiguous() for w in weights]),
     )  # fmt: skip
+    settings = (n_heads, n_loops, window, injection, attention)
+
+    def run():
+        return loop_backward(*tensors, *settings)
+
     kind = (
         "backward", embeddings.shape, grad.shape, state is None, len(weights), *settings,
         *(len(kept) for kept in history), history[0].dtype,
