@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looped_fast import backends, cpu_engine, loop_autograd, reference, triton_backend
+from looped_fast import (
+    backends,
+    compiled_backend,
+    cpu_engine,
+    loop_autograd,
+    reference,
+    triton_backend,
+)
 from looped_fast.config import INJECTIONS, check_window
 from looped_fast.errors import unknown_name
 
@@ -58,6 +65,8 @@ def _run(
         states = triton_backend.loop(*arguments, explanation.attention.chosen)
     elif explanation.chosen == "cpu":
         states = cpu_engine.loop(*arguments)
+    elif explanation.chosen == "compiled":
+        states = compiled_backend.loop(*arguments)
     else:
         states = reference.loop(*arguments)
     if not read_out:
@@ -127,8 +136,12 @@ def _fake_read_in(xs, ys, weight, bias, backend):
 
 def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision, attention):
     B, S, D = embeddings.shape
+    replayed = backends.is_replayed()
     return backends.Problem(
         device=embeddings.device.type,
+        device_index=embeddings.device.index or 0,
+        replayed=replayed,
+        training=replayed and loop_autograd.needs_grad((embeddings, *weights)),
         dtype=embeddings.dtype,
         precision=precision,
         batch=B,
