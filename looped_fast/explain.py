@@ -35,11 +35,11 @@ def explain_backend(
         ValueError: a model of other code that is not accelerated; or its backend is forced, and
             can't run it.
     """
-    problem, backend = describe(model, batch_size, n_points, precision, replayed_training)
+    problem, backend = describe_call(model, batch_size, n_points, precision, replayed_training)
     return backends.explain(problem, backend)
 
 
-def describe(
+def describe_call(
     model: nn.Module,
     batch_size: int,
     n_points: int,

@@ -24,7 +24,7 @@ from looped_fast.config import ModelConfig
 from looped_fast.curriculum import Stage
 from looped_fast.distributed import resolve_device
 from looped_fast.evaluation import model_errors
-from looped_fast.explain import describe, explain_backend
+from looped_fast.explain import describe_call, explain_backend
 from looped_fast.metrics import MetricsLog, NoLog
 from looped_fast.model import LoopedTransformer
 from looped_fast.reference import AUTOCAST_DTYPES
@@ -216,7 +216,7 @@ class Trainer:
                 raise
 
         precision = "fp32" if self.amp == "off" else self.amp
-        problem, _ = describe(
+        problem, _ = describe_call(
             self.model, config.batch_size, n_points, precision, replayed_training=True
         )
         works = {True: training_step, False: inference}
