@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -182,6 +183,38 @@ def test_a_damaged_file_is_measured_afresh(text):
     backend_times.path().write_text(text)
     assert Clock(triton=2.1, compiled=1.4).measure()
     assert {"triton": 2.1, "compiled": 1.4} in json.loads(backend_times.path().read_text()).values()
+
+
+def test_a_time_is_that_of_a_warm_replay(monkeypatch):
+    class Event:
+        """The n-th replay takes n milliseconds."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.replays = calls.count("replay")
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+        def elapsed_time(self, end):
+            assert end.replays == self.replays + 1
+            return float(end.replays)
+
+    calls: list[str] = []
+    monkeypatch.setattr(backend_autotune, "CudaGraph", lambda *_: FakeGraph(calls))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    x = torch.ones(2)
+
+    def work() -> None:
+        x.add_(1)
+
+    device, generator = torch.device("cuda"), torch.Generator()
+    time = backend_autotune.replay_milliseconds(work, device, generator)
+    assert time == 30.5  # the median of 21 .. 40
+    assert calls == ["warm up", "warm up", "capture", *40 * ["replay", "synchronize"]]
 
 
 # --- where times hold -----------------------------------------------------------------------------
