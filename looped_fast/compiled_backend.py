@@ -24,7 +24,7 @@ from looped_fast import loop_autograd, reference
 if TYPE_CHECKING:
     from looped_fast.backends import Problem
 
-# Compiled steps kept at once; the paper's longest curriculum has 32 stages of two kinds.
+# Compiled steps kept at once. The paper's curricula have 16 shapes, with gradients and without.
 MAX_STEPS = 128
 
 
