@@ -56,7 +56,7 @@ def accelerate(
 
     Args:
         model: a module with parameters in float32, or in float64 for the reference backend.
-        backend: ``auto``, or one of ``reference``, ``cpu``, ``triton`` to force it.
+        backend: ``auto``, or ``reference``, ``compiled``, ``cpu`` or ``triton`` to force it.
         precision: operands of matrix products: ``fp32``, ``bf16``, ``fp16``; None follows
             ``torch.autocast`` around the call.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from looped_fast import loop_autograd, ops
+from looped_fast import backends, loop_autograd, ops
 from looped_fast.errors import unknown_name
 
 MODES = ("auto", "on", "off")
@@ -194,7 +194,7 @@ class Graphs:
         Raises:
             RuntimeError: the capture failed, and graphs are required.
         """
-        with _one_at_a_time:
+        with _one_at_a_time, backends.replaying(self.why_not is None):
             if self.why_not is not None:
                 return work(*inputs)
             if key not in self._captured:

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looped_fast import backends, cpu_engine, loop_autograd, reference, triton_backend
+from looped_fast import (
+    backends,
+    compiled_backend,
+    cpu_engine,
+    loop_autograd,
+    reference,
+    triton_backend,
+)
 from looped_fast.config import INJECTIONS, check_window
 from looped_fast.errors import unknown_name
 
@@ -60,6 +67,8 @@ def _run(
         backend_loop, can_read_out = triton_backend.loop, triton_backend.can_read_out(read_out)
     elif explanation.chosen == "cpu":
         backend_loop, can_read_out = cpu_engine.loop, cpu_engine.can_read_out(read_out)
+    elif explanation.chosen == "compiled":
+        backend_loop = compiled_backend.loop
     if can_read_out:
         return backend_loop(*arguments, read_out)
     states = backend_loop(*arguments)
@@ -153,8 +162,12 @@ def _fake_read_in(xs, ys, weight, bias, backend):
 
 def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision, attention):
     B, S, D = embeddings.shape
+    replayed = backends.is_replayed()
     return backends.Problem(
         device=embeddings.device.type,
+        device_index=embeddings.device.index or 0,
+        replayed=replayed,
+        training=replayed and loop_autograd.needs_grad((embeddings, *weights)),
         dtype=embeddings.dtype,
         precision=precision,
         batch=B,

@@ -181,12 +181,10 @@ def _forward(
     )
     weights, read_out = _split([w.contiguous() for w in weights])
     keep = _what_to_keep(read_out, n_loops, window, save_activations, needs_states)
+    errors = {"targets": _contiguous(targets), "n_supervised": n_supervised}
 
     def run():
-        return loop_forward(
-            *tensors, weights, read_out, *settings, **keep, targets=_contiguous(targets),
-            n_supervised=n_supervised,
-        )  # fmt: skip
+        return loop_forward(*tensors, weights, read_out, *settings, **keep, **errors)
 
     kind = (
         "forward", embeddings.shape, state is None, len(weights), len(read_out), *settings,
