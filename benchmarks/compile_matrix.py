@@ -139,8 +139,9 @@ def _worth(group: Group) -> tuple[bool, bool, bool]:
 def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = False) -> list[Job]:
     """Every form of every kernel in every candidate, first candidates first.
 
-    At the paper's width in bf16 on NVIDIA GPUs; ``full``, everywhere. Elsewhere it is left at the
-    form that does most, which the others are parts of.
+    At the paper's width in bf16, on GPUs whose times are predicted; on other NVIDIA GPUs, in the
+    first candidate. Elsewhere it is left at the form that does most, which the others are parts of.
+    ``full``: in every candidate everywhere.
     """
     ranked = []
     for precision in PRECISIONS if full else PRECISIONS[:1]:
@@ -153,7 +154,8 @@ def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = 
                     continue
                 if arch.startswith("gfx") and not full:
                     continue
-                for rank, config in enumerate(candidates.get(group, [])):
+                chosen = candidates.get(group, [])
+                for rank, config in enumerate(chosen if full or arch in GPUS else chosen[:1]):
                     job = Job(precision, i, arch, (config,), 1)
                     ranked.append(((arch not in GPUS, rank), job))
     ranked.sort(key=lambda item: item[0])
