@@ -97,9 +97,13 @@ def is_covered(group: Group, version: str) -> bool:
         return paper and group.precision == "bf16" and version == THOROUGH
     if version == THOROUGH:
         return True
+<<<<<<< HEAD
     return paper and (
         group.precision == "bf16" or (group.precision == "fp16" and group.arch in GPUS)
     )
+=======
+    return paper and group.precision in (("bf16", "fp16") if group.arch in GPUS else ("bf16",))
+>>>>>>> helper-B
 
 
 def screening(version: str, known: dict[Group, list[Config]] | None = None) -> list[Job]:
@@ -124,9 +128,14 @@ def screening(version: str, known: dict[Group, list[Config]] | None = None) -> l
                 if not (is_launched(case, arch) and is_covered(group, version)):
                     continue
                 first = (known or {}).get(group, [])
+<<<<<<< HEAD
                 configs = tuple(
                     sorted(space(case, arch), key=lambda c, first=first: c not in first)
                 )
+=======
+                rest = [config for config in space(case, arch) if config not in first]
+                configs = (*first, *rest)
+>>>>>>> helper-B
                 enough = N_CANDIDATES if tuned and not arch.startswith("gfx") else 1
                 if (kernel[:4], width, precision) == ("row_", PAPER_WIDTH, "bf16") and arch in GPUS:
                     enough = len(configs)  # predicted times choose among them
@@ -142,8 +151,9 @@ def _worth(group: Group) -> tuple[bool, bool, bool]:
 def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = False) -> list[Job]:
     """Every form of every kernel in every candidate, first candidates first.
 
-    At the paper's width in bf16 on NVIDIA GPUs; ``full``, everywhere. Elsewhere it is left at the
-    form that does most, which the others are parts of.
+    At the paper's width in bf16, on GPUs whose times are predicted; on other NVIDIA GPUs, in the
+    first candidate. Elsewhere it is left at the form that does most, which the others are parts of.
+    ``full``: in every candidate everywhere.
     """
     ranked = []
     for precision in PRECISIONS if full else PRECISIONS[:1]:
@@ -156,7 +166,8 @@ def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = 
                     continue
                 if arch.startswith("gfx") and not full:
                     continue
-                for rank, config in enumerate(candidates.get(group, [])):
+                chosen = candidates.get(group, [])
+                for rank, config in enumerate(chosen if full or arch in GPUS else chosen[:1]):
                     job = Job(precision, i, arch, (config,), 1)
                     ranked.append(((arch not in GPUS, rank), job))
     ranked.sort(key=lambda item: item[0])

@@ -4,8 +4,7 @@
 ``--update`` compiles what is new or was changed since, and stores the report and, for
 ``kernels/tuning.py``, which configurations are good where; ``--verify`` compiles a few kernels
 again and holds them against the stored entries. None needs a GPU. Both compile by the Triton of the
-Python they run in, and the report holds ``compile_matrix.VERSIONS`` of it: run ``--update`` in a
-Python of each.
+Python they run in; the report holds ``compile_matrix.VERSIONS``, so run ``--update`` with each.
 """
 
 from __future__ import annotations
@@ -117,9 +116,12 @@ def verify(report: Report) -> list[str]:
     for job in screening(triton_version()):
         if job.group not in {Group(*sample) for sample in SAMPLE}:
             continue
-        config = candidates(report)[job.group][0]
-        stored = report[entry_key(job, config)]
-        found += regressions(compile_entry(job, config), stored)
+        chosen = candidates(report).get(job.group)
+        if not chosen or entry_key(job, chosen[0]) not in report:
+            found.append(f"{' '.join(map(str, job.group))}: not stored; run --update")
+            continue
+        stored = report[entry_key(job, chosen[0])]
+        found += regressions(compile_entry(job, chosen[0]), stored)
     return found
 
 
@@ -139,7 +141,7 @@ def regressions(now: Entry, before: Entry) -> list[str]:
 
 
 def summary(report: Report) -> str:
-    """A line for each group: its first candidate, at its worst over all forms."""
+    """A line for each group: its first candidate, at its worst over all forms and versions."""
     chosen = candidates(report)
     lines = []
     for group in sorted(chosen):
@@ -156,15 +158,16 @@ def summary(report: Report) -> str:
             return pick(entry[name] for entry in entries)
 
         lines.append(
-            (*group, " ".join(map(str, config.astuple())), len(chosen[group]), len(entries),
+            (*group, " ".join(map(str, config.astuple())), len(chosen[group]),
+             " ".join(sorted({entry["triton"] for entry in entries})), len(entries),
              of("registers"), of("spills"), of("spills_in_loop"), of("shared") // 1024,
              of("tensor_core"), of("async_copy"), of("special_function"), of("duplication"),
              of("blocks_per_sm", min))
         )  # fmt: skip
     headers = (
-        "kernel", "arch", "width", "precision", "config", "candidates", "forms", "registers",
-        "spills", "in loops", "shared KiB", "tensor core", "async copy", "special", "duplication",
-        "blocks / SM",
+        "kernel", "arch", "width", "precision", "config", "candidates", "Triton", "forms",
+        "registers", "spills", "in loops", "shared KiB", "tensor core", "async copy", "special",
+        "duplication", "blocks / SM",
     )  # fmt: skip
     return tabulate(lines, headers=headers, disable_numparse=True)
 

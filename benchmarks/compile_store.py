@@ -79,10 +79,10 @@ def problem(entry: Entry) -> str | None:
 def candidates(report: Report) -> dict[Group, list[Config]]:
     """Configurations that have no problem in any form of their kernel compiled so far.
 
-    That is, by every version of Triton that compiled anything for the group. Where a time can be
-    predicted, by ``predicted`` and few of each kind; elsewhere in the order in which they were
-    tried, but those come last in which warps repeat each other's work, or that spill a lot outside
-    loops.
+    Every version of Triton that compiled anything for a group must have found them good. Where a
+    time can be predicted, the fastest come first, and few of each kind are kept. Elsewhere they
+    come in the order in which they were tried, and last those whose warps repeat each other's work,
+    or that spill a lot outside loops.
     """
     found: dict[Group, dict[Config, list[Entry]]] = {}
     versions: dict[Group, set[str]] = {}
@@ -131,8 +131,10 @@ def predicted(config: Config, entries: list[Entry]) -> float | None:
 
 
 def few_of_each_kind(ranked: list[Config]) -> list[Config]:
-    """The first two, and the first of every other number of rows: programs of few rows suit small
-    batches, of many rows large ones, and the autotuner compiles them all.
+    """The first two of ``ranked``, and the first of every other number of rows.
+
+    Programs of few rows suit small batches, of many rows large ones; the autotuner compiles all
+    that are kept.
     """
     kept = ranked[:2]
     for config in ranked[2:]:

@@ -83,6 +83,7 @@ def phases(assembly: str, ttir: str, ttgir: str, num_warps: int) -> list[Phase]:
             if (_inside(i, loop) if loop else not any(_inside(i, other) for other in loops))
         ]  # fmt: skip
         dots = [dot for line in products if (dot := _dot(line, layouts))]
+        loaded, stored = _bytes_of("load", lines), _bytes_of("store", lines)
         found.append(
             Phase(
                 trips=passes,
@@ -90,15 +91,15 @@ def phases(assembly: str, ttir: str, ttgir: str, num_warps: int) -> list[Phase]:
                 spills=sum(i.name in SPILLS for i in instructions),
                 shared=num_warps * sum(map(_shared_bytes, instructions))
                 + sum(dot.operands for dot in dots),
-                loaded=_bytes_of("load", lines) + num_warps * _local_bytes("LDL", instructions),
-                stored=_bytes_of("store", lines) + num_warps * _local_bytes("STL", instructions),
+                loaded=loaded + num_warps * _local_bytes("LDL", instructions),
+                stored=stored + num_warps * _local_bytes("STL", instructions),
                 flops=sum(dot.issued for dot in dots),
             )
         )
         if trips > passes > 0:  # the pipeliner took the first passes out of the loop
-            peeled = (trips - passes) * found[-1].loaded, (trips - passes) * found[-1].stored
+            peeled = trips - passes
             found[0] = found[0]._replace(
-                loaded=found[0].loaded + peeled[0], stored=found[0].stored + peeled[1]
+                loaded=found[0].loaded + peeled * loaded, stored=found[0].stored + peeled * stored
             )
     return found
 

@@ -1,7 +1,7 @@
-"""Predicts how long a kernel takes on a GPU that is not there, from its entry in the compile report.
+"""Predicts how long a kernel takes on a GPU that is not there, from the compile report.
 
-**A prediction, not a measurement.** The entry says what a program (thread block) does in its
-straight-line code and in each loop (``phases.Phase``). A phase takes as long as the slowest of
+**A prediction, not a measurement.** A kernel's entry says what a program (thread block) does in
+its straight-line code and in each loop (``phases.Phase``). A phase takes as long as the slowest of
 
     shared memory      what LDS, LDSM, LDGSTS, ... move and what wgmma and tcgen05 read themselves
     tensor cores       operations as issued; mma.sync reaches ``MMA_SYNC`` of wgmma's rate
@@ -83,10 +83,8 @@ def seconds(entry: Entry, programs: int, gpu: Gpu, trips: Sequence[float] = ()) 
     together = max(1, min(busiest, entry["blocks_per_sm"]))
     alone = 0.0  # clocks of one program after another
     needed = [0.0, 0.0, 0.0]  # clocks of each part of the multiprocessor
-    loaded = stored = own = 0.0
-    rate = gpu.flops / gpu.processors / gpu.clock
-    if not any(phase.flops for phase in parts) or not entry["asynchronous_mma"]:
-        rate *= MMA_SYNC
+    loaded = stored = 0.0
+    rate = gpu.flops / gpu.processors / gpu.clock * (1 if entry["asynchronous_mma"] else MMA_SYNC)
     for phase, n in zip(parts, times, strict=True):
         issued = n * phase.instructions * warps / SCHEDULERS
         stalled = n * (phase.instructions * STALL + phase.spills * SPILL_STALL)
@@ -95,11 +93,10 @@ def seconds(entry: Entry, programs: int, gpu: Gpu, trips: Sequence[float] = ()) 
         needed = [total + more for total, more in zip(needed, clocks, strict=True)]
         loaded += n * phase.loaded
         stored += n * phase.stored
-    own = parts[0].loaded + stored
     of_busiest = max(-(-busiest // together) * alone, busiest * max(needed))
     return max(
         GRAPH_START,
         of_busiest / gpu.clock,
         programs * max(loaded, stored) / gpu.l2_bandwidth,
-        programs * own / gpu.bandwidth,
+        programs * (parts[0].loaded + stored) / gpu.bandwidth,
     )

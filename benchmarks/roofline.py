@@ -36,13 +36,16 @@ HALF_RATE = 320  # a product that sums over so many terms reaches half of the ma
 L2_SIZE = 50e6  # bytes
 SMALL_LAUNCHES = 100  # read-in, read-out, loss, clipping and optimizer, of every contender
 ASSUMPTIONS = f"""Prediction for one {H100.name}, bf16, from counted work and these assumptions:
-- our kernels: benchmarks/predicted_time.py, in the candidates that take least at the case's size; a
-  form that was not compiled counts as the one that does most;
-- PyTorch's products reach {H100.flops / 1e12:.0f} TFLOP/s times K / (K + {HALF_RATE}) when they sum over K terms;
-- PyTorch's other ops move their tensors at {H100.bandwidth / 1e12:.1f} TB/s, or at {H100.l2_bandwidth / 1e12:.1f} where all of them fit into half
-  of the L2 cache; its attention takes as long as ours, which favours PyTorch;
-- a compiled step has one kernel between two products, and a kernel of a CUDA graph takes
-  {1e6 * GRAPH_START:.1f} us or more; {SMALL_LAUNCHES} of these are added to everything outside the loop."""
+- our kernels: benchmarks/predicted_time.py, in the candidates that take least at the case's size;
+  a form that was not compiled counts as the one that does most;
+- PyTorch's products that sum over K terms reach K / (K + {HALF_RATE}) of
+  {H100.flops / 1e12:.0f} TFLOP/s;
+- PyTorch's other ops move their tensors at the speed of DRAM, {H100.bandwidth / 1e12:.1f} TB/s, or
+  of the L2 cache, {H100.l2_bandwidth / 1e12:.1f}, where all of them fit into half of it;
+- PyTorch's attention takes as long as ours, which favours PyTorch;
+- a compiled step has one kernel between two products;
+- a kernel of a CUDA graph takes {1e6 * GRAPH_START:.1f} us or more, and {SMALL_LAUNCHES} of these
+  are added for everything outside the loop."""
 
 
 class Part(NamedTuple):
@@ -178,7 +181,8 @@ def plain(case: Case, precision: str = "bf16") -> list[Op]:
 def contenders(case: Case, report: Report) -> dict[str, list[Part]]:
     """Kernels of a training step's loop, of everyone compared."""
     versions = sorted({key.triton for key in report})
-    found = {f"ours before, 32 rows, Triton {versions[0]}": ours(case, report, versions[0], BEFORE)}
+    before = ours(case, report, versions[0], BEFORE)
+    found = {f"ours before, 32 rows, Triton {versions[0]}": before}
     for version in versions:
         found[f"ours, Triton {version}"] = ours(case, report, version, {})
     kernels, ops = found[f"ours, Triton {versions[0]}"], plain(case)

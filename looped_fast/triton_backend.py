@@ -181,14 +181,14 @@ def _forward(
     )
     weights, read_out = _split([w.contiguous() for w in weights])
     keep = _what_to_keep(read_out, n_loops, window, save_activations, needs_states)
-    errors = {"targets": _contiguous(targets), "n_supervised": n_supervised}
+    errors = _contiguous(targets), n_supervised
 
-    def run():
-        return loop_forward(*tensors, weights, read_out, *settings, **keep, **errors)
+    def run() -> tuple[Tensor, Any]:
+        return loop_forward(*tensors, weights, read_out, *settings, *keep, *errors)
 
     kind = (
         "forward", embeddings.shape, state is None, len(weights), len(read_out), *settings,
-        *keep.values(),
+        *keep,
         targets is None, n_supervised, operand_precision(torch.float32),
     )  # fmt: skip
     compile_ahead(kind, embeddings.device, run)
@@ -200,13 +200,13 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _what_to_keep(read_out, n_loops, window, save_activations, needs_states) -> dict[str, Any]:
-    """States are the result without a read-out; the first may be an argument."""
-    return {
-        "save_activations": save_activations,
-        "save_start": needs_states and window < n_loops,
-        "save_states": needs_states and bool(read_out),
-    }
+def _what_to_keep(read_out, n_loops, window, save_activations, needs_states) -> tuple[bool, ...]:
+    """``save_activations``, ``save_start`` and ``save_states`` of ``loop_forward``.
+
+    States are its result without a read-out, and where the window covers every step the first one
+    is an argument.
+    """
+    return save_activations, needs_states and window < n_loops, needs_states and bool(read_out)
 
 
 def _forward_fake(
@@ -218,7 +218,7 @@ def _forward_fake(
     read_out = _split(weights)[1]
     history = empty_history(
         embeddings, len(weights) // 12, n_heads, window, _operand(precision),
-        **_what_to_keep(read_out, n_loops, window, save_activations, needs_states),
+        *_what_to_keep(read_out, n_loops, window, save_activations, needs_states),
     )  # fmt: skip
     B, S, D = embeddings.shape
     shape = (n_supervised or window, B, S, len(read_out[1]) if read_out else D)
@@ -239,7 +239,7 @@ def _backward_op(
     )  # fmt: skip
     settings = (n_heads, n_loops, window, injection, attention)
 
-    def run():
+    def run() -> list[Tensor]:
         return loop_backward(*tensors, *settings)
 
     kind = (
