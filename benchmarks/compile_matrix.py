@@ -97,13 +97,7 @@ def is_covered(group: Group, version: str) -> bool:
         return paper and group.precision == "bf16" and version == THOROUGH
     if version == THOROUGH:
         return True
-<<<<<<< HEAD
-    return paper and (
-        group.precision == "bf16" or (group.precision == "fp16" and group.arch in GPUS)
-    )
-=======
     return paper and group.precision in (("bf16", "fp16") if group.arch in GPUS else ("bf16",))
->>>>>>> helper-B
 
 
 def screening(version: str, known: dict[Group, list[Config]] | None = None) -> list[Job]:
@@ -128,14 +122,8 @@ def screening(version: str, known: dict[Group, list[Config]] | None = None) -> l
                 if not (is_launched(case, arch) and is_covered(group, version)):
                     continue
                 first = (known or {}).get(group, [])
-<<<<<<< HEAD
-                configs = tuple(
-                    sorted(space(case, arch), key=lambda c, first=first: c not in first)
-                )
-=======
                 rest = [config for config in space(case, arch) if config not in first]
                 configs = (*first, *rest)
->>>>>>> helper-B
                 enough = N_CANDIDATES if tuned and not arch.startswith("gfx") else 1
                 if (kernel[:4], width, precision) == ("row_", PAPER_WIDTH, "bf16") and arch in GPUS:
                     enough = len(configs)  # predicted times choose among them

@@ -170,25 +170,19 @@ def _forward(
     from looped_fast.kernels.ahead import compile_ahead
     from looped_fast.kernels.forward import loop_forward
 
-    tensors = (embeddings.contiguous(), positions.contiguous(), _contiguous(state))
-    settings: tuple[Any, ...] = (
-        n_heads,
-        n_loops,
-        window,
-        injection,
-        _operand(precision),
-        attention,
-    )
     weights, read_out = _split([w.contiguous() for w in weights])
+    settings = (n_heads, n_loops, window, injection, _operand(precision), attention)
     keep = _what_to_keep(read_out, n_loops, window, save_activations, needs_states)
-    errors = _contiguous(targets), n_supervised
+    arguments: list[Any] = [
+        embeddings.contiguous(), positions.contiguous(), _contiguous(state), weights, read_out,
+        *settings, *keep, _contiguous(targets), n_supervised,
+    ]  # fmt: skip
 
     def run() -> tuple[Tensor, Any]:
-        return loop_forward(*tensors, weights, read_out, *settings, *keep, *errors)
+        return loop_forward(*arguments)
 
     kind = (
-        "forward", embeddings.shape, state is None, len(weights), len(read_out), *settings,
-        *keep,
+        "forward", embeddings.shape, state is None, len(weights), len(read_out), *settings, *keep,
         targets is None, n_supervised, operand_precision(torch.float32),
     )  # fmt: skip
     compile_ahead(kind, embeddings.device, run)
