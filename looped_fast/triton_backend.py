@@ -60,6 +60,19 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def why_not_interpreted() -> str | None:
+    """What stands against Triton's interpreter here: NumPy 2.4 ended a use of arrays as scalars."""
+    import numpy
+    import triton
+
+    if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__} "
+            f"(compiled kernels do not): pip install 'numpy<2.4', or use Triton 3.7 or later"
+        )
+    return None
+
+
 def why_not_tensors(device: str, dtype: torch.dtype, width: int) -> str | None:
     """What stands against any kernel on tensors of such a device, dtype and width D; or None."""
     if device not in ("cpu", "cuda"):
@@ -70,6 +83,8 @@ def why_not_tensors(device: str, dtype: torch.dtype, width: int) -> str | None:
             "before Python starts"
         )
     if reason := why_not_loaded() or loop_autograd.why_not():
+        return reason
+    if device == "cpu" and (reason := why_not_interpreted()):
         return reason
     if device == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no GPU"
