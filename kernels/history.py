@@ -28,7 +28,7 @@ class History(NamedTuple):
     lse: Tensor  # [L W, B, H, S] fp32: log of the sum of exp of attention scores, natural
     xhat2: Tensor  # [L W, N, D] operand
     rstd2: Tensor  # [L W, N] fp32
-    xhatf: Tensor  # [W, N, D] operand: the final LayerNorm's
+    xhatf: Tensor  # [W, N, D]: the final LayerNorm's; fp16 for operands of 16 bits, see below
     rstdf: Tensor  # [W, N] fp32
 
 
@@ -80,6 +80,9 @@ def _activations(
         return embeddings.new_empty((n_slots, *shape) if n_slots else (0,), dtype=dtype)
 
     slots, N = n_layer * n_steps, B * S
+    # Nothing multiplies xhatf as a matrix: gradients of the final LayerNorm and of the read-out are
+    # sums of products with it. Below sqrt(D) it is in fp16's range, with 3 more bits than in bf16.
+    of_norm = torch.float32 if operand == torch.float32 else torch.float16
     return {
         "xhat1": empty(slots, N, D, dtype=operand),
         "rstd1": empty(slots, N),
@@ -88,6 +91,6 @@ def _activations(
         "lse": empty(slots, B, n_heads, S),
         "xhat2": empty(slots, N, D, dtype=operand),
         "rstd2": empty(slots, N),
-        "xhatf": empty(n_steps, N, D, dtype=operand),
+        "xhatf": empty(n_steps, N, D, dtype=of_norm),
         "rstdf": empty(n_steps, N),
     }

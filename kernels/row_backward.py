@@ -61,7 +61,7 @@ def row_backward_kernel(
     d_scale,  # [N, D] fp32, or None; in place
     # STEP_END
     norm_weight,  # [D] fp32, of the final LayerNorm
-    xhatf,  # [N, D] operand
+    xhatf,  # [N, D], 16 bits or fp32
     rstdf,  # [N] fp32
     d_norm,  # out [2, programs, D] fp32: sums over a program's rows, for scale and shift
     grad_state,  # [N, D] fp32: of a step's output, its part from outside the loop; or None

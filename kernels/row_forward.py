@@ -99,7 +99,7 @@ def row_forward_kernel(
     # STEP_END
     norm_weight,  # [D] fp32, of the final LayerNorm
     norm_bias,
-    xhatf,  # out [N, D] operand; may be None
+    xhatf,  # out [N, D], 16 bits or fp32; may be None
     rstdf,  # out [N] fp32; may be None
     state,  # [N, D] fp32 or None: z, an output of STEP_END; the input of a TAIL alone, which takes
     # the injection's neutral element, 0 or 1, for None

@@ -114,6 +114,29 @@ def test_the_loss_is_as_accurate_as_plain_pytorch(
         assert error <= factor * of_plain + 4 * FP32_EPS, name
 
 
+def test_gradients_of_a_fresh_model_keep_to_the_rule():
+    """Its bf16 products lose little, so that what is kept in 16 bits shows."""
+    config = ModelConfig(n_dims=5, n_positions=11, n_embd=64, n_head=4, n_loops=2, window=1)
+    fresh = LoopedTransformer(config)
+    xs, ys = torch.randn(2, 11, 5), torch.randn(2, 11)
+
+    def gradients(dtype, backend, low):
+        model = LoopedTransformer(config, backend=backend)
+        model.load_state_dict(fresh.state_dict())
+        model.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = model.loss(xs.to(dtype), ys.to(dtype))
+        loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    truth = gradients(torch.float64, "reference", low=False)
+    plain = gradients(torch.float32, "reference", low=True)
+    fast = gradients(torch.float32, "triton", low=True)
+    for name, exact in truth.items():
+        error, of_plain = (relative_error(run[name], exact) for run in (fast, plain))
+        assert error <= 3 * of_plain + 4 * FP32_EPS, name
+
+
 def test_targets_may_want_a_gradient():
     inputs = loop_inputs(B=1, S=4, D=64, n_outputs=1, dtype=torch.float32)
     targets = torch.randn(1, 2, 1, requires_grad=True)
