@@ -49,8 +49,8 @@ class Contender:
 
     backend: str  # of LoopedTransformer
     precision: str  # fp32, or bf16 by autocast
-    compiled: str | None = None  # what torch.compile gets: one loop "step", or the whole "model"
-    compile_mode: str | None = None  # of torch.compile
+    whole_model: bool = False  # torch.compile gets the model; backend "compiled": one loop step
+    compile_mode: str | None = None  # of torch.compile, for the whole model
     attention: str = "auto"  # of LoopedTransformer
     checkpoint: str = "none"  # likewise
     fused_loss: bool = False  # trains by LoopedTransformer.loss, else by one of predictions
@@ -61,7 +61,12 @@ class Contender:
     @property
     def is_engine(self) -> bool:
         """Whether this is the project's own; the others are opponents."""
-        return self.backend != "reference"
+        return self.backend not in ("reference", "compiled")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile takes part."""
+        return self.whole_model or self.backend == "compiled"
 
 
 # Opponents are plain PyTorch. A compiled step takes the same time to compile for any number of
@@ -80,24 +85,26 @@ CONTENDERS = {
     "triton bf16": Contender(precision="bf16", **_TRITON),
     "eager bf16": Contender("reference", "bf16"),
     "eager bf16 graphs": Contender("reference", "bf16", graphs=True, **_ON_GPU),
-    "compiled step bf16": Contender("reference", "bf16", "step"),
-    "compiled step bf16 graphs": Contender("reference", "bf16", "step", graphs=True, **_ON_GPU),
+    "compiled step bf16": Contender("compiled", "bf16"),
+    "compiled step bf16 graphs": Contender("compiled", "bf16", graphs=True, **_ON_GPU),
     **{
         f"triton bf16 graphs {name}": Contender(
             precision="bf16", attention=name, graphs=True, **_TRITON
         )
         for name in ("triton", "sdpa", "flash_attn")
     },
-    "reduce-overhead bf16": Contender("reference", "bf16", "model", "reduce-overhead", **_ON_GPU),
+    "reduce-overhead bf16": Contender(
+        "reference", "bf16", whole_model=True, compile_mode="reduce-overhead", **_ON_GPU
+    ),
     "engine fp32": Contender("cpu", "fp32", fused_loss=True, **_ON_CPU),
     "engine fp32 autograd": Contender("cpu", "fp32", **_TRAINING_ON_CPU),
     "engine fp32 recompute": Contender("cpu", "fp32", checkpoint="state", **_TRAINING_ON_CPU),
     "triton fp32 graphs": Contender(precision="fp32", graphs=True, **_TRITON),
     "triton fp32": Contender(precision="fp32", **_TRITON),
     "eager fp32": Contender("reference", "fp32"),
-    "compiled step fp32": Contender("reference", "fp32", "step"),
-    "compiled model bf16": Contender("reference", "bf16", "model"),
-    "compiled model fp32": Contender("reference", "fp32", "model"),
+    "compiled step fp32": Contender("compiled", "fp32"),
+    "compiled model bf16": Contender("reference", "bf16", whole_model=True),
+    "compiled model fp32": Contender("reference", "fp32", whole_model=True),
 }
 
 

@@ -74,7 +74,7 @@ def by_process(jobs: Iterable[Job], device: str) -> list[list[Job]]:
 
     def key(job: Job) -> Any:
         case, _, contender = job
-        shares = device == "cuda" and CONTENDERS[contender].compiled != "model"
+        shares = device == "cuda" and not CONTENDERS[contender].whole_model
         return "shared" if shares else (case, contender)
 
     return [list(group) for _, group in itertools.groupby(jobs, key)]
@@ -166,7 +166,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.contenders or ():
         if name not in here:
             parser.error(f"{name!r} does not run on {args.device}; choose of {', '.join(here)}")
-    not_compiled = [name for name, c in here.items() if not c.compiled]
+    not_compiled = [name for name, c in here.items() if not c.compiles]
     args.cases = args.cases or (["small", "lr_b1"] if args.quick else list(CASES))
     args.contenders = args.contenders or (not_compiled if args.quick else list(here))
     repeats, args.seconds = (20, 1.0) if args.device == "cuda" else (50, 20.0)

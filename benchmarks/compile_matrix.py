@@ -139,9 +139,10 @@ def _worth(group: Group) -> tuple[bool, bool, bool]:
 def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = False) -> list[Job]:
     """Every form of every kernel in every candidate, first candidates first.
 
-    At the paper's width in bf16, on GPUs whose times are predicted; on other NVIDIA GPUs, in the
-    first candidate. Elsewhere it is left at the form that does most, which the others are parts of.
-    ``full``: in every candidate everywhere.
+    At the paper's width in bf16 in the first candidate, and on GPUs whose times are predicted in
+    the second. Elsewhere, and in further candidates, it is left at the form that does most, which
+    the others are parts of; the autotuner drops what does not run. ``full``: in every candidate
+    everywhere.
     """
     ranked = []
     for precision in PRECISIONS if full else PRECISIONS[:1]:
@@ -155,7 +156,8 @@ def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = 
                 if arch.startswith("gfx") and not full:
                     continue
                 chosen = candidates.get(group, [])
-                for rank, config in enumerate(chosen if full or arch in GPUS else chosen[:1]):
+                n = len(chosen) if full else 2 if arch in GPUS else 1
+                for rank, config in enumerate(chosen[:n]):
                     job = Job(precision, i, arch, (config,), 1)
                     ranked.append(((arch not in GPUS, rank), job))
     ranked.sort(key=lambda item: item[0])

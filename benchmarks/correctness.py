@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Contender
-from benchmarks.workload import Workload, fresh_compiler
+from benchmarks.workload import Workload, forget_compiled
 
 FLOOR = 8 * torch.finfo(torch.float32).eps  # relative; rounding that any fp32 result may have
 
@@ -27,8 +27,8 @@ def check(case: Case, contender: Contender, mode: str, device: str = "cpu") -> N
     """
     case = dataclasses.replace(case, batch=min(case.batch, 4))
     limits = error_limits(case, contender.precision, mode, device)
-    with fresh_compiler(contender):
-        check_results(Workload(case, contender, mode, device=device), limits)
+    forget_compiled()
+    check_results(Workload(case, contender, mode, device=device), limits)
 
 
 class Limit(NamedTuple):
@@ -44,7 +44,7 @@ def error_limits(case: Case, precision: str, mode: str, device: str) -> dict[str
 
     An error may be twice that of plain PyTorch at that precision, a gradient's three times, plus
     ``FLOOR``. Gradients of the read-out are left out: they do not pass through the loop, and the
-    bias's nearly cancels. To be called outside of ``fresh_compiler``.
+    bias's nearly cancels.
     """
     plain_run = Workload(case, Contender("reference", precision), mode, device=device)
     # Recomputing leaves every value as it is, and in float64 saves gigabytes at a full batch.

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
+from benchmarks.gpu.fake_driver import pretend, target_of
 from benchmarks.phases import SPILLS, Phase, duplication, parse, phases
 from looped_fast.kernels.launch import Launch
 
@@ -78,14 +78,11 @@ class MachineCode:
 
 def compile_launch(launch: Launch, arch: str) -> MachineCode | str:
     """Machine code of ``launch`` on ``arch`` (of ``ARCHITECTURES``), or why it does not compile."""
-    amd = arch.startswith("gfx")
-    target = (
-        GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    )
+    pretend(arch)  # kernels ask what they are compiled for
     try:
         compiled = triton.compile(
             _source(launch),
-            target=target,
+            target=target_of(arch),
             options={
                 "num_warps": launch.config.num_warps,
                 "num_stages": launch.config.num_stages,
@@ -94,7 +91,7 @@ def compile_launch(launch: Launch, arch: str) -> MachineCode | str:
         )
     except (TritonError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    measured = measure_amd if amd else measure
+    measured = measure_amd if arch.startswith("gfx") else measure
     return measured(compiled.asm, compiled.metadata, ARCHITECTURES[arch])
 
 

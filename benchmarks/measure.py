@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops
 from benchmarks.correctness import WrongResult, check, check_results, error_limits
-from benchmarks.workload import Workload, fresh_compiler
+from benchmarks.workload import Workload, forget_compiled
 from looped_fast import cpu_engine
 
 # Between two looks at the clock. Steps of a training on a GPU are enqueued ahead of it; a user of
@@ -48,12 +48,12 @@ def measure(
     check(case, contender, mode)
     best_threads, first = _best_threads(case, contender, mode, threads)
     torch.set_num_threads(best_threads)
-    with fresh_compiler(contender):
-        run = Workload(case, contender, mode)
-        if contender.compiled:
-            first = max(first, seconds_of(run))
-        memory = memory_added_by(run)  # warms up, too
-        times = _times(run, repeats, seconds)
+    forget_compiled()
+    run = Workload(case, contender, mode)
+    if contender.compiles:
+        first = max(first, seconds_of(run))
+    memory = memory_added_by(run)  # warms up, too
+    times = _times(run, repeats, seconds)
     return _row(case, contender, mode, times, first, memory) | {"threads": best_threads}
 
 
@@ -75,22 +75,22 @@ def measure_full_batch(
         benchmarks.correctness.WrongResult: nothing was timed.
     """
     limits = error_limits(case, contender.precision, mode, device)
-    with fresh_compiler(contender):
-        run = Workload(case, contender, mode, device=device)
-        call = run.forward if mode == "inference" else run.forward_backward
-        first = seconds_of(call)
-        memory = memory_added_by(call, device)
-        row: dict[str, Any] = {"threads": 1}
-        try:
-            check_results(run, limits)
-        except WrongResult as error:
-            if not keep_wrong:
-                raise
-            row["wrong"] = str(error)
-        for _ in range(3 if contender.graphs else 1):
-            run()  # a whole step has a graph of its own
-        row |= {"launches": launches(run)} if device == "cuda" else {}
-        times = _times(run, repeats, seconds, CALLS[device][mode])
+    forget_compiled()
+    run = Workload(case, contender, mode, device=device)
+    call = run.forward if mode == "inference" else run.forward_backward
+    first = seconds_of(call)
+    memory = memory_added_by(call, device)
+    row: dict[str, Any] = {"threads": 1}
+    try:
+        check_results(run, limits)
+    except WrongResult as error:
+        if not keep_wrong:
+            raise
+        row["wrong"] = str(error)
+    for _ in range(3 if contender.graphs else 1):
+        run()  # a whole step has a graph of its own
+    row |= {"launches": launches(run)} if device == "cuda" else {}
+    times = _times(run, repeats, seconds, CALLS[device][mode])
     return _row(case, contender, mode, times, first, memory) | row
 
 
@@ -114,7 +114,7 @@ def _row(
         "gflops": flops(case, mode) / median / 1e9,
         "memory_mb": memory,
         "launches": None,
-        "compile_s": first - median if contender.compiled else None,
+        "compile_s": first - median if contender.compiles else None,
     }
 
 
@@ -137,10 +137,10 @@ def _best_threads(
     first, times = 0.0, {}
     for n in threads:
         torch.set_num_threads(n)
-        with fresh_compiler(contender):
-            run = Workload(case, contender, mode)
-            first = max(first, seconds_of(run))
-            times[n] = min(seconds_of(run) for _ in range(runs))
+        forget_compiled()
+        run = Workload(case, contender, mode)
+        first = max(first, seconds_of(run))
+        times[n] = min(seconds_of(run) for _ in range(runs))
     return min(times, key=lambda n: times[n]), first
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Contender
-from looped_fast import LoopedTransformer, reference
+from looped_fast import LoopedTransformer, compiled_backend
 from looped_fast.graphs import graphs_on
 
 
@@ -53,7 +51,7 @@ class Workload:
             self.model.parameters(), fused=fused or None, capturable=contender.graphs
         )
         self.predict: Callable[..., Tensor] = self.model
-        if contender.compiled == "model":
+        if contender.whole_model:
             self.predict = torch.compile(self.model, dynamic=False, mode=contender.compile_mode)
 
     def __call__(self) -> None:
@@ -89,13 +87,7 @@ class Workload:
         self.optimizer.step()
 
 
-@contextlib.contextmanager
-def fresh_compiler(contender: Contender) -> Iterator[None]:
-    """Inside, nothing compiled before is used, and the reference's step is compiled if asked."""
+def forget_compiled() -> None:
+    """Drop all that torch.compile compiled in this process."""
+    compiled_backend.empty_cache()
     torch.compiler.reset()
-    step: Callable[..., Tensor] = reference.step
-    if contender.compiled == "step":
-        mode = contender.compile_mode
-        step = torch.compile(reference.step, dynamic=False, fullgraph=True, mode=mode)
-    with mock.patch.object(reference, "step", step):
-        yield

@@ -104,6 +104,11 @@ def loop(
     )  # fmt: skip
 
 
+def empty_cache() -> None:
+    """Drop the compiled steps."""
+    _compiled_step.cache_clear()
+
+
 @functools.lru_cache(MAX_STEPS)
 def _compiled_step(kind: Hashable) -> Callable[..., Tensor]:
     """Compile the reference's step for calls of one ``kind``: shapes, settings, gradients or not.

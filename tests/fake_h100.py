@@ -22,10 +22,9 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from benchmarks import kernel_launches
+from benchmarks.gpu.fake_driver import FakeDriver, target_of
 from benchmarks.kernel_launches import Loop
 from looped_fast.kernels import (
     ahead,
@@ -43,38 +42,6 @@ from looped_fast.kernels.tuning import Config
 N_CORES = 4
 OPTIONS = (Config(16, 16, 16), Config(32, 16, 16), Config(16, 32, 32))
 CHOSEN = OPTIONS[1]
-
-
-class FakeH100(DriverBase):
-    """What Triton asks for between a launch and the machine code."""
-
-    def __init__(self) -> None:
-        self.launcher_cls = lambda src, metadata: None
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_interface(self) -> None:
-        return None
 
 
 class Compiler:
@@ -202,7 +169,9 @@ def compile_for_real() -> list[int]:
 
 def scenario(name: str) -> Any:
     """In a process in which nothing was compiled before; all but the last with the stand-in."""
-    triton.runtime.driver.set_active(FakeH100())
+    driver = FakeDriver(target_of("sm_90"))
+    driver.launcher_cls = lambda source, metadata: None  # launches do nothing
+    triton.runtime.driver.set_active(driver)
     os.sched_getaffinity = lambda pid: set(range(N_CORES))
     compiler = Compiler()
     if name != "a real kernel":

@@ -32,10 +32,10 @@ from looped_fast import backends, compiled_backend, ops
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
-    compiled_backend._compiled_step.cache_clear()
+    compiled_backend.empty_cache()
     yield
     torch._dynamo.reset()
-    compiled_backend._compiled_step.cache_clear()
+    compiled_backend.empty_cache()
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ import torch
 from triton.runtime.jit import MockTensor
 
 from benchmarks.gpu.configurations import EXTRA, configurations
-from benchmarks.gpu.fake_driver import pretend, settle_cache_key
+from benchmarks.gpu.fake_driver import pretend
 from benchmarks.gpu.visit import Visit, say
 from benchmarks.kernel_launches import TILES, Loop, launches_of
 from looped_fast.kernels import tuning
-from looped_fast.kernels.launch import Launch, recording
+from looped_fast.kernels.launch import Launch, recording, settle_cache_key
 from looped_fast.kernels.read_in import read_in
 from looped_fast.kernels.tuning import Config
 
@@ -162,11 +162,10 @@ def _compile(job: tuple[str, str, int]) -> tuple[float, str]:
 def fill(kind: str, arch: str) -> dict[str, Any]:
     """Compile the launches of ``kind``, one of ``RUNS``, in a process for each core."""
     start, cores = time.monotonic(), len(os.sched_getaffinity(0))
-    capability = int(arch.removeprefix("sm_"))
-    pretend(capability)
+    pretend(arch)
     jobs = [(kind, arch, i) for i in range(len(jobs_of(kind, arch)))]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(cores, len(jobs)), pretend, (capability,)) as pool:
+    with context.Pool(min(cores, len(jobs)), pretend, (arch,)) as pool:
         done = list(pool.imap_unordered(_compile, jobs))
     failed = [error for _, error in done if error]
     say(f"{kind}: {len(jobs)} kernels for {arch}, {sum(s for s, _ in done):.0f} s of compiling in "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -23,11 +22,11 @@ class FakeDriver(DriverBase):
     """Tensors are on the CPU; a launch raises ``Launched``.
 
     Args:
-        capability: 90 for sm_90.
+        target: what is compiled for.
     """
 
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
         self.launcher_cls = _refuse
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
@@ -71,20 +70,13 @@ def _refuse(source: Any, metadata: Any) -> NoReturn:
     raise Launched(metadata.name)
 
 
-def pretend(capability: int = 90) -> None:
-    """Have Triton compile for a GPU of ``capability`` in this process from here on."""
-    triton.runtime.driver.set_active(FakeDriver(capability))
+def target_of(arch: str) -> GPUTarget:
+    """Triton's name of an architecture: ``"sm_90"``, ``"gfx942"``."""
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
-def settle_cache_key(kernel: Any) -> None:
-    """Compute the cache keys of the functions that ``kernel`` calls, then its own.
-
-    In Triton 3.6 the key of a kernel depends on which of them were computed before.
-    """
-    if kernel.hash is not None:
-        return
-    for node in ast.walk(kernel.parse()):
-        called = kernel.fn.__globals__.get(node.id) if isinstance(node, ast.Name) else None
-        if hasattr(type(called), "cache_key"):
-            settle_cache_key(called)
-    kernel.cache_key  # noqa: B018
+def pretend(arch: str = "sm_90") -> None:
+    """Have Triton compile for ``arch`` in this process from here on."""
+    triton.runtime.driver.set_active(FakeDriver(target_of(arch)))

@@ -27,7 +27,7 @@ def first_launch(part: str) -> str | None:
     from benchmarks.gpu.visit import Visit
     from looped_fast import triton_backend
 
-    pretend(90)
+    pretend()
     module = importlib.import_module(f"benchmarks.gpu.{PARTS[part].module}")
     # CPU tensors stand for those of a GPU.
     tensors_pass = mock.patch.object(triton_backend, "_interpreting", return_value=True)

@@ -80,7 +80,8 @@ def measured(entry: Entry, case: str, mode: str, visit: Visit) -> dict[str, Any]
     """A row as of ``benchmarks.measure``, of wrong results too; or ``failed``, and why."""
     contender = CONTENDERS[entry.contender]
     if visit.dry:  # neither graphs nor compilers
-        contender = dataclasses.replace(contender, graphs=False, compiled=None)
+        backend = contender.backend if contender.is_engine else "reference"
+        contender = dataclasses.replace(contender, graphs=False, backend=backend)
     try:
         with _configured(entry, case, visit):
             return measure_full_batch(
