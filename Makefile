@@ -4,12 +4,22 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TASK ?= lr
 ARGS ?=
+# What gpu-check runs with, and which parts of benchmarks/gpu (all but paper).
+GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
+PARTS ?=
+# What test-versions runs with. Triton 3.6's interpreter fails with NumPy 2.4 and later.
+OTHER_PYTHON ?= $(lastword python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3))
+OTHER_VENV ?= .venv-versions
+OTHER ?= torch==2.11.0 triton==3.6.0 "numpy<2.4"
+OTHER_TESTS ?= $(wildcard tests/test_kernels_*.py tests/test_triton_*.py) $(addprefix tests/test_, \
+	backends.py benchmarks_gpu.py collection.py compare.py graphs.py loop_mse.py trainer_graphs.py)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OTHER_READY := $(OTHER_VENV)/.ready
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: train test bench gpu-check lint clean
+.PHONY: train test bench gpu-check test-versions lint clean
 
 train: $(READY)  ## train the tiny preset of TASK, ten minutes at most
 	$(BIN)/python -m looped_fast.train --task $(TASK) --preset tiny --amp bf16 $(ARGS)
@@ -21,13 +31,12 @@ test: $(READY)  ## all tests that need no GPU, with coverage, a file on each cor
 bench: $(READY)  ## pytest-benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-gpu-check: $(READY)  ## all that needs a GPU: tests, then a comparison, in ten minutes or so
-	@$(BIN)/python -c "import torch; raise SystemExit(0 if torch.cuda.is_available() else 2)" || \
-		{ echo "gpu-check: PyTorch sees no CUDA device here; run it on a machine with one"; exit 2; }
-	TRITON_INTERPRET=0 CUBLAS_WORKSPACE_CONFIG=:4096:8 \
-		$(BIN)/python -m pytest -m gpu tests --durations=10 $(ARGS)
-	TRITON_INTERPRET=0 $(BIN)/python -m benchmarks.compare --device cuda --cases lr lr_b1 dt \
-		--repeats 10 --seconds 2 --timeout 120 --budget 300
+gpu-check:  ## test and measure on a GPU: with the Python at hand, no installation, no network
+	$(GPU_PYTHON) -m benchmarks.gpu $(PARTS) $(ARGS)
+
+test-versions: $(OTHER_READY)  ## kernel tests with the other supported PyTorch and Triton
+	$(OTHER_VENV)/bin/python -m pytest -n auto --dist loadfile -p no:cacheprovider \
+		$(OTHER_TESTS) $(ARGS)
 
 lint: $(READY)  ## ruff, and types of the public API
 	$(BIN)/ruff check .
@@ -40,5 +49,12 @@ $(READY): $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@
 
+# The package runs from the source tree, without its extras, as on a machine with a GPU.
+$(OTHER_READY):
+	test -x $(OTHER_VENV)/bin/python || $(OTHER_PYTHON) -m venv $(OTHER_VENV)
+	$(OTHER_VENV)/bin/pip install --quiet --disable-pip-version-check $(OTHER) safetensors pyyaml \
+		tyro tqdm tabulate matplotlib tensorboard setuptools pytest pytest-xdist hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OTHER_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -20,7 +20,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.baseline_loops import LOOPS, one_by_one
-from benchmarks.report import provenance
+from benchmarks.provenance import provenance
 from looped_fast.baselines import BASELINES
 from looped_fast.tasks import Batch, Task, make_task, sample_batch
 

@@ -2,21 +2,23 @@
 
 Measures time, rate and memory of a training step and of inference at the sizes of the paper, for
 eager PyTorch, torch.compile and the engine, in fp32 and bf16; on a GPU (``--device cuda``) with
-and without CUDA graphs, for each provider of attention, and the launches, too. Each runs alone in
-its own process, on a CPU at its best thread setting, and only if its numbers are right. Prints
+and without CUDA graphs, for each provider of attention, and the launches, too. Each is timed only
+if its numbers are right; on a CPU alone in a process, at its best thread setting. Prints
 tables, and writes Markdown, JSON and a chart. A full run may take an hour on two cores, most of it
-spent on compiling whole models; ``--quick`` takes a minute or two.
+spent on compiling whole models; ``--quick`` takes a minute or two. On a GPU all contenders but
+whole compiled models share a process, and ``--budget`` limits the time of everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +26,58 @@ import torch
 
 from benchmarks import report
 from benchmarks.cases import CASES, CONTENDERS, Case, Contender, modes
+from benchmarks.processes import ROOT, Measuring
+from benchmarks.provenance import provenance
 from looped_fast import LoopedTransformer, explain_backend
 
-ROOT = Path(__file__).parent.parent
-TIMEOUT_S = 1800  # for one contender on one case
+TIMEOUT_S = 1800  # for one contender in one mode of one case
 
 
-def measured_in_subprocess(arguments: list[str], timeout: float = TIMEOUT_S) -> Any:
-    """What ``python -m benchmarks.measure`` prints.
+Job = tuple[str, str, str]  # case, mode, contender
 
-    Raises:
-        RuntimeError: it failed, or took more than ``timeout`` seconds; the message says why.
+
+def measure_jobs(
+    jobs: Sequence[Job], settings: Sequence[str], timeout: float, end: float
+) -> Iterator[dict[str, Any]]:
+    """Measure ``jobs`` one after another in a process: a row for each, or one with a ``reason``.
+
+    A process that fails or takes more than ``timeout`` seconds for a job is replaced by another one
+    for the jobs after it. Nothing is started after ``end`` (``time.monotonic``).
     """
-    with tempfile.TemporaryDirectory() as cache:  # compile times are those of a first run
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.measure", *arguments],
-                cwd=ROOT,
-                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=True,
-            )
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"not done after {timeout:.0f} s") from None
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
-            raise RuntimeError(lines[-1]) from None
-    return json.loads(done.stdout.splitlines()[-1])
+    left = deque(jobs)
+    while left and time.monotonic() < end:
+        names = [f"{case} {mode}: {contender}" for case, mode, contender in left]
+        with Measuring([*names, *settings]) as process:
+            while left and (seconds := end - time.monotonic()) > 0:
+                case, mode, contender = left.popleft()
+                print(f"measuring {case} {mode}: {contender}", file=sys.stderr, flush=True)
+                try:
+                    yield process.next(min(timeout, seconds))
+                except RuntimeError as error:
+                    yield row_of((case, mode, contender), reason=str(error))
+                    break
+    for job in left:
+        yield row_of(job, reason="the time of this run was over")
+
+
+def row_of(job: Job, **values: Any) -> dict[str, Any]:
+    """A row of a report, without measurements."""
+    return {**dict(zip(("case", "mode", "contender"), job, strict=True)), **values}
+
+
+def by_process(jobs: Iterable[Job], device: str) -> list[list[Job]]:
+    """Split ``jobs`` into those that share a process.
+
+    On a CPU those of one contender on one case; on a GPU neighbours, but for whole compiled models,
+    which may take minutes to compile and hold much memory.
+    """
+
+    def key(job: Job) -> Any:
+        case, _, contender = job
+        shares = device == "cuda" and CONTENDERS[contender].compiled != "model"
+        return "shared" if shares else (case, contender)
+
+    return [list(group) for _, group in itertools.groupby(jobs, key)]
 
 
 def why_not(case: Case, contender: Contender, device: str = "cpu") -> str | None:
@@ -83,8 +108,8 @@ def compare(
         repeats: timings of each, at most.
         seconds: of timing each, at most.
         device: ``cpu`` or ``cuda``.
-        timeout: seconds for one contender on one case.
-        budget: seconds for all: nothing is started after them.
+        timeout: seconds for one contender in one mode of one case.
+        budget: seconds for all: nothing is started after them, and what runs then is ended.
 
     Returns:
         ``provenance``, ``peak_gflops`` by precision, ``rows`` and ``not_measured``.
@@ -93,31 +118,27 @@ def compare(
     threads = sorted({1, len(os.sched_getaffinity(0))}) if device == "cpu" else [1]
     settings = ["--device", device, "--threads", *map(str, threads), "--repeats", str(repeats),
                 "--seconds", str(seconds)]  # fmt: skip
-    result: dict[str, Any] = {"provenance": report.provenance("benchmarks.compare", device)}
+    result: dict[str, Any] = {"provenance": provenance("benchmarks.compare", device)}
     load = result["provenance"]["load_before"]
     if load > 0.5 and device == "cpu":
         print(f"the machine is busy (load {load:.1f}): figures will be off", file=sys.stderr)
-    result["peak_gflops"] = measured_in_subprocess(settings)
-    rows, missing = [], []
+    with Measuring(settings) as peaks:
+        result["peak_gflops"] = peaks.next(timeout)
+    rows, jobs = [], []
     for contender in contenders:
         for case in cases:
-            if not modes(CASES[case], CONTENDERS[contender]):
-                continue
-            left = end - time.monotonic()
-            reason = why_not(CASES[case], CONTENDERS[contender], device)
-            if reason is None and left <= 0:
-                reason = f"the {budget:.0f} s of this run were over"
+            of_case = [(case, m, contender) for m in modes(CASES[case], CONTENDERS[contender])]
+            reason = why_not(CASES[case], CONTENDERS[contender], device) if of_case else None
             if reason is None:
-                print(f"measuring {case}: {contender}", file=sys.stderr, flush=True)
-                arguments = ["--case", case, "--contender", contender, *settings]
-                try:
-                    rows += measured_in_subprocess(arguments, min(timeout, left))
-                except RuntimeError as error:
-                    reason = str(error)
-            if reason is not None:
-                missing.append({"case": case, "contender": contender, "reason": reason})
-    report.add_ratios(rows, result["peak_gflops"])
-    return result | {"rows": rows, "not_measured": missing}
+                jobs += of_case
+            else:
+                rows += [row_of(job, reason=reason) for job in of_case]
+    for group in by_process(jobs, device):
+        rows += measure_jobs(group, settings, timeout, end)
+    measured = [row for row in rows if "reason" not in row]
+    report.add_ratios(measured, result["peak_gflops"])
+    missing = [row for row in rows if "reason" in row]
+    return result | {"rows": measured, "not_measured": missing}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -135,7 +156,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, help="timings of each, at most")
     add("--quick", action="store_true", help="cases small and lr_b1, without torch.compile")
     add("--timeout", type=float, default=TIMEOUT_S, metavar="S",
-        help="seconds for one contender on one case")  # fmt: skip
+        help="seconds for one contender in one mode of one case")  # fmt: skip
     add("--budget", type=float, default=float("inf"), metavar="S",
         help="seconds for everything: what is left then is not measured")  # fmt: skip
     add("--out", type=Path, default=ROOT / "benchmarks" / "results",
@@ -148,8 +169,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     not_compiled = [name for name, c in here.items() if not c.compiled]
     args.cases = args.cases or (["small", "lr_b1"] if args.quick else list(CASES))
     args.contenders = args.contenders or (not_compiled if args.quick else list(here))
-    args.repeats = args.repeats or (5 if args.quick else 50)
-    args.seconds = 2.0 if args.quick else 20.0
+    repeats, args.seconds = (20, 1.0) if args.device == "cuda" else (50, 20.0)
+    if args.quick:
+        repeats, args.seconds = 5, min(args.seconds, 2.0)
+    args.repeats = args.repeats or repeats
     return args
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,52 +20,74 @@ class WrongResult(RuntimeError):
 
 
 def check(case: Case, contender: Contender, mode: str, device: str = "cpu") -> None:
-    """Compare with float64, as plain PyTorch at the same precision compares with it.
-
-    An error may be twice that of plain PyTorch, a gradient's three times, plus ``FLOOR``; on a
-    batch of at most 4, and the case's own length and loop counts. Gradients of the read-out are
-    left out: they do not pass through the loop, and the bias's nearly cancels. Of a contender
-    with CUDA graphs a replay is checked. Where a loss has no predictions, those of an inference
-    call are compared beside its gradients.
+    """Check a contender on a batch of at most 4, and the case's own length and loop counts.
 
     Raises:
         WrongResult: names the tensor, its error and the limit.
     """
     case = dataclasses.replace(case, batch=min(case.batch, 4))
-    eager = Contender("reference", contender.precision)
-    exact_eager = dataclasses.replace(eager, precision="fp32")
-    exact = _results(case, exact_eager, mode, device, torch.float64)
-    plain = _results(case, eager, mode, device)
-    results = _results(case, contender, mode, device)
-    for name, truth in exact.items():
-        factor = 2 if name == "predictions" else 3
-        limit = factor * _error(plain[name], truth) + FLOOR
-        error = _error(results[name], truth)
-        if not error <= limit:
-            raise WrongResult(f"{name}: error {error:.1e}, at most {limit:.1e} is right")
-
-
-def _results(
-    case: Case,
-    contender: Contender,
-    mode: str,
-    device: str,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
+    limits = error_limits(case, contender.precision, mode, device)
     with fresh_compiler(contender):
-        run = Workload(case, contender, mode, dtype, device)
-        predict = run.forward if mode == "inference" else run.forward_backward
-        if contender.graphs:
-            predict()  # warms up
-            predict()  # captures
-        predictions = predict()
-        if predictions is None:
-            predictions = run.forward(case.window)
-    results = {"predictions": predictions}
-    for name, parameter in run.model.named_parameters():
-        if parameter.grad is not None and not name.startswith("_read_out"):
-            results[f"gradient of {name}"] = parameter.grad
-    return results
+        check_results(Workload(case, contender, mode, device=device), limits)
+
+
+class Limit(NamedTuple):
+    """What a tensor should be, and how far off it may be."""
+
+    truth: Tensor  # float64
+    error: float  # relative, in the Frobenius norm
+
+
+@functools.cache  # contenders that are measured in one process share them
+def error_limits(case: Case, precision: str, mode: str, device: str) -> dict[str, Limit]:
+    """By name of a tensor: float64's value, and the error that is right at ``precision``.
+
+    An error may be twice that of plain PyTorch at that precision, a gradient's three times, plus
+    ``FLOOR``. Gradients of the read-out are left out: they do not pass through the loop, and the
+    bias's nearly cancels. To be called outside of ``fresh_compiler``.
+    """
+    plain_run = Workload(case, Contender("reference", precision), mode, device=device)
+    # Recomputing leaves every value as it is, and in float64 saves gigabytes at a full batch.
+    exact = Contender("reference", "fp32", checkpoint="state")
+    truths = _results(Workload(case, exact, mode, torch.float64, device))
+    plain = _results(plain_run)
+    return {
+        name: Limit(truth, _factor(name) * _error(plain[name], truth) + FLOOR)
+        for name, truth in truths.items()
+    }
+
+
+def _factor(name: str) -> int:
+    return 2 if name == "predictions" else 3
+
+
+def check_results(run: Workload, limits: dict[str, Limit]) -> None:
+    """Hold predictions and gradients of ``run``, of a replay if it has graphs, against ``limits``.
+
+    Raises:
+        WrongResult: names the tensor, its error and the limit.
+    """
+    if run.contender.graphs:
+        _results(run)  # warms up; the next call may capture
+        _results(run)
+    results = _results(run)
+    for name, limit in limits.items():
+        error = _error(results[name], limit.truth)
+        if not error <= limit.error:
+            raise WrongResult(f"{name}: error {error:.1e}, at most {limit.error:.1e} is right")
+
+
+def _results(run: Workload) -> dict[str, Tensor]:
+    """Where a loss has no predictions, those of an inference call stand beside its gradients."""
+    predictions = run.forward() if run.mode == "inference" else run.forward_backward()
+    if predictions is None:
+        predictions = run.forward(run.case.window)
+    gradients = {
+        f"gradient of {name}": parameter.grad
+        for name, parameter in run.model.named_parameters()
+        if parameter.grad is not None and not name.startswith("_read_out")
+    }
+    return {"predictions": predictions, **gradients}
 
 
 def _error(tensor: Tensor, truth: Tensor) -> float:

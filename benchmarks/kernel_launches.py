@@ -28,11 +28,15 @@ class Loop(NamedTuple):
     window: int
     training: bool = True
     checkpoint: str = "none"  # "state" also launches what a window in several chunks does
+    n_outputs: int = 1  # of the read-out; 0 for states
+    n_supervised: int = 2  # steps that the loss is of, in training; 0 for a loss of one's own
 
 
 LOOPS = (
     Loop("add", 1, 4, 2),
-    Loop("add", 2, 2, 2),
+    Loop("add", 1, 4, 2, n_supervised=1),
+    Loop("add", 1, 4, 2, n_supervised=0),
+    Loop("add", 2, 2, 2, n_outputs=0),
     Loop("mul", 2, 4, 2),
     Loop("none", 1, 4, 2),
     Loop("every_block", 2, 4, 2),
@@ -59,21 +63,29 @@ def launches_of(
     if reason := triton_backend.why_not_loaded():
         raise RuntimeError(reason)
     shape = (batch, seq_len, width)
-    tensors = [torch.empty(shape), torch.empty(shape[1:]), torch.empty(shape)]
+    embeddings, positions = torch.empty(shape), torch.empty(shape[1:])
     weights = weights_of(loop.n_layer, width)
-    for tensor in [*tensors, *weights]:
+    n = loop.n_outputs
+    read_out = [torch.zeros(n, width), torch.zeros(n)] if n else []
+    targets, n_supervised = None, None
+    if n and loop.training and loop.n_supervised:
+        n_supervised = min(loop.n_supervised, loop.window)
+        targets = torch.empty(batch, (seq_len + 1) // 2, n)
+    for tensor in [embeddings, positions, *weights, *read_out]:
         tensor.requires_grad_(loop.training)
+    state = None if loop.injection in ("add", "mul") else embeddings  # as a model starts
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
         with recording(execute=False) as forward:
-            states = triton_backend.loop(
-                *tensors, weights, width // head_dim, loop.n_loops, loop.window, loop.injection,
-                "fp32" if precision == "tf32" else precision, loop.checkpoint, "triton",
+            result = triton_backend.loop(
+                embeddings, positions, state, weights, width // head_dim, loop.n_loops,
+                loop.window, loop.injection, "fp32" if precision == "tf32" else precision,
+                loop.checkpoint, "triton", read_out, targets, n_supervised,
             )  # fmt: skip
         with recording(execute=False) as backward:
             if loop.training:
-                states.backward(torch.empty_like(states))
+                result.backward(torch.empty_like(result))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     return forward, backward

@@ -1,7 +1,7 @@
-"""Measure one contender on one case, alone in this process; prints one JSON value.
+"""Measure contenders on cases in this process; prints a line of JSON for each as it is done.
 
-``benchmarks.compare`` starts it once per case and contender, so that nobody is timed beside
-another's threads, memory or compiled code.
+``benchmarks.compare`` starts it, on a CPU once per case and contender, so that nobody is timed
+beside another's threads, memory or compiled code.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops, modes
-from benchmarks.correctness import check
+from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops
+from benchmarks.correctness import WrongResult, check, check_results, error_limits
 from benchmarks.workload import Workload, fresh_compiler
 from looped_fast import cpu_engine
 
@@ -38,33 +38,82 @@ def measure(
     seconds: float,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Check, then time at the best of ``threads``, ``repeats`` times or ``seconds`` long.
+    """Check, then time ``repeats`` times or ``seconds`` long, on a CPU at the best of ``threads``.
 
     Raises:
         benchmarks.correctness.WrongResult: nothing was timed.
     """
-    check(case, contender, mode, device)
+    if device == "cuda":
+        return measure_full_batch(case, contender, mode, repeats, seconds)
+    check(case, contender, mode)
     best_threads, first = _best_threads(case, contender, mode, threads)
     torch.set_num_threads(best_threads)
     with fresh_compiler(contender):
-        run = Workload(case, contender, mode, device=device)
+        run = Workload(case, contender, mode)
         if contender.compiled:
             first = max(first, seconds_of(run))
-        memory = memory_added_by(run, device)  # warms up, too
-        kernels = launches(run) if device == "cuda" else None
-        calls, times = CALLS[device][mode], []
-        while len(times) < 2 or (len(times) < repeats and sum(times) * calls < seconds):
-            times.append(seconds_of(run, calls))
+        memory = memory_added_by(run)  # warms up, too
+        times = _times(run, repeats, seconds)
+    return _row(case, contender, mode, times, first, memory) | {"threads": best_threads}
+
+
+def measure_full_batch(
+    case: Case,
+    contender: Contender,
+    mode: str,
+    repeats: int,
+    seconds: float,
+    device: str = "cuda",
+    keep_wrong: bool = False,
+) -> dict[str, Any]:
+    """Check and time one workload, so that it is compiled and captured once: GPUs have the memory.
+
+    Args:
+        keep_wrong: time wrong results, too, for a diagnosis: ``wrong`` says what is off.
+
+    Raises:
+        benchmarks.correctness.WrongResult: nothing was timed.
+    """
+    limits = error_limits(case, contender.precision, mode, device)
+    with fresh_compiler(contender):
+        run = Workload(case, contender, mode, device=device)
+        call = run.forward if mode == "inference" else run.forward_backward
+        first = seconds_of(call)
+        memory = memory_added_by(call, device)
+        row: dict[str, Any] = {"threads": 1}
+        try:
+            check_results(run, limits)
+        except WrongResult as error:
+            if not keep_wrong:
+                raise
+            row["wrong"] = str(error)
+        for _ in range(3 if contender.graphs else 1):
+            run()  # a whole step has a graph of its own
+        row |= {"launches": launches(run)} if device == "cuda" else {}
+        times = _times(run, repeats, seconds, CALLS[device][mode])
+    return _row(case, contender, mode, times, first, memory) | row
+
+
+def _times(run: Workload, repeats: int, seconds: float, calls: int = 1) -> list[float]:
+    """Seconds per call, each in the mean of ``calls``."""
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < repeats and sum(times) * calls < seconds):
+        times.append(seconds_of(run, calls))
+    return times
+
+
+def _row(
+    case: Case, contender: Contender, mode: str, times: list[float], first: float, memory: float
+) -> dict[str, Any]:
     median = statistics.median(times)
     return {
         "ms": 1e3 * median,
         "ms_min": 1e3 * min(times),
         "ms_max": 1e3 * max(times),
         "repeats": len(times),
-        "threads": best_threads,
         "gflops": flops(case, mode) / median / 1e9,
         "memory_mb": memory,
-        "launches": kernels,
+        "launches": None,
         "compile_s": first - median if contender.compiled else None,
     }
 
@@ -172,16 +221,22 @@ def peak_gflops(dtype: torch.dtype, seconds: float, device: str = "cpu") -> floa
     return best
 
 
+def parse_job(job: str) -> tuple[str, str, str]:
+    """Case, mode and contender of ``"lr training: eager bf16"``."""
+    where, contender = job.split(": ")
+    case, mode = where.split(" ")
+    return case, mode, contender
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contender", choices=CONTENDERS, help="the peak is measured without one")
-    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("jobs", nargs="*", help="'CASE MODE: CONTENDER'; none: the peak rates")
     parser.add_argument("--device", choices=CALLS, default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", required=True, help="settings to try")
     parser.add_argument("--repeats", type=int, required=True, help="timings, at most")
     parser.add_argument("--seconds", type=float, required=True, help="stop repeating after these")
     args = parser.parse_args()
-    if args.contender is None:
+    if not args.jobs:
         torch.set_num_threads(max(args.threads))
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
         peaks = {
@@ -189,14 +244,15 @@ def main() -> None:
             for name, dtype in dtypes.items()
         }
         print(json.dumps(peaks))
-        return
-    case, contender = CASES[args.case], CONTENDERS[args.contender]
-    rows = [
-        {"case": args.case, "mode": mode, "contender": args.contender}
-        | measure(case, contender, mode, args.threads, args.repeats, args.seconds, args.device)
-        for mode in modes(case, contender)
-    ]
-    print(json.dumps(rows))
+    for job in args.jobs:
+        case, mode, contender = parse_job(job)
+        settings = (args.threads, args.repeats, args.seconds, args.device)
+        row = {"case": case, "mode": mode, "contender": contender}
+        try:
+            row |= measure(CASES[case], CONTENDERS[contender], mode, *settings)
+        except WrongResult as error:
+            row["reason"] = f"wrong result: {error}"
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,10 @@
-"""Measurements as a table, a chart, and JSON with the machine and versions they came from."""
+"""Measurements as tables, a page and a chart."""
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
-import re
-import shlex
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -26,57 +17,10 @@ HEADERS = (
 )  # fmt: skip
 
 
-def provenance(module: str, device: str = "cpu") -> dict[str, Any]:
-    """Where, when, from which code and by which command, of ``module``, the figures come."""
-    gpu = _gpu() if device == "cuda" else {}
-    return gpu | {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-    }
-
-
-def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "gpu_memory_gb": properties.total_memory / 1e9,
-        "multiprocessors": properties.multi_processor_count,
-        "capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda or torch.version.hip,
-        **{name: _version(name) for name in ("triton", "flash-attn")},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*args: str) -> str:
-    root = Path(__file__).parent
-    done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or ("" if done.returncode == 0 else "unknown")
-
-
-def _cpu_model() -> str:
-    models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return models[0] if models else platform.processor()
-
-
 def add_ratios(rows: list[Row], peak: dict[str, float]) -> None:
     """Add to each row its share of the peak, and its speed against opponents (None if absent).
 
-    ``best_opponent_ratio``: against the faster of eager and torch.compile at the same precision.
+    ``best_opponent_ratio``: against the fastest of all opponents at the same precision.
     """
     for row in rows:
         contender = CONTENDERS[row["contender"]]
@@ -126,7 +70,7 @@ def caption(result: dict[str, Any]) -> str:
 def not_measured(result: dict[str, Any]) -> str:
     """A line for each contender that has no figure."""
     return "\n".join(
-        f"not measured: {entry['case']}, {entry['contender']}: {entry['reason']}"
+        f"not measured: {entry['case']}, {entry['mode']}, {entry['contender']}: {entry['reason']}"
         for entry in result["not_measured"]
     )
 

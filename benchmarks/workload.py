@@ -29,7 +29,7 @@ class Workload:
         device: str = "cpu",
     ) -> None:
         torch.manual_seed(0)
-        self.mode = mode
+        self.case, self.contender, self.mode = case, contender, mode
         self.device = device
         self.bf16 = contender.precision == "bf16"
         self.fused_loss = contender.fused_loss

@@ -8,6 +8,7 @@ the forward did not keep them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,34 +31,37 @@ from looped_fast.reference import split_weights
 
 
 def loop_backward(
-    grad_states: Tensor,
-    states: Tensor,
+    grad: Tensor,
+    result: Tensor,
     history: History,
     embeddings: Tensor,
     positions: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     weights: Sequence[Tensor],
+    read_out: Sequence[Tensor],
     n_heads: int,
     n_loops: int,
     window: int,
     injection: str,
     attention: str,
 ) -> list[Tensor]:
-    """Gradients of embeddings, positions, state and every weight, given those of the states.
+    """Gradients of embeddings, positions, state, every weight and the read-out.
 
     Args:
-        grad_states: [W, B, S, D] fp32.
-        states: what the forward returned, [W, B, S, D] fp32.
+        grad: of what the forward returned, [W, B, S, D] or [R, B, S, n_outputs] fp32.
+        result: what the forward returned: states, or with a read-out the predictions (errors) of
+            the last R steps.
         history: what it kept; activations that it did not keep are computed again.
-        embeddings, positions, state, weights, n_heads, n_loops, window, injection, attention: as
-            the forward took them.
+        embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection,
+            attention: as the forward took them.
 
     Returns:
         fp32, in the order of the arguments. [0] for embeddings that are not injected, and for the
-        state where the window does not reach the first step.
+        state where the window does not reach the first step or it was None.
     """
-    blocks, norm_weight, _ = split_weights(weights)
+    blocks, norm_weight, norm_bias = split_weights(weights)
     L, D = len(blocks), embeddings.shape[-1]
+    states = history.states if read_out else result
     start = state if window == n_loops else history.start
     kept = history.xhat1.numel() > 0
     if kept:
@@ -66,7 +70,9 @@ def loop_backward(
         steps, history = 1, with_scratch(history, embeddings, n_heads, L)
         inputs, scratch = injected(embeddings, positions, injection), torch.empty_like(states[:1])
     outputs = empty_outputs(history.xhat1, L, steps)
-    rows = _Rows(grad_states, states, start, embeddings, norm_weight, history, outputs, injection)
+    rows = _Rows(
+        grad, states, start, embeddings, norm_weight, read_out, history, outputs, injection, window
+    )
     attend = PROVIDERS[attention].backward
     d_folded: list[Tensor] = []
 
@@ -76,7 +82,7 @@ def loop_backward(
             saved = _of_steps(history, L, first, last)
         else:
             before = states[first - 1] if first else start
-            run_steps(before, history, inputs, weights[-2:], n_heads, 1, attention, scratch)
+            run_steps(before, history, inputs, weights[-2:], n_heads, 1, 1, attention, scratch)
             saved = _of_steps(history, L, 0, 1)
         ends = None  # (block, step of the chunk) whose attention backward came before
         for step in reversed(range(last - first)):
@@ -99,11 +105,19 @@ def loop_backward(
     grads = [
         rows.embeddings_gradient(),
         rows.d_shift.sum(0),
-        rows.dx if window == n_loops else state.new_empty(0),
+        rows.dx if window == n_loops and state is not None else embeddings.new_empty(0),
     ]
+    sums = rows.sums
     for i, block in enumerate(blocks):
-        grads += unfold(block, d_folded[8 * i : 8 * (i + 1)])
-    return [*grads, *(rows.d_norm[:, i].sum((0, 1)) for i in (0, 1))]
+        by_layer = sums.d_biases[i].split((3 * D, D, 4 * D, D), dim=-1)
+        d_biases = [part.sum((0, 1)) for part in by_layer]
+        grads += unfold(block, d_folded[4 * i : 4 * (i + 1)], d_biases)
+    grads += [sums.d_norm[:, i].sum((0, 1)) for i in (0, 1)]
+    if read_out:
+        d_bias = grad.sum((0, 1, 2))  # [n_outputs]
+        products = sums.d_read_out.sum((0, 1))  # with z before the final LayerNorm's scale
+        grads += [products * norm_weight + d_bias[:, None] * norm_bias, d_bias]
+    return grads
 
 
 def _of_steps(history: History, n_layer: int, first: int, last: int) -> History:
@@ -119,22 +133,33 @@ def _of_steps(history: History, n_layer: int, first: int, last: int) -> History:
 Place = tuple[int, int]  # (block, step of the chunk)
 
 
+class _Sums(NamedTuple):
+    """Sums over the rows of each program P of the rows' kernel, fp32."""
+
+    d_biases: Tensor  # [L, W, P, 9D]: of the folded biases, in the order of ``fold.fold``
+    d_norm: Tensor  # [W, 2, P, D]: of the final LayerNorm's scale and shift
+    d_read_out: Tensor  # [R, P, n_outputs, D]: grad_predictions xhatf
+
+
 class _Rows:
     """The launches of the rows' kernel over the whole window, and what they hand on."""
 
     def __init__(
         self,
-        grad_states: Tensor,  # [W, B, S, D]
-        states: Tensor,  # [W, B, S, D]
-        start: Tensor,  # [B, S, D]: the state before the window
+        grad: Tensor,  # [W, B, S, D], or of the predictions of R steps [R, B, S, n_outputs]
+        states: Tensor,  # [W, B, S, D]; [0] where the injection does not need them
+        start: Tensor | None,  # [B, S, D]: the state before the window; None: the neutral element
         embeddings: Tensor,  # [B, S, D]
         norm_weight: Tensor,  # [D]
+        read_out: Sequence[Tensor],  # what makes predictions
         history: History,
         outputs: Outputs,
         injection: str,
+        window: int,
     ) -> None:
-        self.grad_states, self.states, self.start = grad_states, states, start
-        self.embeddings, self.norm_weight = embeddings, norm_weight
+        self.without_grad = window - len(grad)  # first steps
+        self.grad, self.states, self.start = grad, states, start
+        self.embeddings, self.norm_weight, self.read_out = embeddings, norm_weight, read_out
         self.weights, self.biases = history.folded_weights, history.folded_biases
         self.outputs, self.injection = outputs, injection
         self.n_rows, self.D = embeddings[..., 0].numel(), embeddings.shape[-1]
@@ -142,30 +167,34 @@ class _Rows:
         self.tf32 = precision == "tf32"
 
         self.dx = torch.empty_like(embeddings)  # the residual's, and z's between chunks
-        self.dz = grad_states[-1]  # z's, where a chunk begins
+        self.has_dx = False  # until the window's last step wrote it
         self.d_attention = torch.empty_like(embeddings, dtype=self.weights.dtype)
-        # Of what is injected, see ``forward.Injected``.
+        # What is injected, see ``forward.Injected``.
         self.d_shift = torch.zeros_like(embeddings)
         self.d_inner_shift = torch.zeros_like(embeddings) if injection == "every_block" else None
         self.d_scale = torch.zeros_like(embeddings) if injection == "mul" else None
 
-        first, last = (0, 0), (len(self.weights) - 1, 0)
-        saved = _of_steps(history, len(self.weights), 0, 1)
+        L, steps = outputs.d_qkv.shape[:2]
+        saved, last = _of_steps(history, L, 0, min(2, steps)), min(2, steps) - 1
+
+        def run(config: Config) -> None:  # the commonest form: between two steps
+            self._run(config, self._sums(config, 2), saved, 0, (0, last), (L - 1, 0))
+
         self.config = choose(
             row_backward_kernel,
             width=self.D,
             precision=precision,
             n_rows=self.n_rows,
             device=embeddings.device,
-            run=lambda config: self._run(config, saved, 0, first, last, self._d_norm(config, 1)[0]),
-            in_place=[t for t in (self.d_shift, self.d_scale) if t is not None],
+            run=run,
         )
-        self.d_norm = self._d_norm(self.config, len(states))
+        self.sums = self._sums(self.config, window)
 
-    def _d_norm(self, config: Config, steps: int) -> Tensor:
-        """The final norm's gradients, [steps, 2, programs, D]: each program writes its own."""
-        programs = triton.cdiv(self.n_rows, config.rows)
-        return self.dx.new_empty(steps, 2, programs, self.D)
+    def _sums(self, config: Config, steps: int) -> _Sums:
+        L, P, D = len(self.weights), triton.cdiv(self.n_rows, config.rows), self.D
+        R, n_outputs = len(self.grad), len(self.read_out[1]) if self.read_out else 0
+        empty = self.dx.new_empty
+        return _Sums(empty(L, steps, P, 9 * D), empty(steps, 2, P, D), empty(R, P, n_outputs, D))
 
     def launch(self, saved: History, first: int, ends: Place | None, begins: Place | None) -> None:
         """From the attention backward of one place to that of the place before it.
@@ -176,43 +205,52 @@ class _Rows:
             ends: whose attention backward came before; None where the chunk starts, at its end.
             begins: whose comes next; None where the chunk is done.
         """
-        d_norm = None
-        if begins and begins[0] == len(self.weights) - 1:
-            d_norm = self.d_norm[first + begins[1]]
-        self._run(self.config, saved, first, ends, begins, d_norm)
-        self.dz = self.dx
+        self._run(self.config, self.sums, saved, first, ends, begins)
+        self.has_dx = True
 
-    def _run(self, config, saved, first, ends, begins, d_norm) -> None:
-        dz = self.dz if ends is None else None
-        tail: list[Tensor | None] = [None] * 8
-        step_end: list[Tensor | None] = [None] * 4
-        head: list[Tensor | None] = [None] * 9
+    def _run(self, config, sums, saved, first, ends, begins) -> None:
+        dz = self.dx if ends is None and self.has_dx else None
+        tail: list[Tensor | None] = [None] * 9
+        step_end: list[Tensor | None] = [None] * 8
+        head: list[Tensor | None] = [None] * 10
+        n_outputs = 0
         if ends:
             block, step = ends
             w = first + step
             injected = [self.d_inner_shift, None, None, None]
             if block == 0:
-                before = self.states[w - 1] if w else self.start
-                dz = self.grad_states[w - 1] if w else None
                 injected = [self.d_shift, None, None, None]
                 if self.d_scale is not None:
+                    before = self.states[w - 1] if w else self.start
                     injected = [self.d_shift, self.embeddings, before, self.d_scale]
             tail = [
                 self.weights[block], self.outputs.d_qkv[ends], saved.xhat1[ends], saved.rstd1[ends],
-                *injected,
+                sums.d_biases[block, w], *injected,
             ]  # fmt: skip
         if begins:
             block, step = begins
+            w = first + step
             if block == len(self.weights) - 1:
-                step_end = [self.norm_weight, saved.xhatf[step], saved.rstdf[step], d_norm]
+                outside: list[Tensor | None] = [None] * 4
+                if (i := w - self.without_grad) >= 0 and self.read_out:
+                    n_outputs = self.grad.shape[-1]
+                    outside = [None, self.grad[i], self.read_out[0], sums.d_read_out[i]]
+                elif i >= 0:
+                    outside[0] = self.grad[i]
+                step_end = [
+                    self.norm_weight, saved.xhatf[step], saved.rstdf[step], sums.d_norm[w],
+                    *outside,
+                ]  # fmt: skip
             head = [
                 self.weights[block], self.biases[block], saved.xhat2[begins], saved.rstd2[begins],
                 self.outputs.dx2[begins], self.outputs.hidden[begins],
                 self.outputs.d_hidden[begins], self.outputs.dx1[begins], self.d_attention,
+                sums.d_biases[block, w],
             ]  # fmt: skip
         launch(
             row_backward_kernel, (triton.cdiv(self.n_rows, config.rows),), self.dx, dz, *tail,
-            *step_end, *head, self.n_rows, config=config, D=self.D, TF32=self.tf32,
+            *step_end, *head, self.n_rows, config=config, D=self.D, OUTPUTS=n_outputs,
+            TF32=self.tf32,
         )  # fmt: skip
 
     def embeddings_gradient(self) -> Tensor:

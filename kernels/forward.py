@@ -21,8 +21,17 @@ class Injected(NamedTuple):
     """What a block's input is multiplied with and added to; None where with nothing. [B, S, D]."""
 
     scale: Tensor | None  # at a step's start
-    shift: Tensor | None  # at a step's start
+    shift: Tensor  # at a step's start
     inner_shift: Tensor | None  # between the blocks of a step
+
+
+class ReadOut(NamedTuple):
+    """Predictions of the last steps, and the Linear that makes them."""
+
+    weight: Tensor  # [n_outputs, D]
+    bias: Tensor  # [n_outputs]
+    targets: Tensor | None  # [B, ceil(S / 2), n_outputs]: those of the even tokens
+    predictions: Tensor  # out [R, B, S, n_outputs]; errors, which are 0 at odd tokens, with targets
 
 
 def injected(embeddings: Tensor, positions: Tensor, injection: str) -> Injected:
@@ -38,8 +47,9 @@ def injected(embeddings: Tensor, positions: Tensor, injection: str) -> Injected:
 def loop_forward(
     embeddings: Tensor,
     positions: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     weights: Sequence[Tensor],
+    read_out: Sequence[Tensor],
     n_heads: int,
     n_loops: int,
     window: int,
@@ -48,22 +58,38 @@ def loop_forward(
     attention: str,
     save_activations: bool,
     save_start: bool,
+    save_states: bool,
+    targets: Tensor | None = None,
+    n_supervised: int | None = None,
 ) -> tuple[Tensor, History]:
-    """States of the last ``window`` steps, [W, B, S, D], and what was kept of the way there.
+    """States of the last ``window`` steps, predictions or errors of them; and the history.
 
     Args:
-        embeddings, positions, state, weights, n_heads, n_loops, window, injection: as of
-            ``ops.loop``; fp32 and contiguous.
+        embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection: as
+            in ``ops.loop``; fp32 and contiguous.
         operand: dtype of the matrix products' operands.
         attention: name of the attention provider.
-        save_activations, save_start: what to keep, see ``History``.
+        save_activations, save_start, save_states: what to keep, see ``History``.
+        targets: [B, (S + 1) // 2, n_outputs], subtracted from the even tokens' predictions.
+        n_supervised: last steps whose predictions are wanted; ``window`` by default.
+
+    Returns:
+        States [W, B, S, D]; with a read-out predictions [n_supervised, B, S, n_outputs], or with
+        targets their errors, 0 at odd tokens; fp32. And what was kept on the way there.
     """
     n_layer = len(weights) // 12
-    states = embeddings.new_empty((window, *embeddings.shape))
     history = empty_history(
-        embeddings, n_layer, n_heads, window, operand, save_activations, save_start
+        embeddings, n_layer, n_heads, window, operand, save_activations, save_start, save_states
     )
     fold(weights, history.folded_weights, history.folded_biases)
+    n_steps, (B, S, D) = n_supervised or window, embeddings.shape
+    reading = None
+    if read_out:
+        weight, bias = read_out
+        result, states = embeddings.new_empty((n_steps, B, S, len(bias))), history.states
+        reading = ReadOut(weight, bias, targets, result)
+    else:
+        result = states = embeddings.new_empty((window, B, S, D))
     run_steps(
         state,
         history if save_activations else with_scratch(history, embeddings, n_heads),
@@ -71,52 +97,73 @@ def loop_forward(
         weights[-2:],
         n_heads,
         n_loops,
+        window,
         attention,
-        states,
+        states if len(states) else None,
+        reading,
     )
-    return states, history
+    return result, history
 
 
 def run_steps(
-    state: Tensor,
+    state: Tensor | None,
     history: History,
     inputs: Injected,
     norm: Sequence[Tensor],
     n_heads: int,
     n_loops: int,
+    window: int,
     attention: str,
-    states: Tensor,
+    states: Tensor | None,
+    read_out: ReadOut | None = None,
 ) -> None:
-    """Fill ``states``, and ``history``, whose weights are folded already.
+    """Fill ``states``, predictions and ``history``, whose weights are folded already.
 
     Args:
-        state: before the first step, [B, S, D].
+        state: before the first step, [B, S, D]; None for the injection's neutral element.
         history: with slots for all steps of the window, or scratch.
         inputs: what every step gets.
         norm: scale and shift of the final LayerNorm, [D] each.
         n_heads: H.
         n_loops: how many steps to run.
+        window: last steps whose results are wanted, W.
         attention: name of the attention provider.
-        states: after the last steps, [W, B, S, D].
+        states: after the last steps, [W, B, S, D]; None where nobody wants them.
+        read_out: makes predictions of these states; None where nobody wants any.
     """
-    B, S, D = state.shape
-    n_layer, window = len(history.folded_weights), len(states)
+    B, S, D = inputs.shift.shape
+    n_layer = len(history.folded_weights)
     before = n_loops - window  # steps before the window
     n_slots = len(history.qkv)
     keep = n_slots == n_layer * window
+    n_outputs = len(read_out.bias) if read_out else 0
     tf32 = operand_precision(history.qkv.dtype) == "tf32"
-    x = torch.empty_like(state)
+    x = torch.empty_like(inputs.shift)
 
     def slot(step: int, block: int) -> int:
         """Steps before the window leave their activations where its first step does."""
         return (block * window + max(step - before, 0)) % n_slots
 
+    def step_end(step: int) -> list[Tensor | None]:
+        """The kernel's arguments from ``norm_weight`` to ``targets``."""
+        w = step - before
+        kept: list[Tensor | None] = [None, None]
+        z = None
+        if w >= 0:
+            kept = [history.xhatf[w], history.rstdf[w]] if keep else kept
+            z = None if states is None else states[w]
+        elif w == -1 and len(history.start):
+            z = history.start
+        if read_out is None or (i := w - window + len(read_out.predictions)) < 0:
+            return [*norm, *kept, z, None, None, None, None]
+        weight, bias, targets, predictions = read_out
+        return [*norm, *kept, z, weight, bias, predictions[i], targets]
+
     def rows(config: Config, ends: tuple[int, int] | None, begins: tuple[int, int] | None) -> None:
         """From the attention of one (step, block) to that of the next."""
         head: list[Tensor | None] = [None] * 5
-        step_end: list[Tensor | None] = [None] * 4
+        middle: list[Tensor | None] = [None] * 9
         tail: list[Tensor | None] = [None] * 7
-        z = None
         if ends:
             step, block = ends
             i = slot(step, block)
@@ -125,16 +172,9 @@ def run_steps(
                 history.xhat2[i], history.rstd2[i],
             ]  # fmt: skip
             if block == n_layer - 1:
-                w = step - before
-                step_end = [*norm, None, None]
-                if w >= 0:
-                    z = states[w]
-                    if keep:
-                        step_end = [*norm, history.xhatf[w], history.rstdf[w]]
-                elif w == -1 and len(history.start):
-                    z = history.start
+                middle = step_end(step)
         else:
-            z = state
+            middle[4] = state
         if begins:
             step, block = begins
             i = slot(step, block)
@@ -145,8 +185,9 @@ def run_steps(
                 history.xhat1[i], history.rstd1[i], history.qkv[i],
             ]  # fmt: skip
         launch(
-            row_forward_kernel, (triton.cdiv(B * S, config.rows),), x, *head, *step_end, z, *tail,
-            B * S, config=config, D=D, TF32=tf32,
+            row_forward_kernel, (triton.cdiv(B * S, config.rows),), x, *head, *middle, *tail,
+            B * S, S, config=config, D=D, TF32=tf32,
+            OUTPUTS=0 if middle[7] is None else n_outputs,
         )  # fmt: skip
 
     config = choose(
@@ -154,7 +195,7 @@ def run_steps(
         width=D,
         precision=operand_precision(history.qkv.dtype),
         n_rows=B * S,
-        device=state.device,
+        device=x.device,
         run=lambda config: rows(config, (before, n_layer - 1), (before, 0)),
     )
     attend = PROVIDERS[attention].forward

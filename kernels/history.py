@@ -1,4 +1,4 @@
-"""What the forward keeps for the backward: the outputs of ``triton_loop_forward`` after the states.
+"""What the forward keeps for the backward: the outputs of ``triton_loop_forward`` after the first.
 
 N = B*S rows, D width, H heads, L blocks, W window. "operand" is the dtype of matrix products.
 Tensors of a block have one slot per (block l, window step w): l * W + w, so that one block's steps
@@ -20,6 +20,7 @@ class History(NamedTuple):
     folded_weights: Tensor  # [L, 12 D D] operand
     folded_biases: Tensor  # [L, 9 D] fp32
     start: Tensor  # [B, S, D] fp32: the state before the window's first step
+    states: Tensor  # [W, B, S, D] fp32: where the op's result is predictions, and they are needed
     xhat1: Tensor  # [L W, N, D] operand: LN1's output before its scale, in the step it feeds
     rstd1: Tensor  # [L W, N] fp32
     qkv: Tensor  # [L W, N, 3D] operand
@@ -27,7 +28,7 @@ class History(NamedTuple):
     lse: Tensor  # [L W, B, H, S] fp32: log of the sum of exp of attention scores, natural
     xhat2: Tensor  # [L W, N, D] operand
     rstd2: Tensor  # [L W, N] fp32
-    xhatf: Tensor  # [W, N, D] operand: the final LayerNorm's
+    xhatf: Tensor  # [W, N, D]: the final LayerNorm's; fp16 for operands of 16 bits, see below
     rstdf: Tensor  # [W, N] fp32
 
 
@@ -39,6 +40,7 @@ def empty_history(
     operand: torch.dtype,
     save_activations: bool,
     save_start: bool,
+    save_states: bool,
 ) -> History:
     """Room for a history beside ``embeddings`` [B, S, D] fp32, which may be a fake tensor.
 
@@ -50,6 +52,7 @@ def empty_history(
         operand: dtype of the matrix products' operands.
         save_activations: whether activations and statistics are kept, or ``[0]`` in their place.
         save_start: whether ``start`` is.
+        save_states: whether ``states`` are.
     """
     D, empty = embeddings.shape[-1], embeddings.new_empty
     n_steps = window if save_activations else 0
@@ -57,6 +60,7 @@ def empty_history(
         folded_weights=empty((n_layer, 12 * D * D), dtype=operand),
         folded_biases=empty((n_layer, 9 * D)),
         start=empty(embeddings.shape if save_start else (0,)),
+        states=empty((window, *embeddings.shape) if save_states else (0,)),
         **_activations(embeddings, n_layer, n_heads, n_steps, operand),
     )
 
@@ -76,6 +80,9 @@ def _activations(
         return embeddings.new_empty((n_slots, *shape) if n_slots else (0,), dtype=dtype)
 
     slots, N = n_layer * n_steps, B * S
+    # Nothing multiplies xhatf as a matrix: gradients of the final LayerNorm and of the read-out are
+    # sums of products with it. Below sqrt(D) it is in fp16's range, with 3 more bits than in bf16.
+    of_norm = torch.float32 if operand == torch.float32 else torch.float16
     return {
         "xhat1": empty(slots, N, D, dtype=operand),
         "rstd1": empty(slots, N),
@@ -84,6 +91,6 @@ def _activations(
         "lse": empty(slots, B, n_heads, S),
         "xhat2": empty(slots, N, D, dtype=operand),
         "rstd2": empty(slots, N),
-        "xhatf": empty(n_steps, N, D, dtype=operand),
+        "xhatf": empty(n_steps, N, D, dtype=of_norm),
         "rstdf": empty(n_steps, N),
     }

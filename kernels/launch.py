@@ -1,19 +1,20 @@
-"""The one place that launches a Triton kernel, and the record of what was launched.
+"""The one place that launches a Triton kernel, and the ways to see launches without executing them.
 
 ``launch`` works on a GPU, while a CUDA graph is being captured (it neither allocates nor
-synchronises), and in Triton's interpreter. ``recording`` collects the launches of a block of code:
-tests count them, ``benchmarks.compile_report`` compiles them for architectures that are not there,
-and ``benchmarks.roofline`` costs them.
+synchronises), and in Triton's interpreter. ``intercepting`` hands the launches of a block of code
+to somebody else: ``recording`` lists them (tests count them, ``benchmarks.compile_report`` compiles
+them for architectures that are not there), ``ahead`` compiles them, ``trial`` times them.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import contextvars
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,18 +39,67 @@ class Launch:
         return self.kernel.__name__
 
 
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+class Call(NamedTuple):
+    """One launch with its arguments, as ``launch`` was given them."""
 
-# (launches so far, whether kernels run) of the innermost ``recording``.
-_record: contextvars.ContextVar[tuple[list[Launch], bool] | None] = contextvars.ContextVar(
-    "looped_fast_launches", default=None
+    kernel: Any  # the @triton.jit function
+    grid: tuple[int, ...]
+    args: tuple[Tensor | int | float | None, ...]
+    config: Config
+    constexprs: dict[str, Any]  # without tile sizes
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first tensor."""
+        return next(arg.device for arg in self.args if isinstance(arg, Tensor))
+
+    def execute(self) -> None:
+        """Launch on the current stream of the arguments' device; compile before if necessary."""
+        self._run(warmup=False)
+
+    def compile(self) -> None:
+        """Compile, unless compiled before, and do not launch. Not for interpreted kernels."""
+        self._run(warmup=True)
+
+    def _run(self, warmup: bool) -> None:
+        settle_cache_key(self.kernel)
+        device = self.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel.run(
+                *self.args,
+                grid=self.grid,
+                warmup=warmup,
+                **self.constexprs,
+                **self.config.tiles(self.kernel.arg_names),
+                num_warps=self.config.num_warps,
+                num_stages=self.config.num_stages,
+                enable_fp_fusion=True,  # its default differs between versions of Triton
+            )
+
+
+# What happens to a launch inside ``intercepting``; it is executed if the result is True.
+Interceptor = Callable[[Call], bool]
+_intercept: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVar(
+    "looped_fast_intercept", default=None
 )
+
+
+@contextlib.contextmanager
+def intercepting(intercept: Interceptor) -> Iterator[None]:
+    """Hand every launch inside the block to ``intercept``, and execute it if that returns True.
+
+    Of nested blocks, the innermost alone gets a launch.
+    """
+    token = _intercept.set(intercept)
+    try:
+        yield
+    finally:
+        _intercept.reset(token)
+
+
+def is_intercepted() -> bool:
+    """True inside ``intercepting``, where launches may not happen."""
+    return _intercept.get() is not None
 
 
 @contextlib.contextmanager
@@ -61,11 +111,13 @@ def recording(execute: bool = True) -> Iterator[list[Launch]]:
             they were allocated.
     """
     launches: list[Launch] = []
-    token = _record.set((launches, execute))
-    try:
+
+    def record(call: Call) -> bool:
+        launches.append(_describe(call))
+        return execute
+
+    with intercepting(record):
         yield launches
-    finally:
-        _record.reset(token)
 
 
 def launch(
@@ -86,27 +138,40 @@ def launch(
         config: tile sizes, warps and pipeline stages, see ``tuning.choose``.
         constexprs: all other constexpr parameters, by name.
     """
-    constexprs |= config.tiles(kernel.arg_names)
-    record = _record.get()
-    if record is not None:
-        launches, execute = record
-        launches.append(_describe(kernel, grid, args, config, constexprs))
-        if not execute:
-            return
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](
-            *args,
-            **constexprs,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,  # its default differs between versions of Triton
-        )
+    call = Call(kernel, grid, args, config, constexprs)
+    intercept = _intercept.get()
+    if intercept is None or intercept(call):
+        call.execute()
 
 
-def _describe(kernel, grid, args, config, constexprs) -> Launch:
-    parameters = inspect.signature(kernel.fn).bind(*args, **constexprs).arguments
-    constexprs = constexprs | {name: None for name in parameters if parameters[name] is None}
+def settle_cache_key(kernel: Any) -> None:
+    """Compute the cache keys of a kernel and of the functions it calls, those called first.
+
+    Triton keeps a key once it is computed. In Triton 3.6 the key of a kernel covers the global
+    constants of a function that it calls only if that function's own key was computed before
+    (``DependenciesFinder._update_hash`` merges ``used_global_vals`` before it asks for the
+    ``cache_key`` that fills them in). So keys depended on which kernels a process had launched
+    before, and a cache of compiled kernels made by another process missed without a word. With the
+    called functions first, the keys are the same in every order, and those of later versions.
+
+    Every launch comes here first. Whoever asks for ``kernel.cache_key`` or ``hash(kernel)`` before
+    any launch must come here, too.
+    """
+    if getattr(kernel, "hash", True) is not None:  # known already; or interpreted, without a key
+        return
+    for node in ast.walk(kernel.parse()):
+        if isinstance(node, ast.Name):
+            value = kernel.fn.__globals__.get(node.id)
+            if hasattr(type(value), "cache_key"):  # of the type: the property computes the key
+                settle_cache_key(value)
+    _ = kernel.cache_key
+
+
+def _describe(call: Call) -> Launch:
+    kernel = call.kernel
+    constexprs = call.constexprs | call.config.tiles(kernel.arg_names)
+    parameters = inspect.signature(kernel.fn).bind(*call.args, **constexprs).arguments
+    constexprs |= {name: None for name in parameters if parameters[name] is None}
     options = getattr(kernel, "kwargs", None) or vars(kernel)  # of @triton.jit; if interpreted
     general = {
         *(options.get("do_not_specialize") or ()),
@@ -125,4 +190,13 @@ def _describe(kernel, grid, args, config, constexprs) -> Launch:
             multiple_of_16 = isinstance(value, int) and value % 16 == 0
         if multiple_of_16 and name not in general:
             aligned.add(name)
-    return Launch(kernel, types, frozenset(aligned), constexprs, config, tuple(grid))
+    return Launch(kernel, types, frozenset(aligned), constexprs, call.config, tuple(call.grid))
+
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}

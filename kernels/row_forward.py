@@ -5,7 +5,8 @@ residual stays on the chip meanwhile:
 
     HEAD      x1 = x + attention @ Wo^T + bo
               x2 = x1 + gelu(norm(x1) @ Wfc'^T + bfc') @ Wproj^T + bproj
-    STEP_END  z = norm(x2) * scale + shift
+    STEP_END  z = norm(x2) * scale + shift, and its read-out, predictions = z @ Wout^T + bout,
+              from which targets are subtracted where there are any
     TAIL      x = inject(z, e) + p where a step begins, x2 inside one
               qkv = norm(x) @ Wqkv'^T + bqkv'
 
@@ -64,6 +65,14 @@ def _linear(x, weight, bias, row, OUT: tl.constexpr, TF32: tl.constexpr):
 
 
 @triton.jit
+def _hidden(xhat, weights, biases, c, CHUNK: tl.constexpr, TF32: tl.constexpr):
+    """Hidden units c .. c + CHUNK of a block's MLP after GELU, as an operand. xhat: [ROWS, D]."""
+    D: tl.constexpr = xhat.shape[1]
+    y = _linear(xhat, weights + 4 * D * D, biases + 4 * D, c, CHUNK, TF32)
+    return cast(gelu(y, xhat.dtype != tl.float32), xhat.dtype)
+
+
+@triton.jit
 def _add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
     """y + x @ weight[:, column : column + IN]^T, with x [ROWS, IN] and a weight WIDTH wide."""
     PART: tl.constexpr = y[0].shape[1]
@@ -75,7 +84,10 @@ def _add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
 
 
 # Slots of one statistic a row start at any multiple of 4 bytes: no reason to compile twice.
-@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf"])
+@triton.jit(
+    do_not_specialize=["N", "S"],
+    do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf", "read_out_bias", "predictions"],
+)
 def row_forward_kernel(
     x,  # [N, D] fp32, the residual; in place
     # HEAD
@@ -87,9 +99,14 @@ def row_forward_kernel(
     # STEP_END
     norm_weight,  # [D] fp32, of the final LayerNorm
     norm_bias,
-    xhatf,  # out [N, D] operand; may be None
+    xhatf,  # out [N, D], 16 bits or fp32; may be None
     rstdf,  # out [N] fp32; may be None
-    state,  # [N, D] fp32: z, an output of STEP_END, which may be None; the input of a TAIL alone
+    state,  # [N, D] fp32 or None: z, an output of STEP_END; the input of a TAIL alone, which takes
+    # the injection's neutral element, 0 or 1, for None
+    read_out_weight,  # [OUTPUTS, D] fp32; None: no predictions
+    read_out_bias,  # [OUTPUTS] fp32
+    predictions,  # out [N, OUTPUTS] fp32; with targets their errors at even tokens, 0 at odd ones
+    targets,  # [B, ceil(S / 2), OUTPUTS] fp32, or None
     # TAIL
     scale,  # [N, D] fp32, or None: what the block's input is multiplied with, and
     shift,  # [N, D] fp32, or None: what is added to it
@@ -99,7 +116,9 @@ def row_forward_kernel(
     rstd1,  # out [N] fp32
     qkv,  # out [N, 3D] operand
     N,
+    S,  # tokens of a sequence
     D: tl.constexpr,
+    OUTPUTS: tl.constexpr,  # of the read-out; 0 without one
     TF32: tl.constexpr,
     ROWS: tl.constexpr,  # of a program
     HIDDEN_CHUNK: tl.constexpr,  # of the 4D hidden units, and of D in the output projection
@@ -122,7 +141,12 @@ def row_forward_kernel(
 
     y = ()
     for i in tl.static_range(D // PART):
-        y += (tl.load((x if HEAD else state) + i * PART + offsets),)
+        if HEAD:
+            y += (tl.load(x + i * PART + offsets),)
+        elif state is not None:
+            y += (tl.load(state + i * PART + offsets),)
+        else:
+            y += (tl.full([ROWS, PART], 0.0 if scale is None else 1.0, tl.float32),)
 
     if HEAD:
         y = _add_bias(y, biases + 3 * D)
@@ -131,10 +155,14 @@ def row_forward_kernel(
             y = _add_product(y, tl.load(attention + chunk), weights + 3 * D * D, c, D, TF32)
         xhat = _norm(y, xhat2, rstd2, rows, valid, D)
         y = _add_bias(y, biases + 8 * D)
-        for c in range(0, 4 * D, HIDDEN_CHUNK):
-            hidden = _linear(xhat, weights + 4 * D * D, biases + 4 * D, c, HIDDEN_CHUNK, TF32)
-            hidden = cast(gelu(hidden), xhat2.dtype.element_ty)
-            y = _add_product(y, hidden, weights + 8 * D * D, c, 4 * D, TF32)
+        # A chunk of hidden units is multiplied while the next one is computed. That also keeps
+        # Triton from seeing two products in a row, whose first one it would have every group of
+        # warps compute for itself.
+        hidden = _hidden(xhat, weights, biases, 0, HIDDEN_CHUNK, TF32)
+        for c in range(HIDDEN_CHUNK, 4 * D, HIDDEN_CHUNK):
+            y = _add_product(y, hidden, weights + 8 * D * D, c - HIDDEN_CHUNK, 4 * D, TF32)
+            hidden = _hidden(xhat, weights, biases, c, HIDDEN_CHUNK, TF32)
+        y = _add_product(y, hidden, weights + 8 * D * D, 4 * D - HIDDEN_CHUNK, 4 * D, TF32)
 
     if STEP_END:
         mean, rstd = statistics(y, D)
@@ -152,6 +180,19 @@ def row_forward_kernel(
                 tl.store(state + i * PART + offsets, part, mask=mask)
             z += (part,)
         y = z
+        if predictions is not None:
+            for output in tl.static_range(OUTPUTS):
+                weight = read_out_weight + output * D + columns
+                dots = tl.sum(y[0] * tl.load(weight)[None, :], axis=1)
+                for i in tl.static_range(1, D // PART):
+                    dots += tl.sum(y[i] * tl.load(weight + i * PART)[None, :], axis=1)
+                dots += tl.load(read_out_bias + output)
+                if targets is not None:
+                    token = rows % S
+                    point = rows // S * ((S + 1) // 2) + token // 2
+                    target = tl.load(targets + point * OUTPUTS + output)
+                    dots = tl.where(token % 2 == 0, dots - target, 0.0)
+                tl.store(predictions + rows * OUTPUTS + output, dots, mask=valid)
 
     if TAIL:
         inputs = ()

@@ -1,14 +1,16 @@
 """Tile sizes, warps and pipeline stages of the kernels: which there are, and which is fastest here.
 
 The candidates are those that ``python -m benchmarks.compile_report`` found good for an
-architecture (``candidates.json``). On a GPU the first use times them on the real arguments and
-keeps the fastest on disk; everywhere else, and where results must not depend on timing, the first
+architecture (``candidates.json``). On a GPU the first use times them (``trial.py``) and keeps the
+fastest on disk; everywhere else, and where results must not depend on timing, the first
 candidate is used.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import contextvars
 import functools
 import hashlib
 import inspect
@@ -16,14 +18,14 @@ import json
 import logging
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +120,13 @@ def choose(
     n_rows: int,
     device: torch.device,
     run: Callable[[Config], None],
-    in_place: Sequence[Tensor] = (),
 ) -> Config:
     """The configuration to launch ``kernel`` with.
 
-    On a GPU, the fastest of ``candidates``: timed once and then kept for ``n_rows`` (rounded up to
-    a power of two) under the user's cache folder. The first candidate instead, and no timing: off
-    a GPU, under ``torch.use_deterministic_algorithms(True)``, and where a CUDA graph is being
-    captured before any choice was kept.
+    On a GPU, the fastest of ``candidates`` whose numbers are right, see ``trial``: found once and
+    then kept for ``n_rows`` (rounded up to a power of two) under the user's cache folder. The first
+    candidate instead, and no timing: off a GPU, under ``torch.use_deterministic_algorithms(True)``,
+    and where a CUDA graph is being captured before any choice was kept.
 
     Args:
         kernel: the ``@triton.jit`` function.
@@ -133,70 +134,118 @@ def choose(
         precision: operands of matrix products, as ``operand_precision`` gives it.
         n_rows: rows N of the problem.
         device: where it runs.
-        run: launches the kernel on the real arguments with a configuration.
-        in_place: tensors that ``kernel`` updates; given back as they were.
+        run: launches the kernel once, in its commonest form, with a configuration. Only the shapes
+            and addresses of its tensors matter: it is timed on tensors of the trial's own.
+
+    Raises:
+        RuntimeError: no candidate runs on this GPU.
     """
-    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+    if not _may_time(device):
         return candidates(kernel.__name__, architecture(device), width, precision)[0]
-    size = 1 << (n_rows - 1).bit_length()
-    here = (kernel.__name__, width, precision, size, device)
-    if here not in _chosen:
-        options = candidates(kernel.__name__, architecture(device), width, precision)
-        name = torch.cuda.get_device_name(device)
-        versions = f"triton {metadata.version('triton')}/{source_hash(kernel)}"
-        key = f"{name}/{versions}/{kernel.__name__}/{width}/{precision}/{size}"
-        kept = _load().get(key)
-        if kept is None and torch.cuda.is_current_stream_capturing():
-            return options[0]
-        if kept is None:
-            kept = fastest(options, run, in_place, _milliseconds)
-            logger.info("%s: %s", key, kept)
-            _save(key, kept)
-        _chosen[here] = kept
-    return _chosen[here]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    here = (kernel.__name__, width, precision, _size(n_rows), index)
+    if here in _chosen:
+        return _chosen[here]
+
+    options = candidates(kernel.__name__, architecture(device), width, precision)
+    if len(options) == 1:
+        return options[0]
+    name = torch.cuda.get_device_name(index)
+    among = _digest([config.astuple() for config in options])
+    versions = f"triton {metadata.version('triton')}/{source_hash(kernel)}/{among}"
+    key = f"{name}/{versions}/{kernel.__name__}/{width}/{precision}/{_size(n_rows)}"
+    with torch.cuda.device(index):
+        if (config := _load().get(key)) is None:
+            if torch.cuda.is_current_stream_capturing():
+                return options[0]
+            if (postpone := _postpone.get()) is not None:
+                again = functools.partial(
+                    choose, kernel, width=width, precision=precision, n_rows=n_rows, device=device,
+                    run=run,
+                )  # fmt: skip
+                postpone(kernel, functools.partial(_run_all, run, options), again)
+                return options[0]
+            config = _fastest(key, options, run, precision)
+    _chosen[here] = config
+    return config
 
 
-def fastest(
-    options: Sequence[Config],
-    run: Callable[[Config], None],
-    in_place: Sequence[Tensor],
-    milliseconds: Callable[[Callable[[], None]], float],
+def _may_time(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+
+
+def _run_all(run: Callable[[Config], None], options: Sequence[Config]) -> None:
+    for config in options:
+        run(config)
+
+
+def _size(n_rows: int) -> int:
+    return 1 << (n_rows - 1).bit_length()
+
+
+def _fastest(
+    key: str, options: Sequence[Config], run: Callable[[Config], None], precision: str
 ) -> Config:
-    """The configuration whose ``run`` takes the fewest ``milliseconds``; the first among equals."""
-    before = [tensor.clone() for tensor in in_place]
+    from looped_fast.kernels import trial  # which imports this module
+
     try:
-        return min(options, key=lambda config: milliseconds(lambda: run(config)))
+        config = trial.fastest(options, run, precision)
+    except trial.NotTimed as error:
+        logger.warning("configurations are not timed, taking %s: %s (%s)", error.config, key, error)
+        return error.config
+    logger.info("%s: %s", key, config)
+    _save(key, config)
+    return config
+
+
+# Called for a choice that is not made yet: (kernel, what runs all its candidates, what chooses).
+Postpone = Callable[[Any, Callable[[], None], Callable[[], Config]], None]
+_postpone: contextvars.ContextVar[Postpone | None] = contextvars.ContextVar(
+    "looped_fast_postpone", default=None
+)
+
+
+@contextlib.contextmanager
+def postponing(postpone: Postpone) -> Iterator[None]:
+    """Inside the block, hand choices that are still to be made to ``postpone``.
+
+    ``choose`` returns the first candidate meanwhile.
+    """
+    token = _postpone.set(postpone)
+    try:
+        yield
     finally:
-        for tensor, copy in zip(in_place, before, strict=True):
-            tensor.copy_(copy)
+        _postpone.reset(token)
 
 
-def _milliseconds(run: Callable[[], None]) -> float:
-    from triton.testing import do_bench
-
-    return do_bench(run, warmup=5, rep=20, return_mode="median")
+def source_hash(kernel: Any) -> str:
+    """Of a ``@triton.jit`` function and all that it calls: their code, not layout or comments."""
+    return _source_hash(kernel.fn)  # hash(kernel) is Triton's key, see ``launch.settle_cache_key``
 
 
 @functools.cache
-def source_hash(kernel: Any) -> str:
-    """Of a ``@triton.jit`` function and all that it calls: their code, not layout or comments."""
+def _source_hash(kernel: types.FunctionType) -> str:
     found: dict[str, str] = {}
 
-    def visit(function: Any) -> None:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
+    def visit(function: types.FunctionType) -> None:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         found[function.__name__] = ast.unparse(tree)
-        for name in function.fn.__code__.co_names:
-            value = function.fn.__globals__.get(name)
+        for name in function.__code__.co_names:
+            value: Any = function.__globals__.get(name)
             if hasattr(value, "fn"):
-                if value.__name__ not in found:
-                    visit(value)
+                if value.fn.__name__ not in found:
+                    visit(value.fn)
             elif isinstance(getattr(value, "value", None), int | float):  # a global constexpr
                 found[name] = repr(value.value)
 
     visit(kernel)
     # Whether a kernel is interpreted is no part of its source.
     found.pop("INTERPRET", None)
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    return _digest(found)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cache_file() -> Path:

@@ -4,6 +4,7 @@
 
 A block has the same weights in every step, so the sum over steps is one long sum over rows: one
 library matrix product per weight. What it multiplies is kept for a chunk of steps (``Outputs``).
+Gradients of biases are summed where dy is computed, in the rows' kernel.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def folded_gradients(outputs: Outputs, inputs: History) -> list[Tensor]:
         inputs: activations in those steps, each [L, steps, N, ...].
 
     Returns:
-        fp32, eight per block: dWqkv', dbqkv', dWo, dbo, dWfc', dbfc', dWproj, dbproj.
+        fp32, four per block: dWqkv', dWo, dWfc', dWproj.
     """
     steps = inputs.xhat1.shape[1]
     pairs = (
@@ -68,7 +69,7 @@ def folded_gradients(outputs: Outputs, inputs: History) -> list[Tensor]:
     for block in range(len(inputs.xhat1)):
         for pair in pairs:
             dy, x = (t[block, :steps].flatten(0, 1) for t in pair)  # [steps N, out], [.., in]
-            grads += [_product(dy, x), dy.sum(0, dtype=torch.float32)]
+            grads.append(_product(dy, x))
     return grads
 
 
@@ -81,7 +82,7 @@ def _product(dy: Tensor, x: Tensor) -> Tensor:
     return torch.mm(dy.T, x, out_dtype=torch.float32)
 
 
-def unfold(block: Block, folded: Sequence[Tensor]) -> list[Tensor]:
+def unfold(block: Block, d_weights: Sequence[Tensor], d_biases: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of a block's parameters, in their order, given those of its folded weights.
 
         W' = W * scale, b' = b + W @ shift:   dW = dW' * scale + outer(db', shift)
@@ -89,7 +90,8 @@ def unfold(block: Block, folded: Sequence[Tensor]) -> list[Tensor]:
 
     Args:
         block: the parameters.
-        folded: the block's 8 of ``folded_gradients``.
+        d_weights: dW', the block's four of ``folded_gradients``.
+        d_biases: db', in the same order.
     """
 
     def through(weight, scale, shift, d_weight, d_bias):
@@ -97,8 +99,11 @@ def unfold(block: Block, folded: Sequence[Tensor]) -> list[Tensor]:
         d_scale, d_shift = (weight * d_weight).sum(0), (weight * column).sum(0)
         return d_scale, d_shift, d_weight * scale + column * shift, d_bias
 
-    d_qkv, d_out, d_fc, d_proj = folded[0:2], folded[2:4], folded[4:6], folded[6:8]
+    d_qkv, d_out, d_fc, d_proj = d_weights
+    b_qkv, b_out, b_fc, b_proj = d_biases
     return [
-        *through(block.c_attn_weight, block.ln_1_weight, block.ln_1_bias, *d_qkv), *d_out,
-        *through(block.c_fc_weight, block.ln_2_weight, block.ln_2_bias, *d_fc), *d_proj,
+        *through(block.c_attn_weight, block.ln_1_weight, block.ln_1_bias, d_qkv, b_qkv),
+        d_out, b_out,
+        *through(block.c_fc_weight, block.ln_2_weight, block.ln_2_bias, d_fc, b_fc),
+        d_proj, b_proj,
     ]  # fmt: skip

@@ -22,8 +22,8 @@ from looped_fast.reference import interleave
 Model = Any  # an nn.Module of another code base, known by its attributes only
 
 
-# ops.loop on one model's blocks: (embeddings [B, S, D], state [B, S, D], *, n_loops, window,
-# injection, read_out) -> states [W, B, S, D], or predictions with a read_out
+# ops.loop on one model's blocks: (embeddings [B, S, D], *, n_loops, window, injection, read_out)
+# -> states [W, B, S, D], or predictions with a read_out
 Loop = Callable[..., Tensor]
 
 
@@ -94,13 +94,13 @@ def looped_forward(
         return []
     embeddings = _read_in(model, xs, ys)
     if model.loop_func == "z=f(x+z)":
-        state, injection = torch.zeros_like(embeddings), "add"
+        injection = "add"
     elif model.loop_func == "z=f(x*z)":
-        state, injection = torch.ones_like(embeddings), "mul"
+        injection = "mul"
     else:
         raise ValueError(f"loop_func = {model.loop_func!r}; use 'z=f(x+z)' or 'z=f(x*z)'")
     settings = {"n_loops": n_loops, "window": window, "injection": injection}
-    return list(_predict(model, loop, embeddings, state, settings))
+    return list(_predict(model, loop, embeddings, settings))
 
 
 def standard_forward(
@@ -110,7 +110,7 @@ def standard_forward(
     embeddings = _read_in(model, xs, ys)
     injection = "every_block" if add_inputs_embeds else "none"
     settings = {"n_loops": 1, "window": 1, "injection": injection}
-    return _predict(model, loop, embeddings, embeddings, settings)[0]
+    return _predict(model, loop, embeddings, settings)[0]
 
 
 def tied_forward(
@@ -123,7 +123,7 @@ def tied_forward(
     embeddings = _read_in(model, xs, ys)
     steps = model.n_layer  # all carry gradient
     settings = {"n_loops": steps, "window": steps, "injection": "none"}
-    return _predict(model, loop, embeddings, embeddings, settings)[-1]
+    return _predict(model, loop, embeddings, settings)[-1]
 
 
 def gpt_forward(
@@ -134,7 +134,7 @@ def gpt_forward(
     Logits are [B, S, V] with targets, else [B, 1, V], of the last position.
     """
     embeddings = model.transformer.wte(idx)  # [B, S, D]
-    x = loop(embeddings, embeddings, n_loops=1, window=1, injection="none")[0]
+    x = loop(embeddings, n_loops=1, window=1, injection="none")[0]
     if targets is None:
         return model.lm_head(x[:, [-1], :]), None
     logits = model.lm_head(x)
@@ -147,16 +147,14 @@ def _read_in(model: Model, xs: Tensor, ys: Tensor) -> Tensor:
     return model._read_in(interleave(xs, ys)).to(model._read_in.weight.dtype)
 
 
-def _predict(
-    model: Model, loop: Loop, embeddings: Tensor, state: Tensor, settings: dict[str, Any]
-) -> Tensor:
+def _predict(model: Model, loop: Loop, embeddings: Tensor, settings: dict[str, Any]) -> Tensor:
     """Predictions at the x positions, [W, B, n], or [W, B, n, 2] logits: by the loop, if it can."""
     read_out, of_x = model._read_out, slice(model.ind, None, model.freq)
     if type(read_out) is nn.Linear and not any(hooks_of(read_out)):
-        outputs = loop(embeddings, state, read_out=weight_and_bias(read_out), **settings)
+        outputs = loop(embeddings, read_out=weight_and_bias(read_out), **settings)
         predictions = outputs[:, :, of_x].to(_output_dtype(outputs))
     else:
-        predictions = read_out(loop(embeddings, state, **settings)[:, :, of_x])
+        predictions = read_out(loop(embeddings, **settings)[:, :, of_x])
     return predictions[..., 0] if model._pred_type == "regression" else predictions
 
 

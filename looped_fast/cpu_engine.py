@@ -169,6 +169,6 @@ def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)
-    loop_autograd.register("cpu", _gradients)
+    loop_autograd.register("cpu", _gradients, n_settings=5)
     torch.library.register_fake("looped_fast::cpu_loop_mse_backward")(_mse_backward_fake)
     loop_autograd.register_mse()

@@ -56,11 +56,11 @@ def accelerate(
 
     Args:
         model: a module with parameters in float32, or in float64 for the reference backend.
-        backend: ``auto``, or one of ``reference``, ``cpu``, ``triton`` to force it.
+        backend: ``auto``, or ``reference``, ``compiled``, ``cpu`` or ``triton`` to force it.
         precision: operands of matrix products: ``fp32``, ``bf16``, ``fp16``; None follows
             ``torch.autocast`` around the call.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the second of a shape on; see ``graphs.GraphedLoop``.
+            as a CUDA graph from the third with a shape; see ``graphs.GraphedLoop``.
         attention: who computes it on the triton backend: ``auto``, ``triton``, ``flash_attn`` or
             ``sdpa``; see ``ops.loop``.
 
@@ -154,7 +154,6 @@ class FastForward:
     def loop(
         self,
         embeddings: Tensor,
-        state: Tensor,
         *,
         n_loops: int,
         window: int,
@@ -166,7 +165,7 @@ class FastForward:
         return self.graphed(
             embeddings,
             stack.wpe.weight[: embeddings.shape[1]],
-            state,
+            None,
             architectures.stack_weights(stack),
             n_heads=stack.h[0].attn.n_head,
             n_loops=n_loops,
@@ -292,7 +291,7 @@ def _unfit_parameters(stack: Model, forward: FastForward) -> Iterator[str]:
     embeddings = wpe.new_zeros(1, 1, wpe.shape[1])
     try:
         with torch.no_grad(), torch.autocast(wpe.device.type, enabled=False):
-            forward.loop(embeddings, embeddings, n_loops=1, window=1, injection="none")
+            forward.loop(embeddings, n_loops=1, window=1, injection="none")
     except ValueError as error:
         yield str(error)
 

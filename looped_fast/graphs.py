@@ -3,7 +3,8 @@
 A replay repeats the captured kernels on the captured addresses. So whatever changes from call to
 call must lie in a tensor, or in the seed of a generator, that is set before the replay; and what
 is captured must not look at values on the host, nor depend on them in its shapes. ``Graphs``
-keeps captured graphs by key (a stage of the curriculum, a shape), within a budget of memory.
+keeps captured graphs by key (a stage of the curriculum, a shape), within a budget of memory and a
+number.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from looped_fast import loop_autograd, ops
+from looped_fast import backends, loop_autograd, ops
 from looped_fast.errors import unknown_name
 
 MODES = ("auto", "on", "off")
@@ -131,13 +132,23 @@ class _Captured(NamedTuple):
     result: Tensor | None  # the graph writes it
 
 
+# Graphs that ``Graphs`` keeps: more than the 41 lengths of the paper's prompts. The driver's memory
+# for a graph is in no budget.
+MAX_GRAPHS = 64
+MAX_COUNTED = 128  # keys that wait for their capture; a key holds the addresses of all weights
+
+
 class Graphs:
-    """Does work, and from the second time on that it has the same key, replays it as a graph.
+    """Does work, and once it has come often enough with the same key, replays it as a graph.
 
     Args:
         new_graph: makes an empty graph.
         budget: bytes that captured graphs may hold together. Those not used for longest go
-            first; the newest stays, whatever it holds.
+            first, and so they do beyond ``MAX_GRAPHS``; the newest stays, whatever it holds.
+        capture_at: the call with a key that captures. The one before warms up, earlier ones run as
+            usual. A key whose graph had to go starts from the beginning: where more kinds of work
+            take turns than there is room for, a capture at every call would cost far more than
+            it saves.
         why_not: reason to do without graphs.
         required: a capture that fails is an error; otherwise work goes on without graphs, and a
             warning says why.
@@ -151,6 +162,7 @@ class Graphs:
         new_graph: Callable[[], Graph],
         budget: int,
         *,
+        capture_at: int = 2,
         why_not: str | None = None,
         required: bool = False,
     ) -> None:
@@ -158,8 +170,10 @@ class Graphs:
         self._new_graph = new_graph
         self._budget = budget
         self._required = required
-        self._warm: set[Hashable] = set()
-        self._captured: dict[Hashable, _Captured] = {}  # the least recently used first
+        self._capture_at = capture_at
+        # Both have the least recently used first.
+        self._calls: dict[Hashable, int] = {}  # of keys that are not captured
+        self._captured: dict[Hashable, _Captured] = {}
 
     def run(
         self,
@@ -180,14 +194,15 @@ class Graphs:
         Raises:
             RuntimeError: the capture failed, and graphs are required.
         """
-        with _one_at_a_time:
+        with _one_at_a_time, backends.replaying(self.why_not is None):
             if self.why_not is not None:
                 return work(*inputs)
-            if key not in self._warm:
-                result = self._new_graph().warm_up(functools.partial(work, *inputs))
-                self._warm.add(key)
-                return result
             if key not in self._captured:
+                left = self._calls_before_capture(key)
+                if left > 1:
+                    return work(*inputs)
+                if left == 1:
+                    return self._new_graph().warm_up(functools.partial(work, *inputs))
                 self._try_to_capture(key, work, inputs, clean_up)
             if self.why_not is not None:
                 return work(*inputs)
@@ -196,6 +211,14 @@ class Graphs:
                 own.copy_(given)
             captured.graph.replay()
             return None if captured.result is None else captured.result.clone()
+
+    def _calls_before_capture(self, key: Hashable) -> int:
+        calls = self._calls.pop(key, 0) + 1
+        if calls < self._capture_at:
+            self._calls[key] = calls
+            if len(self._calls) > MAX_COUNTED:
+                del self._calls[next(iter(self._calls))]
+        return self._capture_at - calls
 
     def _try_to_capture(
         self, key: Hashable, work: Work, inputs: Sequence[Tensor], clean_up: Callable[[], None]
@@ -222,7 +245,10 @@ class Graphs:
         def held() -> int:
             return sum(captured.graph.n_bytes for captured in self._captured.values())
 
-        while len(self._captured) > 1 and held() > self._budget:
+        def too_many() -> bool:
+            return held() > self._budget or len(self._captured) > MAX_GRAPHS
+
+        while len(self._captured) > 1 and too_many():
             del self._captured[next(iter(self._captured))]
 
     def _give_up(self, error: BaseException) -> None:
@@ -247,6 +273,7 @@ def graphs_on(
     mode: str = "auto",
     generator: Callable[[], Generator | None] = lambda: None,
     why_not: str | None = None,
+    capture_at: int = 2,
 ) -> Graphs:
     """``Graphs`` for work on ``device``, in a quarter of its memory at most.
 
@@ -256,6 +283,8 @@ def graphs_on(
             fails; ``on`` makes both an error; ``off`` does without.
         generator: gives that of the random numbers in the work; see ``CudaGraph``.
         why_not: the caller's reason to do without graphs.
+        capture_at: see ``Graphs``. The default suits work that is known to come often, such as the
+            steps of a training run.
 
     Raises:
         ValueError: an unknown mode, or ``on`` without a CUDA device or in spite of ``why_not``.
@@ -270,12 +299,19 @@ def graphs_on(
         raise ValueError(f"cuda_graphs = 'on', but {why_not}; use 'auto'")
     budget = 0 if why_not else torch.cuda.get_device_properties(device).total_memory // 4
     return Graphs(
-        lambda: CudaGraph(device, generator()), budget, why_not=why_not, required=mode == "on"
+        lambda: CudaGraph(device, generator()),
+        budget,
+        capture_at=capture_at,
+        why_not=why_not,
+        required=mode == "on",
     )
 
 
 class GraphedLoop:
-    """``ops.loop``, and on a GPU from the second call of a kind on a replay of it.
+    """``ops.loop``, which on a GPU is replayed from the third call of a kind.
+
+    Not from the second: a capture waits for the device and empties the allocator's cache, and many
+    a shape comes once or twice (the last batch of a data set, a trial at the prompt).
 
     For calls that need no gradient. Parameters may change in place between calls (an optimizer's
     step, ``load_state_dict``); ones that move are another kind of call. Results are the caller's
@@ -301,28 +337,29 @@ class GraphedLoop:
         self,
         embeddings: Tensor,
         positions: Tensor,
-        state: Tensor,
+        state: Tensor | None,
         weights: Sequence[Tensor],
         **settings: Any,
     ) -> Tensor:
         """Arguments and result are those of ``ops.loop``."""
 
-        def run(embeddings: Tensor, state: Tensor) -> Tensor:
+        def run(embeddings: Tensor, state: Tensor | None = None) -> Tensor:
             return ops.loop(embeddings, positions, state, weights, **settings)
 
+        inputs = (embeddings,) if state is None else (embeddings, state)
         parameters = (positions, *weights, settings)
-        if not self._applies((embeddings, state, *parameters)):
-            return run(embeddings, state)
+        if not self._applies((*inputs, *parameters)):
+            return run(*inputs)
         device = embeddings.device
         if device not in self._graphs:
-            self._graphs[device] = graphs_on(device, self.mode)
+            self._graphs[device] = graphs_on(device, self.mode, capture_at=3)
         key = (
-            embeddings.shape, state.shape, embeddings.dtype, _identity(parameters),
+            *(tensor.shape for tensor in inputs), embeddings.dtype, _identity(parameters),
             _tf32_allowed(), _stream(device),
         )  # fmt: skip
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            result = self._graphs[device].run(key, run, embeddings, state)
+            result = self._graphs[device].run(key, run, *inputs)
         assert result is not None
         return result
 

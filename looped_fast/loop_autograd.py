@@ -36,20 +36,26 @@ def what_to_save(tensors: Sequence[Tensor], checkpoint: str) -> tuple[bool, bool
     return recorded and checkpoint == "none", recorded and checkpoint == "state"
 
 
-def register(backend: str, gradients: Gradients, lib: torch.library.Library | None = None) -> None:
+def register(
+    backend: str,
+    gradients: Gradients,
+    n_settings: int,
+    lib: torch.library.Library | None = None,
+) -> None:
     """Make ``looped_fast::{backend}_loop_forward`` differentiable, once.
 
     Args:
         backend: whose op it is; the op takes the tensors of ``ops.loop``, settings that begin with
-            n_heads, n_loops, window and injection, and two flags that come from ``what_to_save``.
+            n_heads, n_loops, window and injection, and arguments that a backward does not need.
         gradients: calls ``looped_fast::{backend}_loop_backward``. History is what the forward
             returned after its first output.
-        lib: that defines the ops; None where the extension does.
+        n_settings: how many settings there are.
+        lib: the library that defines the ops; None where the extension does.
     """
 
     def setup_context(ctx, inputs, output) -> None:
-        embeddings, positions, state, weights, *settings, _, _ = inputs
-        ctx.n_outputs, ctx.settings = len(output), settings
+        embeddings, positions, state, weights, *others = inputs
+        ctx.n_outputs, ctx.n_others, ctx.settings = len(output), len(others), others[:n_settings]
         ctx.save_for_backward(*output, embeddings, positions, state, *weights)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -57,13 +63,14 @@ def register(backend: str, gradients: Gradients, lib: torch.library.Library | No
     def backward(ctx, grad, *_):
         outputs, *history = ctx.saved_tensors[: ctx.n_outputs]
         embeddings, positions, state, *weights = ctx.saved_tensors[ctx.n_outputs :]
-        of_settings = (None,) * (len(ctx.settings) + 2)
+        of_others = (None,) * ctx.n_others
         if grad is None:
-            return None, None, None, [None] * len(weights), *of_settings
+            return None, None, None, [None] * len(weights), *of_others
         inputs = [embeddings, positions, state, weights]
         grads = gradients(grad, outputs, history, inputs, ctx.settings)
         _, n_loops, window, injection, *_ = ctx.settings
-        return *_of_inputs(grads, n_loops, window, injection), *of_settings
+        reaches_state = window == n_loops and state is not None
+        return *_of_inputs(grads, reaches_state, injection), *of_others
 
     name = f"looped_fast::{backend}_loop"
     torch.library.register_autograd(
@@ -79,7 +86,7 @@ def register_mse() -> None:
         embeddings, positions, state, weights, *others = inputs
         *_, n_loops, window, _, injection, _ = others
         _, gradients = output
-        ctx.n_others, ctx.settings = len(others), (n_loops, window, injection)
+        ctx.n_others, ctx.settings = len(others), (window == n_loops, injection)
         ctx.save_for_backward(*gradients, embeddings, positions, state, *weights)
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
@@ -99,10 +106,10 @@ def register_mse() -> None:
     torch.library.register_autograd(f"{name}_backward", _refuse_second("cpu"))
 
 
-def _of_inputs(grads: list[Tensor], n_loops: int, window: int, injection: str) -> tuple:
+def _of_inputs(grads: list[Tensor], reaches_state: bool, injection: str) -> tuple:
     """Gradients of embeddings, positions, state and weights, None where nothing flows."""
     d_embeddings = None if injection == "none" else grads[0]
-    return d_embeddings, grads[1], grads[2] if window == n_loops else None, grads[3:]
+    return d_embeddings, grads[1], grads[2] if reaches_state else None, grads[3:]
 
 
 def _refuse_second(backend: str) -> Callable[..., Any]:

@@ -91,15 +91,6 @@ class _Backbone(nn.Module):
         return cast(nn.Embedding, self.transformer["wpe"]).weight
 
 
-def initial_state(embeddings: Tensor, injection: str) -> Tensor:
-    """z before the first step, [B, S, D]: the neutral element of the injection, or e itself."""
-    if injection == "add":
-        return torch.zeros_like(embeddings)
-    if injection == "mul":
-        return torch.ones_like(embeddings)
-    return embeddings
-
-
 class LoopedTransformer(nn.Module):
     """One shared stack of blocks, run ``n_loops`` times, that predicts y from (x, y) prompts.
 
@@ -119,7 +110,7 @@ class LoopedTransformer(nn.Module):
         attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
             ``triton``. See ``ops.loop``.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the second of a shape on; see ``graphs.GraphedLoop``.
+            as a CUDA graph from the third with a shape; see ``graphs.GraphedLoop``.
     """
 
     def __init__(
@@ -221,7 +212,7 @@ class LoopedTransformer(nn.Module):
 
     def _loop_arguments(
         self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, list[Tensor]], dict[str, Any]]:
+    ) -> tuple[tuple[Tensor, Tensor, None, list[Tensor]], dict[str, Any]]:
         """Tensors and settings of ``ops.loop``."""
         check_window(n_loops, window)
         self._check_prompt(xs, ys)
@@ -231,7 +222,6 @@ class LoopedTransformer(nn.Module):
         with torch.autocast(device, enabled=False):
             embeddings = ops.read_in(xs, ys, *self._read_in.parameters(), backend=self.backend)
         positions = self._backbone.positions[: embeddings.shape[1]]
-        state = initial_state(embeddings, injection)
         settings = {
             "n_heads": self.config.n_head,
             "n_loops": n_loops,
@@ -243,7 +233,7 @@ class LoopedTransformer(nn.Module):
             "backend": self.backend,
             "attention": self.attention,
         }
-        return (embeddings, positions, state, self._backbone.op_weights()), settings
+        return (embeddings, positions, None, self._backbone.op_weights()), settings
 
     def _check_prompt(self, xs: Tensor, ys: Tensor) -> None:
         config, weight = self.config, self._read_in.weight

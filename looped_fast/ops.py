@@ -7,14 +7,21 @@ there, so PyTorch differentiates it and Inductor may fuse it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from looped_fast import backends, cpu_engine, loop_autograd, reference, triton_backend
+from looped_fast import (
+    backends,
+    compiled_backend,
+    cpu_engine,
+    loop_autograd,
+    reference,
+    triton_backend,
+)
 from looped_fast.config import INJECTIONS, check_window
 from looped_fast.errors import unknown_name
 
@@ -23,7 +30,7 @@ _SETTINGS = (
     "int n_heads, int n_loops, int window, str injection, str precision, str checkpoint, "
     "str backend, str attention"
 )
-_TENSORS = "Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, Tensor[] read_out"
+_TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
 _library.define(f"loop({_TENSORS}, {_SETTINGS}) -> Tensor")
 _library.define(f"loop_mse({_TENSORS}, Tensor targets, int n_supervised, {_SETTINGS}) -> Tensor")
 _library.define("read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias, str backend) -> Tensor")
@@ -32,7 +39,7 @@ _library.define("read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias, str b
 def _run(
     embeddings: Tensor,
     positions: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     weights: Sequence[Tensor],
     read_out: Sequence[Tensor],
     n_heads: int,
@@ -48,18 +55,23 @@ def _run(
         embeddings, weights, n_heads, n_loops, window, injection, precision, attention
     )
     explanation = backends.explain(problem, backend)
-    arguments = (
+    state = _start(state, embeddings, injection, explanation.chosen)
+    arguments: tuple[Any, ...] = (
         embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
         checkpoint,
     )  # fmt: skip
-    if explanation.chosen == "cpu" and cpu_engine.can_read_out(read_out):
-        return cpu_engine.loop(*arguments, read_out)
+    backend_loop: Callable[..., Tensor] = reference.loop
+    can_read_out = False
     if explanation.attention is not None:
-        states = triton_backend.loop(*arguments, explanation.attention.chosen)
+        arguments += (explanation.attention.chosen,)
+        backend_loop, can_read_out = triton_backend.loop, triton_backend.can_read_out(read_out)
     elif explanation.chosen == "cpu":
-        states = cpu_engine.loop(*arguments)
-    else:
-        states = reference.loop(*arguments)
+        backend_loop, can_read_out = cpu_engine.loop, cpu_engine.can_read_out(read_out)
+    elif explanation.chosen == "compiled":
+        backend_loop = compiled_backend.loop
+    if can_read_out:
+        return backend_loop(*arguments, read_out)
+    states = backend_loop(*arguments)
     if not read_out:
         return states
     with torch.autocast(states.device.type, enabled=False):  # a thousandth of the work
@@ -69,27 +81,50 @@ def _run(
 def _run_mse(
     embeddings: Tensor,
     positions: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     weights: Sequence[Tensor],
     read_out: Sequence[Tensor],
     targets: Tensor,
     n_supervised: int,
     *settings: Any,
 ) -> Tensor:
-    n_heads, n_loops, window, injection, precision, _, backend, attention = settings
-    tensors = (embeddings, positions, state, *weights, *read_out)
-    fusible = not targets.requires_grad and cpu_engine.can_read_out(read_out)
-    if fusible and loop_autograd.needs_grad(tensors):
-        problem = _problem(
-            embeddings, weights, n_heads, n_loops, window, injection, precision, attention
-        )
-        if backends.explain(problem, backend).chosen == "cpu":
-            return cpu_engine.loop_mse(
-                embeddings, positions, state, [*weights, *read_out], targets, n_heads, n_loops,
-                window, n_supervised, injection, precision,
-            )  # fmt: skip
+    n_heads, n_loops, window, injection, precision, checkpoint, backend, attention = settings
+    explanation = backends.explain(
+        _problem(embeddings, weights, n_heads, n_loops, window, injection, precision, attention),
+        backend,
+    )
+    state = _start(state, embeddings, injection, explanation.chosen)
+    tensors = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
+    if explanation.attention and triton_backend.can_read_out(read_out) and not _wants_grad(targets):
+        errors = triton_backend.loop(
+            embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
+            checkpoint, explanation.attention.chosen, read_out, targets, n_supervised,
+        )  # fmt: skip
+        return errors.square().sum() / (n_supervised * targets.numel())  # 0 at odd tokens
+    if (
+        explanation.chosen == "cpu"
+        and cpu_engine.can_read_out(read_out)
+        and loop_autograd.needs_grad(tensors)
+        and not _wants_grad(targets)
+    ):
+        assert state is not None  # only the triton backend may go without
+        return cpu_engine.loop_mse(
+            embeddings, positions, state, [*weights, *read_out], targets, n_heads, n_loops,
+            window, n_supervised, injection, precision,
+        )  # fmt: skip
     predictions = _run(embeddings, positions, state, weights, read_out, *settings)
     return (predictions[-n_supervised:, :, ::2] - targets).square().mean()
+
+
+def _wants_grad(tensor: Tensor) -> bool:
+    return loop_autograd.needs_grad([tensor])
+
+
+def _start(state: Tensor | None, embeddings: Tensor, injection: str, backend: str) -> Tensor | None:
+    """The state before the first step; None where the backend's kernels know it."""
+    if state is None and not (backend == "triton" and injection in ("add", "mul")):
+        return reference.initial_state(embeddings, injection)
+    return state
 
 
 def _run_read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
@@ -127,8 +162,12 @@ def _fake_read_in(xs, ys, weight, bias, backend):
 
 def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision, attention):
     B, S, D = embeddings.shape
+    replayed = backends.is_replayed()
     return backends.Problem(
         device=embeddings.device.type,
+        device_index=embeddings.device.index or 0,
+        replayed=replayed,
+        training=replayed and loop_autograd.needs_grad((embeddings, *weights)),
         dtype=embeddings.dtype,
         precision=precision,
         batch=B,
@@ -146,7 +185,7 @@ def _problem(embeddings, weights, n_heads, n_loops, window, injection, precision
 def loop(
     embeddings: Tensor,
     positions: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     weights: Sequence[Tensor],
     *,
     n_heads: int,
@@ -164,14 +203,16 @@ def loop(
     Args:
         embeddings: e, the embedded prompt, [B, S, D]; float32, or float64 on the reference.
         positions: p, added at the start of every step, [S, D].
-        state: z before the first step, [B, S, D].
+        state: z before the first step, [B, S, D]; None for the injection's neutral element (0 for
+            ``add``, 1 for ``mul``), or for ``embeddings`` where the injection has none.
         weights: per block, the twelve tensors of ``reference.Block``; then the weight and bias
             of the final LayerNorm: ``12 * n_layer + 2`` tensors.
         n_heads: attention heads; D is a multiple of it.
         n_loops: loop steps b.
         window: how many of the last steps W carry gradient and are returned.
         read_out: weight [n_outputs, D] and bias [n_outputs] of a Linear; with it predictions are
-            returned, and the ``cpu`` backend keeps no states for a backward.
+            returned, and the ``cpu`` and ``triton`` backends keep no states for a backward that
+            does not need them.
         injection: ``add``, ``mul``, ``none`` or ``every_block`` (see ``ModelConfig``).
         precision: operands of matrix products: ``fp32`` (as given), ``bf16`` or ``fp16``.
         checkpoint: what the backward keeps: ``none`` checkpoints, all activations; or ``state``,
@@ -203,7 +244,7 @@ def loop(
 def loop_mse(
     embeddings: Tensor,
     positions: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     weights: Sequence[Tensor],
     targets: Tensor,
     *,
@@ -222,7 +263,8 @@ def loop_mse(
 
     That is ``(loop(...)[-n_supervised:, :, ::2] - targets).square().mean()``. The ``cpu`` backend
     computes the error's gradient along with it, sequence by sequence: it keeps activations of a
-    sequence per thread instead of those of the batch, whatever ``checkpoint`` says.
+    sequence per thread instead of those of the batch, whatever ``checkpoint`` says. The ``triton``
+    backend subtracts targets where it reads out.
 
     Args:
         targets: [B, (S + 1) // 2, n_outputs], in the dtype and on the device of the others.
@@ -295,7 +337,8 @@ def _check(embeddings, positions, state, weights, read_out, n_heads) -> None:
         "c_attn_weight": (3 * D, D), "c_attn_bias": (3 * D,), "attn_c_proj_weight": (D, D),
         "c_fc_weight": (4 * D, D), "c_fc_bias": (4 * D,), "mlp_c_proj_weight": (D, 4 * D),
     }  # fmt: skip  # all others are [D]
-    expected = [("positions", positions, (S, D)), ("state", state, (B, S, D))]
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [("positions", positions, (S, D))]
+    expected += [] if state is None else [("state", state, (B, S, D))]
     blocks, ln_f_weight, ln_f_bias = reference.split_weights(weights)
     for i, block in enumerate(blocks):
         for name, tensor in block._asdict().items():

@@ -10,7 +10,7 @@ arXiv 2311.12424, section 4; the block is GPT-2's (official ``scripts/nano_gpt.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -90,6 +90,15 @@ def transformer_block(x: Tensor, block: Block, n_heads: int) -> Tensor:
     return x + mlp(h, block)
 
 
+def initial_state(embeddings: Tensor, injection: str) -> Tensor:
+    """z before the first step, [B, S, D]: the neutral element of the injection, or e itself."""
+    if injection == "add":
+        return torch.zeros_like(embeddings)
+    if injection == "mul":
+        return torch.ones_like(embeddings)
+    return embeddings
+
+
 def inject(state: Tensor, embeddings: Tensor, injection: str) -> Tensor:
     """The input of a loop step, before positions are added. All [B, S, D]."""
     if injection == "add":
@@ -129,13 +138,16 @@ def loop(
     injection: str,
     precision: str,
     checkpoint: str = "none",
+    run_step: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The states after each of the last ``window`` of ``n_loops`` steps: [W, B, S, D].
 
     Arguments are those of ``looped_fast.ops.loop``. Gradients flow through the last ``window``
     steps only. ``precision`` picks the operands of matrix products, as autocast does; the
-    residual stream and all statistics keep the dtype of ``embeddings``.
+    residual stream and all statistics keep the dtype of ``embeddings``. ``run_step`` replaces
+    ``step``, with its arguments and result: a compiled one.
     """
+    run_step = run_step or step
     dtype = AUTOCAST_DTYPES[precision]
     device = embeddings.device.type
     states = []
@@ -147,10 +159,10 @@ def loop(
                 if checkpoint == "state":
                     # There is no randomness in a step, and a CUDA graph can't ask for its state.
                     state = torch.utils.checkpoint.checkpoint(
-                        step, *arguments, use_reentrant=False, preserve_rng_state=False
+                        run_step, *arguments, use_reentrant=False, preserve_rng_state=False
                     )
                 else:
-                    state = step(*arguments)
+                    state = run_step(*arguments)
             if i >= n_loops - window:
                 states.append(state)
     return torch.stack(states)

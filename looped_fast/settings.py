@@ -119,7 +119,7 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU where there is one."""
     backend: str = "auto"
-    """What runs the loop: auto, reference, cpu, triton."""
+    """What runs the loop: auto, reference, compiled, cpu, triton."""
     attention: Literal["auto", "triton", "flash_attn", "sdpa"] = "auto"
     """Who computes attention on the triton backend: this project, flash-attn, PyTorch."""
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from looped_fast import checkpoint, reference
 from looped_fast.config import LAYER_NORM_EPS
 from looped_fast.evaluation import evaluation_batches
-from looped_fast.model import LoopedTransformer, initial_state
+from looped_fast.model import LoopedTransformer
 from looped_fast.provenance import versions
 from looped_fast.runs import Run, load_run
 from looped_fast.tasks import Batch, LinearRegression, sample_batch
@@ -88,7 +88,7 @@ def hidden_states(model: LoopedTransformer, xs: Tensor, ys: Tensor, n_loops: int
     embeddings = model._read_in(reference.interleave(xs, ys))  # [B, 2n, D]
     positions, weights = backbone.positions[: embeddings.shape[1]], backbone.op_weights()
     blocks, ln_f_weight, ln_f_bias = reference.split_weights(weights)
-    state, streams = initial_state(embeddings, config.injection), [embeddings]
+    state, streams = reference.initial_state(embeddings, config.injection), [embeddings]
     for _ in range(n_loops):
         x = reference.inject(state, embeddings, config.injection) + positions
         for block in blocks:

@@ -265,7 +265,12 @@ def announce(trainer: Trainer) -> None:
     config, device = trainer.config, trainer.device
     print("\n" + describe(config))
     precision = "fp32" if trainer.amp == "off" else trainer.amp
-    explanation = explain_backend(trainer.model, config.batch_size, config.n_points, precision)
+    if measured := trainer.measure_backends():
+        print(measured)
+    explanation = explain_backend(
+        trainer.model, config.batch_size, config.n_points, precision,
+        replayed_training=trainer.graphs.why_not is None,
+    )  # fmt: skip
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     parameters = sum(p.numel() for p in trainer.model.parameters())

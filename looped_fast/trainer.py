@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from looped_fast import checkpoint, distributed, graphs, pretrained
+from looped_fast import backend_autotune, checkpoint, distributed, graphs, pretrained
 from looped_fast.compat import load_official_checkpoint
 from looped_fast.config import ModelConfig
 from looped_fast.curriculum import Stage
 from looped_fast.distributed import resolve_device
 from looped_fast.evaluation import model_errors
-from looped_fast.explain import explain_backend
+from looped_fast.explain import describe_call, explain_backend
 from looped_fast.metrics import MetricsLog, NoLog
 from looped_fast.model import LoopedTransformer
 from looped_fast.reference import AUTOCAST_DTYPES
@@ -177,6 +178,50 @@ class Trainer:
         dtype = AUTOCAST_DTYPES["fp32" if self.amp == "off" else self.amp]
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
+    def measure_backends(self) -> str | None:
+        """Time the backends on this GPU, unless their times are known; ``auto`` goes by them.
+
+        What is timed is the step that most of this run consists of. Nothing is where steps are not
+        replayed as CUDA graphs, where a backend or who computes attention is forced, with
+        ``recompute``, and under ``torch.use_deterministic_algorithms(True)``.
+
+        Returns:
+            A line that says the times, or None where nothing was measured.
+        """
+        config = self.config
+        forced = config.backend != "auto" or config.attention != "auto" or config.recompute
+        fixed = forced or torch.are_deterministic_algorithms_enabled()
+        if fixed or self.graphs.why_not is not None or self.step >= config.steps:
+            return None
+        stride = max(1, (config.steps - self.step) // 1000)
+        steps = range(self.step, config.steps, stride)
+        stages = Counter(self.curriculum.at(step)[1:] for step in steps)
+        ((n_points, n_loops), count), *_ = stages.most_common(1)
+        self._set_inputs()
+        xs, ys = self._batch(n_points)
+
+        def training_step() -> None:
+            self._loss(n_points, n_loops)[0].backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        def inference() -> None:
+            with torch.no_grad(), self.autocast():
+                self.model(xs, ys, n_loops)
+
+        def milliseconds(work: Callable[[], None]) -> float:
+            try:
+                return backend_autotune.replay_milliseconds(work, self.device, self._generator)
+            except Exception:
+                self._drop_half_step()
+                raise
+
+        precision = "fp32" if self.amp == "off" else self.amp
+        problem, _ = describe_call(
+            self.model, config.batch_size, n_points, precision, replayed_training=True
+        )
+        works = {True: training_step, False: inference}
+        return backend_autotune.measure(problem, count * stride, self.model, works, milliseconds)
+
     def fit(self) -> None:
         """Train to ``config.steps``, with a progress bar.
 
@@ -187,6 +232,8 @@ class Trainer:
                 several processes all stop after the same step, whichever got the signal.
         """
         config = self.config
+        if measured := self.measure_backends():
+            print(measured)
         with self.processes.together():
             log = (
                 MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())

@@ -11,13 +11,14 @@ import os
 import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from looped_fast import loop_autograd
+from looped_fast.kernels.tuning import operand_precision
 from looped_fast.reference import AUTOCAST_DTYPES
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ HEAD_DIMS = (16, 32, 64)
 MIN_CAPABILITY = (8, 0)
 MIN_TORCH = "2.8"  # has products of bf16 and fp16 matrices with a result in fp32
 MAX_ELEMENTS = 2**31  # kernels index with 32 bits
+MAX_OUTPUTS = 8  # of a read-out in the kernels; more are a matrix product, and PyTorch's business
 
 _registering = threading.Lock()  # functools.cache lets a thread in while another is at work
 
@@ -58,6 +60,19 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def why_not_interpreted() -> str | None:
+    """What stands against Triton's interpreter here: NumPy 2.4 ended a use of arrays as scalars."""
+    import numpy
+    import triton
+
+    if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__} "
+            f"(compiled kernels do not): pip install 'numpy<2.4', or use Triton 3.7 or later"
+        )
+    return None
+
+
 def why_not_tensors(device: str, dtype: torch.dtype, width: int) -> str | None:
     """What stands against any kernel on tensors of such a device, dtype and width D; or None."""
     if device not in ("cpu", "cuda"):
@@ -68,6 +83,8 @@ def why_not_tensors(device: str, dtype: torch.dtype, width: int) -> str | None:
             "before Python starts"
         )
     if reason := why_not_loaded() or loop_autograd.why_not():
+        return reason
+    if device == "cpu" and (reason := why_not_interpreted()):
         return reason
     if device == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no GPU"
@@ -113,7 +130,7 @@ def _has_little_shared_memory(problem: Problem) -> bool:
 def loop(
     embeddings: Tensor,
     positions: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     weights: Sequence[Tensor],
     n_heads: int,
     n_loops: int,
@@ -122,81 +139,145 @@ def loop(
     precision: str,
     checkpoint: str,
     attention: str,
+    read_out: Sequence[Tensor] = (),
+    targets: Tensor | None = None,
+    n_supervised: int | None = None,
 ) -> Tensor:
-    """``ops.loop`` in Triton kernels: arguments and result are its; ``attention`` is chosen."""
-    tensors = (embeddings, positions, state, *weights)
-    save, save_states = loop_autograd.what_to_save(tensors, checkpoint)
-    # Later states are the result; where the window covers every step, this one is an argument.
-    save_start = (save_states or (save and injection == "mul")) and window < n_loops
-    states, *_ = torch.ops.looped_fast.triton_loop_forward(
-        embeddings, positions, state, list(weights), n_heads, n_loops, window, injection,
-        precision, attention, save, save_start,
+    """Run ``ops.loop`` in Triton kernels (same arguments and result).
+
+    Args:
+        state: None only where the injection has a neutral element: ``add`` and ``mul``.
+        attention: name of the provider, chosen by ``backends.explain``.
+        read_out: one that ``can_read_out`` takes.
+        targets: as in ``ops.loop_mse``, but without a gradient. With them the result is the error
+            of the last ``n_supervised`` steps' predictions at even tokens, and 0 at odd ones:
+            [n_supervised, B, S, n_outputs].
+    """
+    tensors = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
+    save, save_inputs = loop_autograd.what_to_save(tensors, checkpoint)
+    needs_states = save_inputs or (save and injection == "mul")
+    result, *_ = torch.ops.looped_fast.triton_loop_forward(
+        embeddings, positions, state, [*weights, *read_out], n_heads, n_loops, window, injection,
+        precision, attention, targets, n_supervised, save, needs_states,
     )  # fmt: skip
-    return states
+    return result
+
+
+def can_read_out(read_out: Sequence[Tensor]) -> bool:
+    """Whether the kernels compute predictions themselves, where there is a read-out."""
+    return not read_out or 1 <= len(read_out[1]) <= MAX_OUTPUTS
 
 
 def _operand(precision: str) -> torch.dtype:
     return AUTOCAST_DTYPES[precision] or torch.float32
 
 
+def _split(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The loop's weights, 12 for each block and 2, and the read-out's, 2 or none."""
+    n = len(weights) - len(weights) % 12 + 2
+    return weights[:n], weights[n:]
+
+
 def _forward(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    attention, save_activations, save_start,
+    attention, targets, n_supervised, save_activations, needs_states,
 ):  # fmt: skip
+    from looped_fast.kernels.ahead import compile_ahead
     from looped_fast.kernels.forward import loop_forward
 
-    states, history = loop_forward(
-        embeddings.contiguous(), positions.contiguous(), state.contiguous(),
-        [w.contiguous() for w in weights], n_heads, n_loops, window, injection,
-        _operand(precision), attention, save_activations, save_start,
+    weights, read_out = _split([w.contiguous() for w in weights])
+    settings = (n_heads, n_loops, window, injection, _operand(precision), attention)
+    keep = _what_to_keep(read_out, n_loops, window, save_activations, needs_states)
+    arguments: list[Any] = [
+        embeddings.contiguous(), positions.contiguous(), _contiguous(state), weights, read_out,
+        *settings, *keep, _contiguous(targets), n_supervised,
+    ]  # fmt: skip
+
+    def run() -> tuple[Tensor, Any]:
+        return loop_forward(*arguments)
+
+    kind = (
+        "forward", embeddings.shape, state is None, len(weights), len(read_out), *settings, *keep,
+        targets is None, n_supervised, operand_precision(torch.float32),
     )  # fmt: skip
-    return states, *history
+    compile_ahead(kind, embeddings.device, run)
+    result, history = run()
+    return result, *history
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _what_to_keep(read_out, n_loops, window, save_activations, needs_states) -> tuple[bool, ...]:
+    """``save_activations``, ``save_start`` and ``save_states`` of ``loop_forward``.
+
+    States are its result without a read-out, and where the window covers every step the first one
+    is an argument.
+    """
+    return save_activations, needs_states and window < n_loops, needs_states and bool(read_out)
 
 
 def _forward_fake(
     embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    attention, save_activations, save_start,
+    attention, targets, n_supervised, save_activations, needs_states,
 ):  # fmt: skip
     from looped_fast.kernels.history import empty_history
 
+    read_out = _split(weights)[1]
     history = empty_history(
-        embeddings, len(weights) // 12, n_heads, window, _operand(precision), save_activations,
-        save_start,
+        embeddings, len(weights) // 12, n_heads, window, _operand(precision),
+        *_what_to_keep(read_out, n_loops, window, save_activations, needs_states),
     )  # fmt: skip
-    return embeddings.new_empty((window, *embeddings.shape)), *history
+    B, S, D = embeddings.shape
+    shape = (n_supervised or window, B, S, len(read_out[1]) if read_out else D)
+    return embeddings.new_empty(shape), *history
 
 
 def _backward_op(
-    grad_states, states, history, embeddings, positions, state, weights, n_heads, n_loops, window,
+    grad, result, history, embeddings, positions, state, weights, n_heads, n_loops, window,
     injection, attention,
 ):  # fmt: skip
+    from looped_fast.kernels.ahead import compile_ahead
     from looped_fast.kernels.backward import loop_backward
     from looped_fast.kernels.history import History
 
+    tensors = (
+        grad.contiguous(), result, History(*history), embeddings.contiguous(),
+        positions.contiguous(), _contiguous(state), *_split([w.contiguous() for w in weights]),
+    )  # fmt: skip
+    settings = (n_heads, n_loops, window, injection, attention)
+
+    def run() -> list[Tensor]:
+        return loop_backward(*tensors, *settings)
+
+    kind = (
+        "backward", embeddings.shape, grad.shape, state is None, len(weights), *settings,
+        *(len(kept) for kept in history), history[0].dtype,
+        operand_precision(torch.float32),
+    )  # fmt: skip
     # A backward may run inside an autocast that its forward was not in.
     with torch.autocast(embeddings.device.type, enabled=False):
-        return loop_backward(
-            grad_states.contiguous(), states, History(*history), embeddings.contiguous(),
-            positions.contiguous(), state.contiguous(), [w.contiguous() for w in weights], n_heads,
-            n_loops, window, injection, attention,
-        )  # fmt: skip
+        compile_ahead(kind, embeddings.device, run)
+        return run()
 
 
 def _backward_fake(
-    grad_states, states, history, embeddings, positions, state, weights, n_heads, n_loops, window,
+    grad, result, history, embeddings, positions, state, weights, n_heads, n_loops, window,
     injection, attention,
 ):  # fmt: skip
     def empty(like: Tensor, wanted: bool = True) -> Tensor:
-        return like.new_empty(like.shape if wanted else (0,))
+        return embeddings.new_empty(like.shape if wanted else (0,))
 
-    grads = [empty(embeddings, injection != "none"), empty(positions)]
-    return [*grads, empty(state, window == n_loops), *(empty(w) for w in weights)]
+    of_state = window == n_loops and state is not None
+    grads = [empty(embeddings, injection != "none"), empty(positions), empty(embeddings, of_state)]
+    return [*grads, *(empty(w) for w in weights)]
 
 
-def _gradients(grad_states, states, history, inputs, settings):
+def _gradients(grad, result, history, inputs, settings):
     n_heads, n_loops, window, injection, _, attention = settings  # precision is the history's
     return torch.ops.looped_fast.triton_loop_backward(
-        grad_states, states, history, *inputs, n_heads, n_loops, window, injection, attention
+        grad, result, history, *inputs, n_heads, n_loops, window, injection, attention
     )
 
 
@@ -231,16 +312,17 @@ def _read_in_backward(ctx, grad):
 def _register() -> torch.library.Library:
     from looped_fast.kernels.history import History
 
-    tensors = "Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights"
+    tensors = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights"
     settings = "int n_heads, int n_loops, int window, str injection"
     outputs = ", ".join(["Tensor"] * (1 + len(History._fields)))
     library = torch.library.Library("looped_fast", "FRAGMENT")
     library.define(
         f"triton_loop_forward({tensors}, {settings}, str precision, str attention, "
-        f"bool save_activations, bool save_start) -> ({outputs})"
+        f"Tensor? targets, int? n_supervised, bool save_activations, bool needs_states) "
+        f"-> ({outputs})"
     )
     library.define(
-        f"triton_loop_backward(Tensor grad_states, Tensor states, Tensor[] history, {tensors}, "
+        f"triton_loop_backward(Tensor grad, Tensor result, Tensor[] history, {tensors}, "
         f"{settings}, str attention) -> Tensor[]"
     )
     for key in ("CPU", "CUDA"):
@@ -249,7 +331,7 @@ def _register() -> torch.library.Library:
     name = "looped_fast::triton_loop"
     torch.library.register_fake(f"{name}_forward", _forward_fake, lib=library)
     torch.library.register_fake(f"{name}_backward", _backward_fake, lib=library)
-    loop_autograd.register("triton", _gradients, library)
+    loop_autograd.register("triton", _gradients, n_settings=6, lib=library)
 
     library.define("triton_read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias) -> Tensor")
     for key in ("CPU", "CUDA"):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from looped_fast import LoopedTransformer, ModelConfig
+from looped_fast import LoopedTransformer, ModelConfig, triton_backend
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
@@ -35,13 +35,17 @@ def pytest_configure() -> None:
 def _interpret_untraced() -> None:
     """Keep coverage out of interpreted kernels, which it makes three times slower.
 
-    They are device code, which pyproject.toml has it leave out anyway.
+    They are device code, which pyproject.toml has it leave out anyway. Where the interpreter can't
+    work the first launch of a test says so.
     """
     from triton.runtime.interpreter import GridExecutor
 
     interpret = GridExecutor.__call__
+    reason = triton_backend.why_not_interpreted()
 
     def untraced(*args: Any, **kwargs: Any) -> None:
+        if reason:
+            pytest.fail(reason, pytrace=False)
         trace = sys.gettrace()
         sys.settrace(None)
         try:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import small_model
 
-from looped_fast import backends, explain_backend
+from looped_fast import backend_times, backends, explain_backend
+from looped_fast.choice import Choice
 
 PROBLEM = backends.Problem(
     device="cpu",
@@ -72,6 +73,49 @@ def test_forcing_an_unable_backend_says_why(three_backends):
         backends.explain(PROBLEM, "triton")
 
 
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """That every backend but the CPU's can run on."""
+    providers = pytest.importorskip("looped_fast.kernels.providers", exc_type=ImportError)
+    monkeypatch.setattr(providers, "explain", lambda problem: Choice("attention", "triton", {}))
+    table = {name: lambda problem: None for name in ("triton", "compiled", "reference")}
+    monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "reference"),
+        ({"n_embd": 512}, "reference"),
+        ({"n_embd": 128}, "triton"),
+        ({"precision": "bf16"}, "triton"),
+        ({"attention": "triton"}, "triton"),
+    ],
+    ids=str,
+)
+def test_wide_fp32_products_on_a_gpu_are_left_to_cublas(a_gpu, changes, chosen):
+    explanation = backends.explain(replace(PROBLEM, device="cuda", **changes))
+    assert explanation.chosen == chosen
+    if chosen == "reference":
+        assert "predicted slower than cuBLAS in fp32" in explanation.reasons["triton"]
+        assert "backend='triton' forces it" in explanation.reasons["triton"]
+
+
+def test_products_in_tf32_are_not(a_gpu, monkeypatch):
+    monkeypatch.setattr(backend_times, "operand_precision", lambda dtype: "tf32")
+    assert backends.explain(replace(PROBLEM, device="cuda")).chosen == "triton"
+
+
+def test_fp32_kernels_can_be_forced(a_gpu):
+    assert backends.explain(replace(PROBLEM, device="cuda"), "triton").chosen == "triton"
+
+
+def test_a_compiled_step_runs_where_it_is_asked_for(a_gpu):
+    bf16 = replace(PROBLEM, device="cuda", precision="bf16")
+    assert "runs when asked for" in backends.explain(bf16).reasons["compiled"]
+    assert backends.explain(bf16, "compiled").chosen == "compiled"
+
+
 def test_an_unknown_backend_is_named_with_the_nearest():
     with pytest.raises(ValueError, match="unknown backend 'tritn'; did you mean 'triton'"):
         backends.explain(PROBLEM, "tritn")
@@ -115,6 +159,19 @@ def test_explain_backend_follows_autocast_unless_told_otherwise(monkeypatch, set
     with torch.autocast("cpu", torch.bfloat16):
         explain_backend(small_model(), batch_size=2, n_points=5, **settings)
     assert seen == [settings.get("precision", "bf16")]
+
+
+def test_explain_backend_tells_training_steps_from_inference(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem) or None}
+    )
+    explain_backend(small_model(), 2, 5)  # not replayed on a CPU
+    explain_backend(small_model(), 2, 5, replayed_training=True)
+    assert [(problem.replayed, problem.training) for problem in seen] == [
+        (False, False),
+        (True, True),
+    ]
 
 
 def test_explain_backend_respects_a_forced_one():

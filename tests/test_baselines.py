@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import baseline_loops
-from benchmarks.baseline_loops import LOOPS, one_by_one
 from looped_fast import tree_baselines
 from looped_fast.baselines import (
     BASELINES,
@@ -29,6 +27,8 @@ from looped_fast.baselines import (
 from looped_fast.tasks import TASKS, make_task, sample_batch
 from looped_fast.tree_baselines import greedy_tree
 
+baseline_loops = pytest.importorskip("benchmarks.baseline_loops", reason="needs looped_fast[eval]")
+LOOPS, one_by_one = baseline_loops.LOOPS, baseline_loops.one_by_one
 FP32_EPS = torch.finfo(torch.float32).eps
 
 

@@ -1,8 +1,11 @@
 """The benchmark program: counts right, refuses wrong results, reports what it can't measure."""
 
 import dataclasses
+import itertools
 import json
 import re
+import signal
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import compare, measure, report, workload
 from benchmarks.cases import CASES, CONTENDERS, Case, flops, modes
 from benchmarks.correctness import WrongResult, check
+from benchmarks.processes import Measuring
 from benchmarks.workload import Workload, fresh_compiler
 from looped_fast import LoopedTransformer, backends, reference
 from looped_fast.graphs import Graphs
@@ -90,6 +94,27 @@ def test_a_measurement_holds_time_rate_memory_and_threads():
     assert row["compile_s"] is None
 
 
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_a_full_batch_is_checked_and_timed_on_one_workload(mode, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        measure, "Workload", lambda *a, **k: made.append(Workload(*a, **k)) or made[-1]
+    )
+    row = measure.measure_full_batch(TINY, EAGER_BF16, mode, repeats=3, seconds=10, device="cpu")
+    assert len(made) == 1
+    assert made[0].case.batch == TINY.batch
+    assert (row["repeats"], row["launches"]) == (3, None)
+    assert 0 < row["ms_min"] <= row["ms"]
+
+
+def test_a_full_batch_with_wrong_results_is_not_timed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: WRONG_STEPS["predictions"](step))
+    monkeypatch.setattr(measure, "_times", lambda *_: pytest.fail("timed"))
+    contender = CONTENDERS["compiled step fp32"]
+    with pytest.raises(WrongResult, match=r"predictions.*is right"):
+        measure.measure_full_batch(TINY, contender, "inference", 2, 0.1, "cpu")
+
+
 def test_slow_contenders_are_repeated_twice_at_least(monkeypatch):
     monkeypatch.setattr(measure, "seconds_of", lambda *_: 30.0)
     assert measure.measure(TINY, EAGER, "inference", [1], repeats=50, seconds=20)["repeats"] == 2
@@ -128,12 +153,12 @@ def rows(**ms):
 def test_ratios_are_against_eager_fp32_and_the_best_opponent_of_the_precision():
     measured = rows(
         eager_fp32=100.0, compiled_step_fp32=80.0, eager_bf16=40.0, compiled_step_bf16=60.0,
-        engine_fp32=20.0, engine_bf16=10.0,
+        compiled_step_bf16_graphs=30.0, engine_fp32=20.0, engine_bf16=10.0,
     )  # fmt: skip
     report.add_ratios(measured, PEAK)
     engine_fp32, engine_bf16 = measured[-2:]
     assert (engine_fp32["eager_fp32_ratio"], engine_bf16["eager_fp32_ratio"]) == (5, 10)
-    assert (engine_fp32["best_opponent_ratio"], engine_bf16["best_opponent_ratio"]) == (4, 4)
+    assert (engine_fp32["best_opponent_ratio"], engine_bf16["best_opponent_ratio"]) == (4, 3)
     assert (engine_fp32["share_of_peak"], engine_bf16["share_of_peak"]) == (0.5, 0.25)
 
 
@@ -145,59 +170,111 @@ def test_without_opponents_there_are_no_ratios():
     assert re.search(r"engine bf16 +10\.00 +- +- +50 +25", report.tables(measured))
 
 
-def test_main_writes_json_with_provenance_and_a_chart(tmp_path, monkeypatch, capsys):
-    def measured(arguments, timeout=None):
-        if "--case" not in arguments:
-            return PEAK
-        if "eager bf16" in arguments:
-            raise RuntimeError("benchmarks.correctness.WrongResult: predictions: error 1e-2")
-        return rows(eager_fp32=100.0)
+class FakeMeasuring:
+    """In place of a process: says ``done`` for each job, or fails as ``failures`` has it."""
 
-    monkeypatch.setattr(compare, "measured_in_subprocess", measured)
+    started: ClassVar[list[list[str]]] = []
+    failures: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, arguments):
+        self.jobs = list(itertools.takewhile(lambda a: not a.startswith("--"), arguments))
+        self.started.append(list(self.jobs))
+
+    def next(self, timeout):
+        assert timeout > 0
+        if not self.jobs:
+            return PEAK
+        job = self.jobs.pop(0)
+        if job in self.failures:
+            raise RuntimeError(self.failures[job])
+        case, mode, contender = measure.parse_job(job)
+        (row,) = rows(**{contender.replace(" ", "_"): 100.0})
+        return row | {"case": case, "mode": mode}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Lists of jobs of the processes that are started: the first measures the peak."""
+    monkeypatch.setattr(compare, "Measuring", FakeMeasuring)
+    monkeypatch.setattr(compare, "why_not", lambda *_: None)
+    monkeypatch.setattr(FakeMeasuring, "started", [])
+    monkeypatch.setattr(FakeMeasuring, "failures", {})
+    return FakeMeasuring.started
+
+
+def test_main_writes_json_with_provenance_and_a_chart(tmp_path, monkeypatch, capsys, started):
+    reason = "benchmarks.correctness.WrongResult: predictions: error 1e-2"
+    monkeypatch.setitem(FakeMeasuring.failures, "lr inference: eager bf16", reason)
     compare.main(
         ["--cases", "lr", "--contenders", "eager fp32", "eager bf16", "--out", str(tmp_path)]
     )
     result = json.loads((tmp_path / "compare_cpu.json").read_text())
     assert {"cpu", "cores", "torch", "commit", "command", "date"} <= result["provenance"].keys()
     assert result["peak_gflops"] == PEAK
-    assert [row["contender"] for row in result["rows"]] == ["eager fp32"]
-    assert "WrongResult" in result["not_measured"][0]["reason"]
+    measured = [(row["contender"], row["mode"]) for row in result["rows"]]
+    assert measured == [
+        ("eager fp32", "training"), ("eager fp32", "inference"), ("eager bf16", "training"),
+    ]  # fmt: skip
+    assert result["not_measured"] == [
+        {"case": "lr", "mode": "inference", "contender": "eager bf16", "reason": reason}
+    ]
     page = (tmp_path / "compare_cpu.md").read_text()
     assert f"- commit: {result['provenance']['commit']}" in page
     assert "| eager fp32" in page
-    assert "- not measured: lr, eager bf16" in page
+    assert "- not measured: lr, inference, eager bf16" in page
     assert (tmp_path / "compare_cpu.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "lr, inference: B=64 S=82 D=256" in printed
-    assert "not measured: lr, eager bf16: benchmarks.correctness.WrongResult" in printed
+    assert f"not measured: lr, inference, eager bf16: {reason}" in printed
 
 
 def test_an_engine_that_can_not_run_is_explained_and_not_started(monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "cpu", lambda problem: "no compiler was found")
-    monkeypatch.setattr(compare, "measured_in_subprocess", lambda arguments: PEAK)
+    monkeypatch.setattr(compare, "Measuring", FakeMeasuring)
     result = compare.compare(["lr"], ["engine fp32"], repeats=1, seconds=1)
-    (entry,) = result["not_measured"]
-    assert (entry["case"], entry["contender"]) == ("lr", "engine fp32")
+    entry, _ = result["not_measured"]
+    assert (entry["case"], entry["mode"]) == ("lr", "training")
+    assert entry["contender"] == "engine fp32"
     assert "can't run this: no compiler was found" in entry["reason"]
 
 
-def test_only_training_tells_losses_apart(monkeypatch):
-    started = []
-    monkeypatch.setattr(
-        compare, "measured_in_subprocess", lambda arguments, *_: started.append(arguments) or PEAK
-    )
-    monkeypatch.setattr(compare, "why_not", lambda *_: None)
-    monkeypatch.setattr(report, "add_ratios", lambda *_: None)
+def test_only_training_tells_losses_apart(started):
     result = compare.compare(["lr_b1"], ["engine fp32 autograd"], repeats=1, seconds=1)
-    assert len(started) == 1  # the peak
+    assert started == [[]]  # the peak
     assert result["rows"] == result["not_measured"] == []
     assert modes(CASES["lr"], CONTENDERS["engine fp32 autograd"]) == ["training"]
 
 
-def test_after_the_budget_nothing_is_started(monkeypatch):
-    monkeypatch.setattr(compare, "measured_in_subprocess", lambda arguments: PEAK)
+def test_after_the_budget_nothing_is_started(started):
     result = compare.compare(["lr"], ["eager fp32"], repeats=1, seconds=1, budget=0)
-    assert "the 0 s of this run were over" in result["not_measured"][0]["reason"]
+    assert started == [[]]
+    reasons = [entry["reason"] for entry in result["not_measured"]]
+    assert reasons == ["the time of this run was over"] * 2
+
+
+def test_on_a_cpu_each_contender_has_a_process_of_its_own(started):
+    compare.compare(["lr", "lr_b1"], ["eager bf16"], repeats=1, seconds=1)
+    lr = ["lr training: eager bf16", "lr inference: eager bf16"]
+    assert started == [[], lr, ["lr_b1 inference: eager bf16"]]
+
+
+def test_on_a_gpu_all_but_whole_compiled_models_share_a_process(started, monkeypatch):
+    monkeypatch.setattr(compare, "provenance", lambda *_: {"load_before": 0})
+    names = ["triton bf16 graphs", "compiled step bf16 graphs", "reduce-overhead bf16"]
+    shared = [f"{job}: {name}" for name in names[:2] for job in ("lr training", "lr inference")]
+    # A process that fails is replaced, and what it had not measured yet is measured in another.
+    monkeypatch.setitem(FakeMeasuring.failures, shared[1], "CUDA error: an illegal address")
+    result = compare.compare(["lr"], names, repeats=1, seconds=1, device="cuda")
+    whole = [f"{job}: {names[2]}" for job in ("lr training", "lr inference")]
+    assert started == [[], shared, shared[2:], whole]
+    assert [row["reason"] for row in result["not_measured"]] == ["CUDA error: an illegal address"]
+    assert len(result["rows"]) == 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -254,24 +331,46 @@ def without_graphs(*args, cuda_graphs, **kwargs):
     return LoopedTransformer(*args, cuda_graphs="off", **kwargs)
 
 
-def test_a_failing_process_gives_its_last_line_as_the_reason():
-    with pytest.raises(RuntimeError, match="invalid choice: 'nobody'"):
-        compare.measured_in_subprocess(["--contender", "nobody"])
+SETTINGS = ["--threads", "1", "--repeats", "1", "--seconds", "0.1"]
+
+
+def test_a_process_prints_each_result_and_ends_with_its_reason():
+    with Measuring(["lr_b1 inference: eager bf16", "lr training: nobody", *SETTINGS]) as process:
+        assert process.next(60)["repeats"] == 2
+        with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
+            process.next(60)
 
 
 def test_a_process_that_takes_too_long_is_ended():
-    with pytest.raises(RuntimeError, match="not done after 0 s"):
-        compare.measured_in_subprocess(["--help"], timeout=0.01)
+    process = Measuring(["dt training: eager fp32", *SETTINGS])
+    with process, pytest.raises(RuntimeError, match="not done after 0 s"):
+        process.next(0.01)
+    assert process._process.returncode == -signal.SIGKILL
+
+
+def test_a_wrong_result_is_a_reason_and_the_next_one_is_measured(monkeypatch, capsys):
+    def measured(case, contender, *_):
+        if contender == EAGER:
+            raise WrongResult("predictions: error 1e-2, at most 1e-3 is right")
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(measure, "measure", measured)
+    jobs = ["lr training: eager fp32", "lr training: eager bf16"]
+    monkeypatch.setattr("sys.argv", ["measure", *jobs, *SETTINGS])
+    measure.main()
+    wrong, right = map(json.loads, capsys.readouterr().out.splitlines())
+    assert wrong["reason"].startswith("wrong result: predictions: error 1e-2")
+    assert right == {"case": "lr", "mode": "training", "contender": "eager bf16", "ms": 1.0}
 
 
 def test_quick_leaves_out_large_cases_and_compilation():
     args = compare.parse_arguments(["--quick"])
     assert args.cases == ["small", "lr_b1"]
     engines = [
-        f"engine {precision}{how}" for how in ("", " autograd", " recompute")
-        for precision in ("fp32", "bf16")
+        [f"engine {precision}{how}" for how in ("", " autograd", " recompute")]
+        for precision in ("bf16", "fp32")
     ]  # fmt: skip
-    assert args.contenders == ["eager fp32", "eager bf16", *engines]
+    assert args.contenders == [*engines[0], "eager bf16", *engines[1], "eager fp32"]
     assert compare.parse_arguments([]).cases == list(CASES)
     args = compare.parse_arguments(["--quick", "--device", "cuda"])
     assert not any(CONTENDERS[name].compiled for name in args.contenders)

@@ -38,6 +38,16 @@ def test_the_first_call_warms_up_the_second_captures_and_all_others_replay():
     assert calls == ["warm up", "capture", "replay", "replay"]
 
 
+def test_a_later_call_captures_where_that_is_asked_for():
+    subject, calls = counting(capture_at=4)
+    counts = []
+    for value in (1.0, 2.0, 3.0, 4.0, 5.0):
+        assert subject.run("key", double, torch.tensor([value])).tolist() == [2 * value]
+        counts.append(len(calls))
+    assert calls == ["warm up", "capture", "replay", "replay"]
+    assert counts == [0, 0, 1, 3, 4]
+
+
 def test_a_result_is_the_callers_own():
     subject, _ = counting()
     results = [subject.run("key", double, torch.tensor([float(i)])) for i in range(4)]
@@ -61,7 +71,27 @@ def test_the_least_recently_used_go_when_the_budget_is_spent():
     subject.run("a", double, torch.ones(1))
     assert calls == ["replay"]
     subject.run("b", double, torch.ones(1))
-    assert calls == ["replay", "capture", "replay"]  # warm still
+    assert calls == ["replay", "warm up"]  # b starts from the beginning
+
+
+def test_the_least_recently_used_go_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    subject, calls = counting()
+    for key in ("a", "a", "b", "b", "a", "c", "c"):
+        subject.run(key, double, torch.ones(1))
+    del calls[:]
+    for key in ("a", "c", "b"):
+        subject.run(key, double, torch.ones(1))
+    assert calls == ["replay", "replay", "warm up"]
+
+
+def test_keys_that_come_once_are_forgotten(monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_COUNTED", 2)
+    subject, calls = counting()
+    for key in ("a", "b", "c", "a", "c"):  # c makes a go
+        subject.run(key, double, torch.ones(1))
+    assert calls == 4 * ["warm up"] + ["capture", "replay"]
+    assert len(subject._calls) <= 2
 
 
 def test_the_newest_graph_stays_whatever_it_holds():
@@ -131,8 +161,9 @@ def test_without_memory_for_another_graph_the_others_make_room():
         subject.run(key, double, torch.ones(1))
     assert calls[-4:] == ["failed capture", "capture", "replay", "replay"]
     del calls[:]
-    subject.run("a", double, torch.ones(1))
-    assert calls == ["capture", "replay"]
+    for _ in range(2):
+        subject.run("a", double, torch.ones(1))
+    assert calls == ["warm up", "capture", "replay"]
 
 
 def test_without_memory_for_a_first_graph_there_are_none():
@@ -179,8 +210,14 @@ def small_model_with(mode):
 @pytest.fixture
 def graphed(monkeypatch):
     """A graphed loop that takes CPU tensors for CUDA's; and its calls."""
-    subject, calls = counting()
-    monkeypatch.setattr(graphs, "graphs_on", lambda device, mode: subject)
+    subjects, calls = {}, []
+
+    def graphs_on(device, mode, capture_at):
+        return subjects.setdefault(
+            device, Graphs(lambda: FakeGraph(calls), 10**9, capture_at=capture_at)
+        )
+
+    monkeypatch.setattr(graphs, "graphs_on", graphs_on)
     monkeypatch.setattr(graphs, "_is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(graphs, "_stream", lambda device: 0)
     return GraphedLoop(), calls
@@ -196,7 +233,28 @@ def test_a_loop_is_replayed_on_new_inputs_and_changed_weights(graphed):
         inputs["embeddings"] = torch.randn(2, 6, 16)
         inputs["weights"][2].mul_(1 + i / 10)  # in place, as an optimizer does
         assert torch.equal(loop(**inputs, **SETTINGS), ops.loop(**inputs, **SETTINGS))
-    assert calls == ["warm up", "capture", "replay", "replay", "replay"]
+    assert calls == ["warm up", "capture", "replay", "replay"]  # the first call is as usual
+
+
+def test_a_loop_without_an_initial_state_is_another_kind(graphed, monkeypatch):
+    op, seen = ops.loop, []
+
+    def loop_from_zeros(embeddings, positions, state, weights, **settings):
+        seen.append(state)
+        state = torch.zeros_like(embeddings) if state is None else state
+        return op(embeddings, positions, state, weights, **settings)
+
+    monkeypatch.setattr(ops, "loop", loop_from_zeros)
+    loop, calls = graphed
+    inputs = cast(loop_inputs(), torch.float32) | SETTINGS
+    zeros = inputs | {"state": torch.zeros_like(inputs["state"])}
+    expected = op(**zeros)
+    for _ in range(3):
+        assert torch.equal(loop(**inputs | {"state": None}), expected)
+    assert seen == [None, None, None]
+    loop(**zeros)
+    loop(**zeros)
+    assert calls == ["warm up", "capture", "replay", "warm up"]
 
 
 @pytest.mark.parametrize(
@@ -213,10 +271,11 @@ def test_a_loop_is_replayed_on_new_inputs_and_changed_weights(graphed):
 def test_another_kind_of_call_is_another_graph(graphed, change):
     loop, calls = graphed
     inputs = cast(loop_inputs(), torch.float32) | SETTINGS
-    loop(**inputs)
-    loop(**inputs)
+    for _ in range(3):
+        loop(**inputs)
     change(inputs)
-    assert torch.equal(loop(**inputs), ops.loop(**inputs))
+    for _ in range(2):
+        assert torch.equal(loop(**inputs), ops.loop(**inputs))
     assert calls == ["warm up", "capture", "replay", "warm up"]
 
 
@@ -229,7 +288,8 @@ def test_calls_with_gradient_are_not_replayed(graphed):
     assert inputs["weights"][2].grad is not None
     assert calls == []
     with torch.no_grad():
-        loop(**inputs, **SETTINGS)
+        for _ in range(2):
+            loop(**inputs, **SETTINGS)
     assert calls == ["warm up"]
 
 
@@ -237,8 +297,8 @@ def test_graphs_from_inference_mode_serve_outside_of_it(graphed):
     loop, calls = graphed
     inputs = cast(loop_inputs(), torch.float32)
     with torch.inference_mode():
-        loop(**inputs, **SETTINGS)
-        loop(**inputs, **SETTINGS)
+        for _ in range(3):
+            loop(**inputs, **SETTINGS)
     assert torch.equal(loop(**inputs, **SETTINGS), ops.loop(**inputs, **SETTINGS))
     assert calls.count("capture") == 1
 
@@ -248,10 +308,13 @@ def test_a_model_with_graphs_can_be_copied(graphed, duplicate):
     model = small_model()
     xs, ys = torch.randn(2, 5, 3), torch.randn(2, 5)
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(4):
             expected = model(xs, ys)
-        assert torch.equal(duplicate(model)(xs, ys), expected)
-    assert graphed[1] == ["warm up", "capture", "replay", "replay", "warm up"]
+        del graphed[1][:]
+        copied = duplicate(model)
+        for _ in range(2):
+            assert torch.equal(copied(xs, ys), expected)
+    assert graphed[1] == ["warm up"]
 
 
 def test_a_counter_of_operations_sees_them(graphed):

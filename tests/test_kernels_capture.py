@@ -19,15 +19,18 @@ N_HEADS, N_LOOPS, WINDOW = 4, 4, 3
 def recorded(injection, operand, checkpoint, attention):
     """Operations and launches of one forward and backward; no kernel runs."""
     inputs = cast(loop_inputs(B=2, S=10, D=64, n_layer=2), torch.float32)
-    tensors = (inputs["embeddings"], inputs["positions"], inputs["state"], inputs["weights"])
+    read_out = [torch.randn(1, 64), torch.randn(1)]
+    tensors = (
+        inputs["embeddings"], inputs["positions"], inputs["state"], inputs["weights"], read_out,
+    )  # fmt: skip
     keep = checkpoint == "none"
     with Recorder() as recorder, recording(execute=False) as launches:
-        states, history = loop_forward(
-            *tensors, N_HEADS, N_LOOPS, WINDOW, injection, operand, attention, keep, True
+        predictions, history = loop_forward(
+            *tensors, N_HEADS, N_LOOPS, WINDOW, injection, operand, attention, keep, True, True
         )
         loop_backward(
-            torch.empty_like(states), states, history, *tensors, N_HEADS, N_LOOPS, WINDOW,
-            injection, attention,
+            torch.empty_like(predictions), predictions, history, *tensors, N_HEADS, N_LOOPS,
+            WINDOW, injection, attention,
         )  # fmt: skip
     return recorder.shapes(), launches
 

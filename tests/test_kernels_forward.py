@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import FP32_EPS, cast, loop_inputs, naive_loop, relative_error
 
-from looped_fast import reference, triton_backend
+from looped_fast import ops, reference, triton_backend
 
 if triton_backend.why_not_loaded():
     pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
@@ -19,22 +19,27 @@ OPERANDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 def interpreted(inputs, precision, n_heads, n_loops, window, injection, keep=False):
-    """States and history."""
+    """States, or predictions of inputs with a read-out, and history."""
     return forward.loop_forward(
-        **cast(inputs, torch.float32), n_heads=n_heads, n_loops=n_loops, window=window,
-        injection=injection, operand=OPERANDS[precision], attention="triton",
-        save_activations=keep, save_start=keep and window < n_loops,
+        **{"state": None, "read_out": (), **cast(inputs, torch.float32)}, n_heads=n_heads,
+        n_loops=n_loops, window=window, injection=injection, operand=OPERANDS[precision],
+        attention="triton", save_activations=keep, save_start=keep and window < n_loops,
+        save_states=keep and "read_out" in inputs,
     )  # fmt: skip
 
 
 def check(inputs, precision, n_heads=1, n_loops=2, window=1, injection="add", keep=False):
-    """Each state's error is at most twice plain PyTorch's, plus fp32 rounding."""
+    """The error after each step is at most twice plain PyTorch's, plus fp32 rounding."""
     arguments = {"n_heads": n_heads, "n_loops": n_loops, "window": window, "injection": injection}
-    exact = reference.loop(**inputs, **arguments, precision="fp32")
-    plain = reference.loop(**cast(inputs, torch.float32), **arguments, precision=precision)
-    states, history = interpreted(inputs, precision, **arguments, keep=keep)
+
+    def plain_pytorch(dtype, precision):
+        given = {"state": None, **cast(inputs, dtype)}
+        return ops.loop(**given, **arguments, precision=precision, backend="reference")
+
+    exact, plain = plain_pytorch(torch.float64, "fp32"), plain_pytorch(torch.float32, precision)
+    result, history = interpreted(inputs, precision, **arguments, keep=keep)
     for w in range(window):
-        error, of_plain = (relative_error(s[w], exact[w]) for s in (states, plain))
+        error, of_plain = (relative_error(s[w], exact[w]) for s in (result, plain))
         assert error <= 2 * of_plain + 4 * FP32_EPS, (
             f"window step {w}: error {error:.1e}, plain PyTorch {of_plain:.1e}"
         )
@@ -52,6 +57,22 @@ def check(inputs, precision, n_heads=1, n_loops=2, window=1, injection="add", ke
 def test_states_are_as_accurate_as_plain_pytorch(injection, n_layer, precision, S):
     inputs = loop_inputs(B=3, S=S, D=64, n_layer=n_layer)
     check(inputs, precision, n_heads=2, n_loops=3, window=2, injection=injection)
+
+
+@pytest.mark.parametrize(("D", "n_outputs"), [(64, 1), (128, 2), (64, 8)])
+@pytest.mark.parametrize("injection", ["add", "mul"])
+def test_predictions_are_as_accurate_as_plain_pytorch(injection, D, n_outputs):
+    inputs = loop_inputs(B=2, S=9, D=D, n_outputs=n_outputs)
+    arguments = {"n_heads": 2, "n_loops": 3, "window": 2, "injection": injection}
+    history = check(inputs, "bf16", **arguments, keep=True)
+    assert all(tensor.isfinite().all() for tensor in history)
+
+
+@pytest.mark.parametrize("injection", ["add", "mul"])
+def test_no_state_is_the_neutral_element_of_the_injection(injection):
+    inputs = loop_inputs(B=2, S=9, D=64)
+    del inputs["state"]
+    check(inputs, "bf16", injection=injection)
 
 
 @pytest.mark.parametrize(("precision", "n_loops"), [("bf16", 30), ("fp32", 10)])

@@ -1,6 +1,8 @@
 """The choice of a kernel's configuration, with a fake GPU and timer."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,33 +11,51 @@ import torch
 
 pytest.importorskip("triton")
 
-from looped_fast.kernels import tuning
+from looped_fast.kernels import trial, tuning
 from looped_fast.kernels.attention import attention_backward_kernel, attention_forward_kernel
 from looped_fast.kernels.row_forward import row_forward_kernel
 from looped_fast.kernels.tuning import Config
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda")  # without an index: the current device
 FAST = Config(64, 64, 64, num_warps=8)
 OPTIONS = (Config(16), FAST, Config(32))
 
 
 @dataclass
 class Gpu:
-    """A GPU as far as ``choose`` can tell: FAST is fastest on it."""
+    """Two GPUs as far as ``choose`` can tell: FAST is fastest on them."""
 
     monkeypatch: pytest.MonkeyPatch
     capturing: bool = False
+    memory: bool = True
+    current: int = 0
     ran: list[Config] = field(default_factory=list)
+    ran_on: list[int] = field(default_factory=list)
 
-    def choose(self, n_rows: int = 5248, precision: str = "bf16") -> Config:
+    def choose(
+        self, n_rows: int = 5248, precision: str = "bf16", device: torch.device = CUDA
+    ) -> Config:
         return tuning.choose(
-            row_forward_kernel, width=256, precision=precision, n_rows=n_rows, device=CUDA,
-            run=self.ran.append,
+            row_forward_kernel, width=256, precision=precision, n_rows=n_rows, device=device,
+            run=self.run,
         )  # fmt: skip
 
-    def milliseconds(self, run) -> float:
-        run()
-        return 1.0 if self.ran[-1] == FAST else 2.0
+    def run(self, config: Config) -> None:
+        self.ran.append(config)
+        self.ran_on.append(self.current)
+
+    def fastest(self, options, run, precision) -> Config:
+        if not self.memory:
+            raise trial.NotTimed(options[0], torch.OutOfMemoryError("CUDA out of memory"))
+        for config in options:
+            run(config)
+        return FAST
+
+    @contextlib.contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        before, self.current = self.current, index
+        yield
+        self.current = before
 
     def new_process(self) -> None:
         self.monkeypatch.setattr(tuning, "_chosen", {})
@@ -47,11 +67,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
     made = Gpu(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "_milliseconds", made.milliseconds)
+    monkeypatch.setattr(trial, "fastest", made.fastest)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tuning, "candidates", lambda *args: OPTIONS)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary 9000")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.current)
+    monkeypatch.setattr(torch.cuda, "device", made.device)
     torch.use_deterministic_algorithms(False)  # conftest.py poisons memory through it
     return made
 
@@ -74,6 +96,47 @@ def test_a_choice_outlives_the_process(gpu: Gpu) -> None:
     (key,) = json.loads(tuning.cache_file().read_text())
     assert "Imaginary 9000" in key
     assert tuning.source_hash(row_forward_kernel) in key
+
+
+def test_a_choice_is_made_on_the_device_of_the_tensors(gpu: Gpu) -> None:
+    gpu.choose(device=torch.device("cuda", 1))
+    assert gpu.ran_on == [1, 1, 1]
+    assert gpu.current == 0
+    gpu.current = 1
+    gpu.choose()
+    assert len(gpu.ran) == 3
+
+
+def test_other_candidates_are_timed_anew(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.choose()
+    gpu.new_process()
+    monkeypatch.setattr(tuning, "candidates", lambda *args: (*OPTIONS, Config(64, 32, 32)))
+    gpu.choose()
+    assert len(gpu.ran) == 4
+
+
+def test_without_memory_for_a_trial_the_first_is_taken_and_not_kept(gpu: Gpu, caplog) -> None:
+    gpu.memory = False
+    assert gpu.choose() == OPTIONS[0]
+    assert "not timed" in caplog.text
+    assert "OutOfMemoryError: CUDA out of memory" in caplog.text
+    gpu.memory = True
+    gpu.new_process()
+    assert gpu.choose() == FAST
+
+
+def test_a_choice_can_be_postponed(gpu: Gpu) -> None:
+    postponed = []
+    with tuning.postponing(lambda *choice: postponed.append(choice)):
+        assert gpu.choose() == OPTIONS[0]
+    ((kernel, run_all, choose),) = postponed
+    assert kernel is row_forward_kernel
+    assert gpu.ran == []
+    run_all()
+    assert gpu.ran == list(OPTIONS)
+    assert choose() == FAST
+    with tuning.postponing(lambda *choice: pytest.fail("chosen before")):
+        assert gpu.choose() == FAST
 
 
 def test_another_gpu_chooses_anew(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +168,12 @@ def test_nothing_is_timed_while_a_graph_is_captured(gpu: Gpu) -> None:
     assert gpu.ran == []
 
 
+def test_a_single_candidate_needs_no_trial(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "candidates", lambda *args: OPTIONS[:1])
+    assert gpu.choose() == OPTIONS[0]
+    assert gpu.ran == []
+
+
 def test_deterministic_runs_take_the_first_candidate(gpu: Gpu) -> None:
     gpu.choose()
     torch.use_deterministic_algorithms(True)
@@ -119,27 +188,6 @@ def test_a_cpu_takes_the_first_candidate_without_running_it() -> None:
     )  # fmt: skip
     assert config == tuning.candidates("row_forward_kernel", "sm_80", 64, "fp32")[0]
     assert ran == []
-
-
-@pytest.mark.parametrize("failing", [False, True])
-def test_tensors_updated_in_place_are_given_back_as_they_were(failing: bool) -> None:
-    x = torch.arange(4.0)
-
-    def run(config: Config) -> None:
-        x.add_(1)
-        if failing:
-            raise RuntimeError("launch failed")
-
-    def milliseconds(run) -> float:
-        run()
-        return 1.0
-
-    if failing:
-        with pytest.raises(RuntimeError, match="launch failed"):
-            tuning.fastest(OPTIONS, run, [x], milliseconds)
-    else:
-        assert tuning.fastest(OPTIONS, run, [x], milliseconds) == OPTIONS[0]
-    assert torch.equal(x, torch.arange(4.0))
 
 
 def test_an_architecture_that_was_not_compiled_for_gets_what_fits_it() -> None:

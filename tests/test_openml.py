@@ -9,9 +9,7 @@ from hashlib import sha256
 from types import SimpleNamespace
 
 import numpy as np
-import pandas
 import pytest
-import sklearn.datasets
 import torch
 from conftest import FP32_EPS
 
@@ -25,6 +23,9 @@ from looped_fast.tabular_data import (
     tabular_set,
     training_prompts,
 )
+
+pandas = pytest.importorskip("pandas", reason="needs looped_fast[eval]")
+sklearn = pytest.importorskip("sklearn", reason="needs looped_fast[eval]")
 
 
 def separable(name="apart", rows=60, d=3):
@@ -131,7 +132,7 @@ def test_an_openml_set_keeps_its_numeric_columns(monkeypatch):
         fetched.append(data_id)
         return SimpleNamespace(data=frame, target=pandas.Series(["N", "P", "P"]))
 
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch)
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch)
     sets = load_sets("openml")
     assert fetched == list(tabular_data.OPENML_IDS.values())
     assert all(s.xs.shape == (3, 1) and s.labels.tolist() == [0, 1, 1] for s in sets)

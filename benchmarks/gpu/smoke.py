@@ -1,0 +1,44 @@
+"""Whether the kernels run, and are right: the loop at paper size against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+
+import torch
+import triton
+
+from benchmarks.correctness import WrongResult
+from benchmarks.gpu.accuracy import worst_error
+from benchmarks.gpu.configurations import forced
+from benchmarks.gpu.visit import Visit, say
+
+
+def run(visit: Visit) -> None:
+    """Raise WrongResult if an error is over the limit; say what Triton had to compile."""
+    compilations = {True: 0, False: 0}
+
+    def count(*, cache_hit: bool, **_: object) -> None:
+        compilations[cache_hit] += 1
+
+    triton.knobs.compilation.listener = count
+    case = visit.case("lr")
+    if not visit.dry:
+        case = dataclasses.replace(case, batch=4, n_loops=15, window=15)
+    device = visit.device if visit.dry else torch.cuda.get_device_name()
+    say(f"PyTorch {torch.__version__}, Triton {triton.__version__}, {device}, "
+        f"cache {os.environ.get('TRITON_CACHE_DIR', '~/.triton/cache')}")  # fmt: skip
+    start = time.monotonic()
+    with forced({}):
+        error = worst_error(case, visit.device)
+    seconds = time.monotonic() - start
+    say(f"the loop, forward and backward, in bf16 against float64: worst error {error.share:.2f} "
+        f"of what is right ({error.tensor}); {seconds:.1f} s")  # fmt: skip
+    say(f"kernels compiled {compilations[False]}, from the cache {compilations[True]}")
+    visit.save(
+        "smoke", worst_error=error._asdict(), s=seconds, compiled=compilations[False],
+        from_cache=compilations[True],
+    )  # fmt: skip
+    if not error.share <= 1:
+        raise WrongResult(f"{error.tensor}: {error.share:.2f} of the error that is right")
