@@ -18,11 +18,11 @@ REPORT = Path(__file__).parent / "results/compile_report.json"
 CANDIDATES = Path(tuning.__file__).with_name("candidates.json")
 FEW_SPILLS = 64  # instructions, outside loops; with more a configuration comes after the others
 LITTLE_DUPLICATION = 1.25
-# Of a loop's instructions that may be spills. A spill takes as much of the pipe to L1 and shared
-# memory as an LDS, one clock per warp, and a reload from L1 arrives after about 30. An instruction
-# in the loops of the row kernels costs that pipe 0.4 to 1.1 clocks on average: with 2 % of spills a
-# loop takes 2 to 5 % longer, or 15 % where nothing hides a wait (a loop of 750 instructions and
-# 1400 clocks: 7 reloads, 210 clocks). Predicted times count the first, and decide among the rest.
+# Share of the instructions in a kernel's loops that may be spills. A spill takes as much of the
+# pipe to L1 and shared memory as an LDS, one clock per warp, and a reload from L1 arrives after
+# about 30. An instruction in the loops of the row kernels costs that pipe 0.4 to 1.1 clocks on
+# average: with 2 % of spills loops take 2 to 5 % longer, or 15 % where nothing hides a wait (a loop
+# of 750 instructions and 1400 clocks: 7 reloads, 210 clocks). Predicted times count the first part.
 SPILL_LIMIT = 0.02
 
 
@@ -68,7 +68,7 @@ def problem(entry: Entry) -> str | None:
     if "error" in entry:
         return entry["error"]
     if entry["spill_share"] > SPILL_LIMIT:
-        return f"{entry['spill_share']:.1%} of a loop are spills, the limit is {SPILL_LIMIT:.0%}"
+        return f"{entry['spill_share']:.1%} of loops are spills, the limit is {SPILL_LIMIT:.0%}"
     if entry["shared"] > limit:
         return f"{entry['shared']} bytes of shared memory, the limit is {limit}"
     if entry["products"] and entry["precision"] != "fp32" and not entry["tensor_core"]:

@@ -59,7 +59,7 @@ class MachineCode:
     registers: int  # of a thread
     spills: int  # loads and stores of local memory, which hold registers that did not fit
     spills_in_loop: int
-    spill_share: float  # of a loop's instructions, in the loop where it is highest
+    spill_share: float  # of the instructions in loops
     shared: int  # bytes of a thread block
     products: int  # of matrices, in the kernel's source
     tensor_core: int  # matrix products
@@ -141,13 +141,12 @@ def _tool(name: str, *args: str) -> str:
 
 
 def _spill_share(code: list[int], loops: list[tuple[int, int]], spills: list[int]) -> float:
-    """Highest share of a loop's instructions that ``spills`` are; all by address, or by index."""
+    """Share of the instructions in loops that ``spills`` are; all by address, or by index."""
 
-    def within(addresses: list[int], loop: tuple[int, int]) -> int:
-        return sum(loop[0] <= address <= loop[1] for address in addresses)
+    def in_loops(addresses: list[int]) -> int:
+        return sum(any(a <= address <= b for a, b in loops) for address in addresses)
 
-    shares = (within(spills, loop) / within(code, loop) for loop in loops if within(code, loop))
-    return round(max(shares, default=0.0), 4)
+    return round(in_loops(spills) / max(1, in_loops(code)), 4)
 
 
 def measure_amd(asm: dict[str, Any], metadata: Any, arch: Architecture) -> MachineCode:

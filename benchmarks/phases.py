@@ -22,11 +22,6 @@ class Phase(NamedTuple):
     stored: int
     flops: int  # of matrix products, as issued: with what two warps both compute
 
-    @property
-    def spill_share(self) -> float:
-        """Spills over instructions."""
-        return self.spills / self.instructions if self.instructions else 0.0
-
 
 class Instruction(NamedTuple):
     """An instruction of an NVIDIA GPU, as nvdisasm prints it."""

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import compile_report, compile_store, phases
+from benchmarks import compile_report, compile_store, machine_code, phases
 from benchmarks.compile_matrix import THOROUGH, VERSIONS, all_forms, screening
 from benchmarks.compile_store import SPILL_LIMIT, Entry, Group, Key, candidates
 from benchmarks.machine_code import ARCHITECTURES
@@ -45,7 +45,7 @@ def report(*entries: Entry) -> dict[Key, Entry]:
         ({}, None),
         ({"spills": 30}, None),  # outside loops
         ({"spills": 30, "spills_in_loop": 2, "spill_share": 0.019}, None),
-        ({"spills": 30, "spill_share": 0.021}, "2.1% of a loop are spills, the limit is 2%"),
+        ({"spills": 30, "spill_share": 0.021}, "2.1% of loops are spills, the limit is 2%"),
         ({"shared": 110_000}, "110000 bytes of shared memory, the limit is 101376"),
         ({"shared": 110_000, "arch": "sm_90"}, None),
         ({"tensor_core": 0}, "without tensor cores"),
@@ -130,7 +130,7 @@ def test_a_stored_report_comes_back_and_tells_tuning_its_candidates(
         ({"spills": 8}, ["spills was 0, is 8"]),
         ({"duplication": 2.0}, ["duplication was 1.0, is 2.0"]),
         ({"tensor_core": 48}, ["tensor_core was 96, is 48"]),
-        ({"spill_share": 0.5, "spills": 1}, ["50.0% of a loop are spills, the limit is 2%"]),
+        ({"spill_share": 0.5, "spills": 1}, ["50.0% of loops are spills, the limit is 2%"]),
     ],
 )
 def test_a_regression_is_named(changes: Entry, worse: list[str]) -> None:
@@ -161,6 +161,12 @@ def test_instructions_and_loops_are_read_from_assembly() -> None:
     code, loops = phases.parse(ASSEMBLY)
     assert [i.name for i in code][:5] == ["STL", "LDGSTS", "LDL", "HMMA", "BRA"]
     assert loops == [(0x10, 0x40)]  # waits and traps after the last EXIT are none
+
+
+def test_spills_are_counted_against_all_instructions_in_loops() -> None:
+    code, loops = list(range(100)), [(10, 19), (50, 89)]
+    assert machine_code._spill_share(code, loops, spills=[5, 12, 60, 95]) == 2 / 50
+    assert machine_code._spill_share(code, [], spills=[5]) == 0
 
 
 TTIR = """
