@@ -140,7 +140,6 @@ def row_backward_kernel(
         tl.store(next_d_biases + 8 * D + columns, tl.sum(d, axis=0))
         d_out = _through_memory(d, dx2, offsets, mask)
         xhat = tl.load(xhat2 + offsets)
-        d = tl.zeros([ROWS, D], tl.float32)
         for c in range(0, 4 * D, HIDDEN_CHUNK):
             chunk = c + tl.arange(0, HIDDEN_CHUNK)
             into = tile(next_weights + 4 * D * D, c, HIDDEN_CHUNK, 0, D, D)
@@ -150,11 +149,17 @@ def row_backward_kernel(
             out = tile(next_weights + 8 * D * D, 0, D, c, HIDDEN_CHUNK, 4 * D)
             d_pre = dot(d_out, out, tl.zeros([ROWS, HIDDEN_CHUNK], tl.float32), TF32) * slope
             tl.store(next_d_biases + 4 * D + chunk, tl.sum(d_pre, axis=0))
-            d_pre = cast(d_pre, xhat.dtype)
             wide = rows[:, None] * (4 * D) + chunk[None, :]
             tl.store(hidden + wide, cast(u, xhat.dtype), mask=mask)
-            tl.store(d_hidden + wide, d_pre, mask=mask)
-            d = dot(d_pre, into, d, TF32)
+            tl.store(d_hidden + wide, cast(d_pre, xhat.dtype), mask=mask)
+        # In a loop of its own, and from memory: Triton has every group of warps compute products
+        # for itself that it sees another product follow.
+        tl.debug_barrier()
+        d = tl.zeros([ROWS, D], tl.float32)
+        for c in range(0, 4 * D, HIDDEN_CHUNK):
+            wide = rows[:, None] * (4 * D) + (c + tl.arange(0, HIDDEN_CHUNK))[None, :]
+            d_pre = tl.load(d_hidden + wide, mask=mask, other=0.0)
+            d = dot(d_pre, tile(next_weights + 4 * D * D, c, HIDDEN_CHUNK, 0, D, D), d, TF32)
         xhat = tl.load(xhat2 + offsets).to(tl.float32)
         d = normalise_backward(d, xhat, tl.load(rstd2 + rows), D) + _own(dx, offsets, mask)
         tl.debug_barrier()  # dx was read by other threads than those that now write it
