@@ -140,9 +140,9 @@ def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = 
     """Every form of every kernel in every candidate, first candidates first.
 
     At the paper's width in bf16 in the first candidate, and on GPUs whose times are predicted in
-    the second. Elsewhere, and in further candidates, it is left at the form that does most, which
-    the others are parts of; the autotuner drops what does not run. ``full``: in every candidate
-    everywhere.
+    the first three. Elsewhere, and in further candidates, it is left at the form that does most,
+    which the others are parts of; the autotuner drops what does not run. ``full``: in every
+    candidate everywhere.
     """
     ranked = []
     for precision in PRECISIONS if full else PRECISIONS[:1]:
@@ -156,7 +156,7 @@ def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = 
                 if arch.startswith("gfx") and not full:
                     continue
                 chosen = candidates.get(group, [])
-                n = len(chosen) if full else 2 if arch in GPUS else 1
+                n = len(chosen) if full else 3 if arch in GPUS else 1
                 for rank, config in enumerate(chosen[:n]):
                     job = Job(precision, i, arch, (config,), 1)
                     ranked.append(((arch not in GPUS, rank), job))

@@ -104,7 +104,8 @@ class LoopedTransformer(nn.Module):
 
     Args:
         config: shapes and recurrence.
-        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; see ``explain_backend``.
+        backend: ``auto``, ``reference``, ``compiled``, ``cpu`` or ``triton``; see
+            ``explain_backend``.
         checkpoint: ``state`` recomputes activations in the backward, which takes longer and needs
             memory for the states alone; ``none`` keeps them. See ``ops.loop``, and ``loss``.
         attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
