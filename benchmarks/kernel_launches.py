@@ -112,13 +112,14 @@ def cases(precision: str) -> tuple[Case, ...]:
             case = Case(launch.name, size, precision, form_of(launch), launch)
             found.setdefault(case[:4], case)
 
-    runs = [(loop, width, min(HEAD_DIMS)) for width in WIDTHS for loop in LOOPS]
-    runs += [(LOOPS[0], max(WIDTHS), head_dim) for head_dim in HEAD_DIMS]
+    widths = [width for width in WIDTHS if (precision, width) != ("tf32", 512)]  # which is refused
+    runs = [(loop, width, min(HEAD_DIMS)) for width in widths for loop in LOOPS]
+    runs += [(LOOPS[0], max(widths), head_dim) for head_dim in HEAD_DIMS]
     for loop, width, head_dim in runs:
         # Sizes that nothing divides, so that no accident of alignment is taken for a property.
         forward, backward = launches_of(loop, precision, 1, 10, width, head_dim)
         add(forward + backward, width)
-    for width in WIDTHS:
+    for width in widths:
         with recording(execute=False) as launches:
             read_in(
                 torch.empty(1, 5, 3), torch.empty(1, 5), torch.empty(width, 3), torch.empty(width)

@@ -6,7 +6,7 @@ block before it, going through the forward's parts in reverse:
     TAIL      dx = norm'(d_qkv @ Wqkv') + dx, where the second dx came along the residual
               gradients of what was injected; where a step begins, of the state z before it
     STEP_END  gradient of z, with its part from outside the loop (of the state itself, or of
-              predictions: d_predictions @ Wout), through scale and norm
+              predictions: grad_predictions @ Wout), through scale and norm
     HEAD      u, slope = gelu(xhat2 @ Wfc'^T + bfc'), computed again
               dpre = (dx2 @ Wproj) slope ;  dx1 = dx2 + norm'(dpre @ Wfc') ;  d_attention = dx1 @ Wo
 

@@ -111,6 +111,8 @@ def why_not(problem: Problem) -> str | None:
     # After the device: torch.export would take it for a limit of a model on the CPU too.
     if (elements := problem.batch * problem.seq_len * 4 * D) >= MAX_ELEMENTS:
         return f"{elements} hidden activations (B S 4D) are not below 2^31; use smaller batches"
+    if problem.precision == "fp32" and D == 512 and operand_precision(torch.float32) == "tf32":
+        return f"TF32 at D = {D} does not fit in registers; true float32, bf16 and fp16 do"
     if problem.precision == "fp32" and D == 512 and _has_little_shared_memory(problem):
         return (
             f"fp32 at D = {D} does not fit in the 99 KiB of shared memory that a block has on "

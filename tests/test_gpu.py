@@ -25,8 +25,10 @@ CONFIG = ModelConfig(n_dims=5, n_positions=11, n_embd=64, n_head=4, n_loops=6, w
 
 
 def on_device(inputs):
-    moved = {name: t.to(DEVICE) for name, t in inputs.items() if name != "weights"}
-    return moved | {"weights": [w.to(DEVICE) for w in inputs["weights"]]}
+    return {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else [t.to(DEVICE) for t in value]
+        for name, value in inputs.items()
+    }
 
 
 def states_and_gradients(inputs, grad: Tensor, **arguments) -> dict[str, Tensor]:
@@ -73,6 +75,31 @@ def test_a_model_predicts_the_same_on_both_devices():
 def test_the_loop_at_paper_size_against_float64(n_loops, window, precision):
     inputs = loop_inputs(B=4, S=82, D=256)
     check_loop(inputs, precision, n_heads=8, n_loops=n_loops, window=window)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("injection", ["add", "mul"])
+def test_the_loss_at_paper_size_against_float64(injection, precision):
+    """Read out in the kernels, from the neutral state, as in training."""
+    inputs = on_device(loop_inputs(B=4, S=82, D=256, n_outputs=1))
+    del inputs["state"]
+    targets = torch.randn(4, 41, 1, dtype=torch.float64, device=DEVICE)
+    settings = {"n_heads": 8, "n_loops": 20, "window": 15, "n_supervised": 10}
+
+    def gradients(dtype, precision, backend) -> dict[str, Tensor]:
+        given = require_grad(cast(inputs, dtype))
+        ops.loop_mse(
+            **given, state=None, targets=targets.to(dtype), injection=injection,
+            precision=precision, backend=backend, **settings,
+        ).backward()  # fmt: skip
+        return {name: tensor.grad for name, tensor in leaves(given).items()}
+
+    truth = gradients(torch.float64, "fp32", "reference")
+    plain = gradients(torch.float32, precision, "reference")
+    fast = gradients(torch.float32, precision, "triton")
+    for name, exact in truth.items():
+        limit = 3 * relative_error(plain[name], exact) + 4 * FP32_EPS
+        assert relative_error(fast[name], exact) <= limit, name
 
 
 def test_tf32_is_as_good_as_pytorchs(monkeypatch):

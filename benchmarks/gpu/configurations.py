@@ -11,8 +11,8 @@ from unittest import mock
 from looped_fast.kernels import tuning
 from looped_fast.kernels.tuning import Config
 
-# Beside those of kernels/candidates.json. 64 rows and more use wgmma on sm_90: Triton 3.6 compiles
-# these without a spill in a loop, 3.9 some of them with one.
+# Beside those of kernels/candidates.json, in case a prediction is wrong; 64 rows and more use wgmma
+# on sm_90.
 EXTRA = {
     "row_forward_kernel": (
         (32, 32, 32, 4, 2), (32, 64, 64, 4, 2), (32, 64, 64, 8, 2), (16, 64, 64, 4, 2),
