@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from fake_graphs import FakeGraph, Recorder
+from test_cpu_engine_robustness import needs_engine
 
 from looped_fast import LoopedTransformer
 from looped_fast.graphs import Graphs
@@ -77,7 +78,7 @@ def test_replayed_steps_train_as_eager_ones_bit_for_bit(tmp_path, task, amp):
         {"recompute": True},
         {"injection": "mul"},
         {"n_layer": 2},
-        {"backend": "cpu"},
+        pytest.param({"backend": "cpu"}, marks=needs_engine),
         {"model": "tied", "injection": "none", "n_loops": 2, "curriculum": Growths()},
     ],
     ids=lambda changes: next(iter(changes)),
