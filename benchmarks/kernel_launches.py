@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from looped_fast import triton_backend
+from looped_fast.kernels.few_rows import MAX_ROWS
 from looped_fast.kernels.launch import Launch, recording
 from looped_fast.kernels.read_in import read_in
 
@@ -113,11 +114,15 @@ def cases(precision: str) -> tuple[Case, ...]:
             found.setdefault(case[:4], case)
 
     widths = [width for width in WIDTHS if (precision, width) != ("tf32", 512)]  # which is refused
-    runs = [(loop, width, min(HEAD_DIMS)) for width in widths for loop in LOOPS]
-    runs += [(LOOPS[0], max(widths), head_dim) for head_dim in HEAD_DIMS]
-    for loop, width, head_dim in runs:
-        # Sizes that nothing divides, so that no accident of alignment is taken for a property.
-        forward, backward = launches_of(loop, precision, 1, 10, width, head_dim)
+    runs = [(loop, 1, width, min(HEAD_DIMS)) for width in widths for loop in LOOPS]
+    runs += [(LOOPS[0], 1, max(widths), head_dim) for head_dim in HEAD_DIMS]
+    # Sizes that nothing divides, so that no accident of alignment is taken for a property.
+    seq_len = 10
+    many = MAX_ROWS // seq_len + 1  # sequences
+    unsaved = [loop for loop in LOOPS if not loop.training or loop.checkpoint == "state"]
+    runs += [(loop, many, width, min(HEAD_DIMS)) for width in widths for loop in unsaved]
+    for loop, batch, width, head_dim in runs:
+        forward, backward = launches_of(loop, precision, batch, seq_len, width, head_dim)
         add(forward + backward, width)
     for width in widths:
         with recording(execute=False) as launches:

@@ -82,7 +82,9 @@ def loop_backward(
             saved = _of_steps(history, L, first, last)
         else:
             before = states[first - 1] if first else start
-            run_steps(before, history, inputs, weights[-2:], n_heads, 1, 1, attention, scratch)
+            run_steps(
+                before, history, inputs, weights[-2:], n_heads, 1, 1, attention, True, scratch
+            )
             saved = _of_steps(history, L, 0, 1)
         ends = None  # (block, step of the chunk) whose attention backward came before
         for step in reversed(range(last - first)):

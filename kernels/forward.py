@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from looped_fast.kernels import few_rows
+from looped_fast.kernels.few_rows import Arguments, FewRows
 from looped_fast.kernels.fold import fold
 from looped_fast.kernels.history import History, empty_history, with_scratch
 from looped_fast.kernels.launch import launch
@@ -99,10 +101,47 @@ def loop_forward(
         n_loops,
         window,
         attention,
+        save_activations,
         states if len(states) else None,
         reading,
     )
     return result, history
+
+
+class Rows:
+    """Launches of the rows' kernel, in the tiles that suit so many rows."""
+
+    def __init__(
+        self,
+        like: Tensor,  # [B, S, D] fp32
+        operand: torch.dtype,
+        common: tuple[Arguments, Arguments, Arguments],  # of ``launch``, in its commonest form
+    ) -> None:
+        self.x, self.S, self.D = torch.empty_like(like), *like.shape[-2:]
+        precision = operand_precision(operand)
+        self.tf32 = precision == "tf32"
+        self.config = choose(
+            row_forward_kernel,
+            width=self.D,
+            precision=precision,
+            n_rows=like[..., 0].numel(),
+            device=like.device,
+            run=lambda config: self._launch(config, *common),
+        )
+
+    def launch(self, head: Arguments, step_end: Arguments, tail: Arguments) -> None:
+        """From one attention to the next."""
+        self._launch(self.config, head, step_end, tail)
+
+    def _launch(
+        self, config: Config, head: Arguments, step_end: Arguments, tail: Arguments
+    ) -> None:
+        n_rows, read_out_bias = self.x[..., 0].numel(), step_end[6]
+        launch(
+            row_forward_kernel, (triton.cdiv(n_rows, config.rows),), self.x, *head, *step_end,
+            *tail, n_rows, self.S, config=config, D=self.D, TF32=self.tf32,
+            OUTPUTS=0 if read_out_bias is None else len(read_out_bias),
+        )  # fmt: skip
 
 
 def run_steps(
@@ -114,6 +153,7 @@ def run_steps(
     n_loops: int,
     window: int,
     attention: str,
+    save_activations: bool,
     states: Tensor | None,
     read_out: ReadOut | None = None,
 ) -> None:
@@ -121,13 +161,14 @@ def run_steps(
 
     Args:
         state: before the first step, [B, S, D]; None for the injection's neutral element.
-        history: with slots for all steps of the window, or scratch.
+        history: with slots for all steps of the window if ``save_activations``, or scratch.
         inputs: what every step gets.
         norm: scale and shift of the final LayerNorm, [D] each.
         n_heads: H.
         n_loops: how many steps to run.
         window: last steps whose results are wanted, W.
         attention: name of the attention provider.
+        save_activations: whether a backward needs them.
         states: after the last steps, [W, B, S, D]; None where nobody wants them.
         read_out: makes predictions of these states; None where nobody wants any.
     """
@@ -135,10 +176,6 @@ def run_steps(
     n_layer = len(history.folded_weights)
     before = n_loops - window  # steps before the window
     n_slots = len(history.qkv)
-    keep = n_slots == n_layer * window
-    n_outputs = len(read_out.bias) if read_out else 0
-    tf32 = operand_precision(history.qkv.dtype) == "tf32"
-    x = torch.empty_like(inputs.shift)
 
     def slot(step: int, block: int) -> int:
         """Steps before the window leave their activations where its first step does."""
@@ -150,7 +187,7 @@ def run_steps(
         kept: list[Tensor | None] = [None, None]
         z = None
         if w >= 0:
-            kept = [history.xhatf[w], history.rstdf[w]] if keep else kept
+            kept = [history.xhatf[w], history.rstdf[w]] if save_activations else kept
             z = None if states is None else states[w]
         elif w == -1 and len(history.start):
             z = history.start
@@ -159,8 +196,10 @@ def run_steps(
         weight, bias, targets, predictions = read_out
         return [*norm, *kept, z, weight, bias, predictions[i], targets]
 
-    def rows(config: Config, ends: tuple[int, int] | None, begins: tuple[int, int] | None) -> None:
-        """From the attention of one (step, block) to that of the next."""
+    def arguments(
+        ends: tuple[int, int] | None, begins: tuple[int, int] | None
+    ) -> tuple[Arguments, Arguments, Arguments]:
+        """HEAD, STEP_END and TAIL from the attention of one (step, block) to that of the next."""
         head: list[Tensor | None] = [None] * 5
         middle: list[Tensor | None] = [None] * 9
         tail: list[Tensor | None] = [None] * 7
@@ -184,25 +223,19 @@ def run_steps(
                 history.folded_weights[block], history.folded_biases[block],
                 history.xhat1[i], history.rstd1[i], history.qkv[i],
             ]  # fmt: skip
-        launch(
-            row_forward_kernel, (triton.cdiv(B * S, config.rows),), x, *head, *middle, *tail,
-            B * S, S, config=config, D=D, TF32=tf32,
-            OUTPUTS=0 if middle[7] is None else n_outputs,
-        )  # fmt: skip
+        return head, middle, tail
 
-    config = choose(
-        row_forward_kernel,
-        width=D,
-        precision=operand_precision(history.qkv.dtype),
-        n_rows=B * S,
-        device=x.device,
-        run=lambda config: rows(config, (before, n_layer - 1), (before, 0)),
-    )
+    rows: FewRows | Rows
+    if not save_activations and B * S <= few_rows.MAX_ROWS:
+        rows = FewRows(inputs.shift, history.qkv.dtype)
+    else:
+        common = arguments((before, n_layer - 1), (before, 0))
+        rows = Rows(inputs.shift, history.qkv.dtype, common)
     attend = PROVIDERS[attention].forward
     order = [(step, block) for step in range(n_loops) for block in range(n_layer)]
-    rows(config, None, order[0])
+    rows.launch(*arguments(None, order[0]))
     for here, following in zip(order, [*order[1:], None], strict=True):
         i = slot(*here)
         qkv, out = history.qkv[i].view(B, S, 3 * D), history.attention[i].view(B, S, D)
         attend(qkv, out, history.lse[i], n_heads)
-        rows(config, here, following)
+        rows.launch(*arguments(here, following))

@@ -29,7 +29,8 @@ def tile(matrix, row, ROWS: tl.constexpr, column, COLUMNS: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _add_bias(y, bias):
+def add_bias(y, bias):
+    """y + bias, of parts."""
     PART: tl.constexpr = y[0].shape[1]
     total = ()
     for i in tl.static_range(len(y)):
@@ -56,7 +57,7 @@ def _norm(y, xhat, rstd, rows, valid, D: tl.constexpr):
 
 
 @triton.jit
-def _linear(x, weight, bias, row, OUT: tl.constexpr, TF32: tl.constexpr):
+def linear(x, weight, bias, row, OUT: tl.constexpr, TF32: tl.constexpr):
     """Outputs row .. row + OUT of a layer: x @ weight[rows]^T + bias[rows]. x: [ROWS, D]."""
     ROWS: tl.constexpr = x.shape[0]
     D: tl.constexpr = x.shape[1]
@@ -65,15 +66,15 @@ def _linear(x, weight, bias, row, OUT: tl.constexpr, TF32: tl.constexpr):
 
 
 @triton.jit
-def _hidden(xhat, weights, biases, c, CHUNK: tl.constexpr, TF32: tl.constexpr):
+def hidden_units(xhat, weights, biases, c, CHUNK: tl.constexpr, TF32: tl.constexpr):
     """Hidden units c .. c + CHUNK of a block's MLP after GELU, as an operand. xhat: [ROWS, D]."""
     D: tl.constexpr = xhat.shape[1]
-    y = _linear(xhat, weights + 4 * D * D, biases + 4 * D, c, CHUNK, TF32)
+    y = linear(xhat, weights + 4 * D * D, biases + 4 * D, c, CHUNK, TF32)
     return cast(gelu(y, xhat.dtype != tl.float32), xhat.dtype)
 
 
 @triton.jit
-def _add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
+def add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
     """y + x @ weight[:, column : column + IN]^T, with x [ROWS, IN] and a weight WIDTH wide."""
     PART: tl.constexpr = y[0].shape[1]
     total = ()
@@ -81,6 +82,58 @@ def _add_product(y, x, weight, column, WIDTH: tl.constexpr, TF32: tl.constexpr):
         part = tile(weight, i * PART, PART, column, x.shape[1], WIDTH)
         total += (dot(x, tl.trans(part), y[i], TF32),)
     return total
+
+
+@triton.jit
+def end_step(
+    y, norm_weight, norm_bias, xhatf, rstdf, state, read_out_weight, read_out_bias, predictions,
+    targets, rows, stored, S, D: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """z of the rows ``y``; it and what else is not None goes to memory where ``stored``.
+
+    Arguments are those of ``row_forward_kernel``.
+    """
+    PART: tl.constexpr = y[0].shape[1]
+    columns = tl.arange(0, PART)
+    offsets = rows[:, None] * D + columns[None, :]
+    mean, rstd = statistics(y, D)
+    if rstdf is not None:
+        tl.store(rstdf + rows, rstd, mask=stored)
+    z = ()
+    for i in tl.static_range(D // PART):
+        part = (y[i] - mean[:, None]) * rstd[:, None]
+        if xhatf is not None:
+            rounded = cast(part, xhatf.dtype.element_ty)
+            tl.store(xhatf + i * PART + offsets, rounded, mask=stored[:, None])
+        part *= tl.load(norm_weight + i * PART + columns)[None, :]
+        part += tl.load(norm_bias + i * PART + columns)[None, :]
+        if state is not None:
+            tl.store(state + i * PART + offsets, part, mask=stored[:, None])
+        z += (part,)
+    if predictions is not None:
+        for output in tl.static_range(OUTPUTS):
+            weight = read_out_weight + output * D + columns
+            dots = tl.sum(z[0] * tl.load(weight)[None, :], axis=1)
+            for i in tl.static_range(1, D // PART):
+                dots += tl.sum(z[i] * tl.load(weight + i * PART)[None, :], axis=1)
+            dots += tl.load(read_out_bias + output)
+            if targets is not None:
+                token = rows % S
+                point = rows // S * ((S + 1) // 2) + token // 2
+                target = tl.load(targets + point * OUTPUTS + output)
+                dots = tl.where(token % 2 == 0, dots - target, 0.0)
+            tl.store(predictions + rows * OUTPUTS + output, dots, mask=stored)
+    return z
+
+
+@triton.jit
+def inject(z, scale, shift, offsets):
+    """A part of a block's input, from what the step or block before left."""
+    if scale is not None:
+        z *= tl.load(scale + offsets)
+    if shift is not None:
+        z += tl.load(shift + offsets)
+    return z
 
 
 # Slots of one statistic a row start at any multiple of 4 bytes: no reason to compile twice.
@@ -149,63 +202,35 @@ def row_forward_kernel(
             y += (tl.full([ROWS, PART], 0.0 if scale is None else 1.0, tl.float32),)
 
     if HEAD:
-        y = _add_bias(y, biases + 3 * D)
+        y = add_bias(y, biases + 3 * D)
         for c in range(0, D, HIDDEN_CHUNK):
             chunk = rows[:, None] * D + (c + tl.arange(0, HIDDEN_CHUNK))[None, :]
-            y = _add_product(y, tl.load(attention + chunk), weights + 3 * D * D, c, D, TF32)
+            y = add_product(y, tl.load(attention + chunk), weights + 3 * D * D, c, D, TF32)
         xhat = _norm(y, xhat2, rstd2, rows, valid, D)
-        y = _add_bias(y, biases + 8 * D)
+        y = add_bias(y, biases + 8 * D)
         # A chunk of hidden units is multiplied while the next one is computed. That also keeps
         # Triton from seeing two products in a row, whose first one it would have every group of
         # warps compute for itself.
-        hidden = _hidden(xhat, weights, biases, 0, HIDDEN_CHUNK, TF32)
+        hidden = hidden_units(xhat, weights, biases, 0, HIDDEN_CHUNK, TF32)
         for c in range(HIDDEN_CHUNK, 4 * D, HIDDEN_CHUNK):
-            y = _add_product(y, hidden, weights + 8 * D * D, c - HIDDEN_CHUNK, 4 * D, TF32)
-            hidden = _hidden(xhat, weights, biases, c, HIDDEN_CHUNK, TF32)
-        y = _add_product(y, hidden, weights + 8 * D * D, 4 * D - HIDDEN_CHUNK, 4 * D, TF32)
+            y = add_product(y, hidden, weights + 8 * D * D, c - HIDDEN_CHUNK, 4 * D, TF32)
+            hidden = hidden_units(xhat, weights, biases, c, HIDDEN_CHUNK, TF32)
+        y = add_product(y, hidden, weights + 8 * D * D, 4 * D - HIDDEN_CHUNK, 4 * D, TF32)
 
     if STEP_END:
-        mean, rstd = statistics(y, D)
-        if rstdf is not None:
-            tl.store(rstdf + rows, rstd, mask=valid)
-        z = ()
-        for i in tl.static_range(D // PART):
-            part = (y[i] - mean[:, None]) * rstd[:, None]
-            if xhatf is not None:
-                rounded = cast(part, xhatf.dtype.element_ty)
-                tl.store(xhatf + i * PART + offsets, rounded, mask=mask)
-            part *= tl.load(norm_weight + i * PART + columns)[None, :]
-            part += tl.load(norm_bias + i * PART + columns)[None, :]
-            if state is not None:
-                tl.store(state + i * PART + offsets, part, mask=mask)
-            z += (part,)
-        y = z
-        if predictions is not None:
-            for output in tl.static_range(OUTPUTS):
-                weight = read_out_weight + output * D + columns
-                dots = tl.sum(y[0] * tl.load(weight)[None, :], axis=1)
-                for i in tl.static_range(1, D // PART):
-                    dots += tl.sum(y[i] * tl.load(weight + i * PART)[None, :], axis=1)
-                dots += tl.load(read_out_bias + output)
-                if targets is not None:
-                    token = rows % S
-                    point = rows // S * ((S + 1) // 2) + token // 2
-                    target = tl.load(targets + point * OUTPUTS + output)
-                    dots = tl.where(token % 2 == 0, dots - target, 0.0)
-                tl.store(predictions + rows * OUTPUTS + output, dots, mask=valid)
+        y = end_step(
+            y, norm_weight, norm_bias, xhatf, rstdf, state, read_out_weight, read_out_bias,
+            predictions, targets, rows, valid, S, D, OUTPUTS,
+        )  # fmt: skip
 
     if TAIL:
         inputs = ()
         for i in tl.static_range(D // PART):
-            part = y[i]
-            if scale is not None:
-                part *= tl.load(scale + i * PART + offsets)
-            if shift is not None:
-                part += tl.load(shift + i * PART + offsets)
+            part = inject(y[i], scale, shift, i * PART + offsets)
             tl.store(x + i * PART + offsets, part, mask=mask)
             inputs += (part,)
         xhat = _norm(inputs, xhat1, rstd1, rows, valid, D)
         for c in range(0, 3 * D, COLUMNS):
-            out = _linear(xhat, next_weights, next_biases, c, COLUMNS, TF32)
+            out = linear(xhat, next_weights, next_biases, c, COLUMNS, TF32)
             chunk = rows[:, None] * (3 * D) + (c + tl.arange(0, COLUMNS))[None, :]
             tl.store(qkv + chunk, cast(out, qkv.dtype.element_ty), mask=mask)

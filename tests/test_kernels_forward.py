@@ -11,9 +11,16 @@ from looped_fast import ops, reference, triton_backend
 if triton_backend.why_not_loaded():
     pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
 
-from looped_fast.kernels import forward
+from looped_fast.kernels import few_rows, forward
 from looped_fast.kernels.fold import fold
 from looped_fast.kernels.tuning import Config, candidates
+
+
+@pytest.fixture(autouse=True)
+def rows_are_not_few(monkeypatch):
+    """For what there are, see test_kernels_few_rows."""
+    monkeypatch.setattr(few_rows, "MAX_ROWS", 0)
+
 
 OPERANDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
