@@ -1,4 +1,6 @@
-"""Predicts time per training step on a GPU that is not there: ``python -m benchmarks.roofline``.
+"""Predicts times on a GPU that is not there: ``python -m benchmarks.roofline``.
+
+Those of training steps at the paper's size, and of inference with one prompt.
 
 **A prediction, not a measurement.** Our kernels are predicted from the compile report, by
 ``predicted_time``; PyTorch's ops from their shapes, see ``ASSUMPTIONS``.
@@ -6,14 +8,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import predicted_time
@@ -23,7 +28,7 @@ from benchmarks.kernel_launches import form_of, weights_of
 from benchmarks.predicted_time import GRAPH_START, H100, Gpu
 from benchmarks.work import CountingOps, Op, compiled, is_product
 from looped_fast import reference
-from looped_fast.kernels import backward, forward, tuning
+from looped_fast.kernels import backward, few_rows, forward, tuning
 from looped_fast.kernels.launch import Launch, recording
 from looped_fast.kernels.tuning import Config
 
@@ -34,11 +39,13 @@ SHORT = {
 }
 HALF_RATE = 320  # a product that sums over so many terms reaches half of the matrix rate
 L2_SIZE = 50e6  # bytes
+STEP_BYTES = 32  # of a residual's element in a loop step: x and e in fp32, 12 values in bf16
 # Read-in, loss, clipping and optimizer of every contender, and the read-out of PyTorch's: little
 # more for them than for our kernels, which read out as they go.
-SMALL_LAUNCHES = 100
+SMALL_LAUNCHES = {"training": 100, "inference": 5}
 ASSUMPTIONS = f"""Prediction for one {H100.name}, bf16, from counted work and these assumptions:
 - our kernels: benchmarks/predicted_time.py, in the candidates that take least at the case's size;
+  from L2 alone where what a loop step reads and writes fits into half of it;
   a form that was not compiled counts as the one that does most;
 - PyTorch's products that sum over K terms reach K / (K + {HALF_RATE}) of
   {H100.flops / 1e12:.0f} TFLOP/s;
@@ -46,8 +53,9 @@ ASSUMPTIONS = f"""Prediction for one {H100.name}, bf16, from counted work and th
   of the L2 cache, {H100.l2_bandwidth / 1e12:.1f}, where all of them fit into half of it;
 - PyTorch's attention takes as long as ours, which favours PyTorch;
 - a compiled step has one kernel between two products;
-- a kernel of a CUDA graph takes {1e6 * GRAPH_START:.1f} us or more, and {SMALL_LAUNCHES} of these
-  are added for everything outside the loop."""
+- a kernel of a CUDA graph takes {1e6 * GRAPH_START:.1f} us or more, and for everything outside the
+  loop {SMALL_LAUNCHES["training"]} of these are added to a training step, \
+{SMALL_LAUNCHES["inference"]} to inference."""
 
 
 class Part(NamedTuple):
@@ -58,7 +66,7 @@ class Part(NamedTuple):
 
 
 def ours(case: Case, report: Report, version: str, configs: dict[str, Config]) -> list[Part]:
-    """What the Triton backend launches for the loop of a training step.
+    """What the Triton backend launches for the loop of a training step, or of inference.
 
     Args:
         case: the size.
@@ -66,8 +74,9 @@ def ours(case: Case, report: Report, version: str, configs: dict[str, Config]) -
         version: of Triton, whose entries count.
         configs: kernel -> configuration, for those that are not to be the best predicted.
     """
+    tensors = _tensors(case)
     with recording(execute=False) as launches, CountingOps() as ops:
-        _run(case)
+        _run(case, *tensors)
     parts = []
     for name in dict.fromkeys(launch.name for launch in launches):
         same = [launch for launch in launches if launch.name == name]
@@ -104,19 +113,27 @@ def _kernel(
             f"run python -m benchmarks.compile_report --update"
         )
     S = 2 * case.n_points
-    rows, trips = case.batch * S, ()
-    programs = -(-rows // config.rows)
-    name = f"{launches[0].name.removesuffix('_kernel')} {' '.join(map(str, config.astuple()))}"
-    if launches[0].name.startswith("attention_"):
+    trips: tuple[float, ...] = ()
+    name = launches[0].name.removesuffix("_kernel")
+    programs = None  # those of each launch
+    if name.startswith("row_"):
+        programs = -(-case.batch * S // config.rows)
+    elif name.startswith("attention_"):
         programs = case.batch * case.n_head * -(-S // config.rows)
         trips = attention_trips(launches[0].name, S, config)
-    elif not launches[0].name.startswith("row_"):
-        programs, name = launches[0].grid[0], launches[0].name.removesuffix("_kernel")
-    times = {
-        form: predicted_time.seconds(entry, programs, H100, trips)
-        for form, entry in entries.items()
-    }
-    return [Part(name, times.get(form_of(launch), max(times.values()))) for launch in launches]
+    if programs:
+        name += " " + " ".join(map(str, config.astuple()))
+
+    gpu = H100
+    if case.batch * S * case.n_embd * STEP_BYTES < L2_SIZE / 2:  # nothing comes from DRAM
+        gpu = replace(H100, bandwidth=H100.l2_bandwidth)
+
+    def seconds(launch: Launch) -> float:
+        form, n = form_of(launch), programs or math.prod(launch.grid)
+        alike = [entries[form]] if form in entries else entries.values()
+        return max(predicted_time.seconds(entry, n, gpu, trips) for entry in alike)
+
+    return [Part(name, seconds(launch)) for launch in launches]
 
 
 def attention_trips(kernel: str, seq_len: int, config: Config) -> tuple[float, ...]:
@@ -147,44 +164,60 @@ def op_seconds(op: Op, gpu: Gpu) -> float:
     return max(GRAPH_START, op.flops / rate, op.bytes / bandwidth)
 
 
-def _run(case: Case) -> None:
-    """Host code of the loop's forward and backward, with what it would choose on an H100."""
+def _tensors(case: Case) -> tuple[list[Any], Tensor]:
+    """Tensors of ``loop_forward``, up to the read-out, and targets; none holds anything."""
     S, D = 2 * case.n_points, case.n_embd
-    architecture = mock.patch.object(tuning, "architecture", return_value=H100.arch)
-    with architecture, torch.device("meta"):
-        embeddings, targets = torch.zeros(case.batch, S, D), torch.zeros(case.batch, S // 2, 1)
-        positions, weights = torch.zeros(S, D), weights_of(1, D)
-        read_out = [torch.zeros(1, D), torch.zeros(1)]
-        tensors = (embeddings, positions, None, weights, read_out)
-        loop = (case.n_head, case.n_loops, case.window, "add")
-        errors, history = forward.loop_forward(
-            *tensors, *loop, torch.bfloat16, "triton", True, False, False, targets
-        )
-        backward.loop_backward(errors, errors, history, *tensors, *loop, "triton")
+    with torch.device("meta"):
+        embeddings, targets = torch.empty(case.batch, S, D), torch.empty(case.batch, S // 2, 1)
+        read_out = [torch.empty(1, D), torch.empty(1)]
+        return [embeddings, torch.empty(S, D), None, weights_of(1, D), read_out], targets
+
+
+def _run(case: Case, tensors: list[Any], targets: Tensor) -> None:
+    """Host code of the loop's forward and backward, with what it would choose on an H100."""
+    training = _mode(case) == "training"
+    loop = (case.n_head, case.n_loops, case.window if training else 1, "add")
+    with mock.patch.object(tuning, "architecture", return_value=H100.arch):
+        result, history = forward.loop_forward(
+            *tensors, *loop, torch.bfloat16, "triton", training, False, False,
+            targets if training else None,
+        )  # fmt: skip
+        if training:
+            backward.loop_backward(result, result, history, *tensors, *loop, "triton")
+
+
+def _mode(case: Case) -> str:
+    """What is predicted of a case: training where it has that."""
+    return case.modes[0]
 
 
 def plain(case: Case, precision: str = "bf16") -> list[Op]:
-    """What plain PyTorch launches for the loop of a training step."""
-    S, D = 2 * case.n_points, case.n_embd
+    """What plain PyTorch launches for the loop of a training step, or of inference."""
+    S, D, training = 2 * case.n_points, case.n_embd, _mode(case) == "training"
     with FakeTensorMode(), CountingOps() as ops:
         embeddings, state = torch.zeros(case.batch, S, D), torch.zeros(case.batch, S, D)
         positions, weights = torch.zeros(S, D), weights_of(1, D)
         for tensor in (embeddings, positions, *weights):
-            tensor.requires_grad_()
+            tensor.requires_grad_(training)
         ops.ops.clear()
         states = reference.loop(
-            embeddings, positions, state, weights, case.n_head, case.n_loops, case.window, "add",
-            precision,
+            embeddings, positions, state, weights, case.n_head, case.n_loops,
+            case.window if training else 1, "add", precision,
         )  # fmt: skip
-        states.backward(torch.zeros_like(states))
+        if training:
+            states.backward(torch.zeros_like(states))
     return ops.ops
 
 
 def contenders(case: Case, report: Report) -> dict[str, list[Part]]:
-    """Kernels of a training step's loop, of everyone compared."""
+    """Kernels of the loop of a training step, or of inference, of everyone compared."""
     versions = sorted({key.triton for key in report})
-    short = ours(case, report, versions[0], SHORT)
-    found = {f"ours in tiles of 32 rows, Triton {versions[0]}": short}
+    if _mode(case) == "training":
+        worse, how = ours(case, report, versions[0], SHORT), "in tiles of 32 rows"
+    else:
+        with mock.patch.object(few_rows, "MAX_ROWS", 0):
+            worse, how = ours(case, report, versions[0], {}), "as for many rows"
+    found = {f"ours {how}, Triton {versions[0]}": worse}
     for version in versions:
         found[f"ours, Triton {version}"] = ours(case, report, version, {})
     kernels, ops = found[f"ours, Triton {versions[0]}"], plain(case)
@@ -193,22 +226,27 @@ def contenders(case: Case, report: Report) -> dict[str, list[Part]]:
     return found
 
 
-def step_seconds(parts: list[Part]) -> float:
-    """Predicted time of a training step: its loop, and what surrounds it."""
-    return sum(part.seconds for part in parts) + SMALL_LAUNCHES * GRAPH_START
+def total_seconds(case: Case, parts: list[Part]) -> float:
+    """Predicted time of a training step or a call: its loop, and what surrounds it."""
+    return sum(part.seconds for part in parts) + SMALL_LAUNCHES[_mode(case)] * GRAPH_START
 
 
 def main() -> int:
     """The command."""
     report = load()
     print(ASSUMPTIONS)
-    for name in ("lr", "dt"):
-        found = contenders(CASES[name], report)
+    for name in ("lr", "dt", "lr_b1", "dt_b1"):
+        case = CASES[name]
+        found = contenders(case, report)
         steps = [
-            (contender, len(parts) + SMALL_LAUNCHES, 1e3 * step_seconds(parts))
+            (
+                contender,
+                len(parts) + SMALL_LAUNCHES[_mode(case)],
+                1e3 * total_seconds(case, parts),
+            )
             for contender, parts in found.items()
         ]
-        headers = (f"{name}: contender", "launches", "predicted ms")
+        headers = (f"{name}, {_mode(case)}: contender", "launches", "predicted ms")
         print("\n" + tabulate(steps, headers=headers, floatfmt=".2f"))
         print("\n" + tabulate(_kernels(found), headers=_KERNEL_HEADERS, floatfmt=".1f"))
     return 0

@@ -177,10 +177,12 @@ class _Rows:
         self.d_scale = torch.zeros_like(embeddings) if injection == "mul" else None
 
         L, steps = outputs.d_qkv.shape[:2]
-        saved, last = _of_steps(history, L, 0, min(2, steps)), min(2, steps) - 1
+        n = min(2, steps)
+        saved = _of_steps(history, L, 0, n)
+        first = window - n if 2 * len(grad) > window else 0  # with a gradient, or without
 
         def run(config: Config) -> None:  # the commonest form: between two steps
-            self._run(config, self._sums(config, 2), saved, 0, (0, last), (L - 1, 0))
+            self._run(config, self._sums(config, window), saved, first, (0, n - 1), (L - 1, 0))
 
         self.config = choose(
             row_backward_kernel,

@@ -186,8 +186,9 @@ class FewRows:
         N, tiles = self.n_rows, triton.cdiv(self.n_rows, ROWS)
         attention, weights, biases, *_ = head
         norm_weight, norm_bias, _, _, state, *read_out = step_end
+        read_out_bias = read_out[1]
         scale, shift, next_weights, next_biases, _, _, qkv = tail
-        x = self.x
+        x: Tensor | None = self.x
         if attention is None:
             x, state = state, None
         else:
@@ -204,5 +205,5 @@ class FewRows:
             few_rows_input_kernel, (tiles, 1 if qkv is None else 3 * self.D // self.input.columns),
             x, norm_weight, norm_bias, state, *read_out, scale, shift, next_weights, next_biases,
             None if qkv is None else self.block_input, qkv, N, self.S, config=self.input,
-            OUTPUTS=0 if read_out[0] is None else len(read_out[1]), **self.constexprs,
+            OUTPUTS=0 if read_out_bias is None else len(read_out_bias), **self.constexprs,
         )  # fmt: skip

@@ -229,7 +229,9 @@ def run_steps(
     if not save_activations and B * S <= few_rows.MAX_ROWS:
         rows = FewRows(inputs.shift, history.qkv.dtype)
     else:
-        common = arguments((before, n_layer - 1), (before, 0))
+        n_wanted = window if read_out is None else len(read_out.predictions)
+        step = n_loops - 1 if 2 * n_wanted > n_loops else 0
+        common = arguments((step, n_layer - 1), (step, 0))
         rows = Rows(inputs.shift, history.qkv.dtype, common)
     attend = PROVIDERS[attention].forward
     order = [(step, block) for step in range(n_loops) for block in range(n_layer)]

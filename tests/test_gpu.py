@@ -102,6 +102,26 @@ def test_the_loss_at_paper_size_against_float64(injection, precision):
         assert relative_error(fast[name], exact) <= limit, name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("injection", ["add", "mul"])
+@pytest.mark.parametrize("S", [82, 202])
+def test_a_prompt_alone_is_as_accurate_as_by_pytorch(S, injection, precision):
+    """In the kernels for few rows."""
+    inputs = on_device(loop_inputs(B=1, S=S, D=256, n_outputs=1))
+    del inputs["state"]
+
+    def predictions(dtype, precision, backend) -> Tensor:
+        return ops.loop(
+            **cast(inputs, dtype), state=None, n_heads=8, n_loops=20, window=1,
+            injection=injection, precision=precision, backend=backend,
+        )  # fmt: skip
+
+    truth = predictions(torch.float64, "fp32", "reference")
+    plain = predictions(torch.float32, precision, "reference")
+    fast = predictions(torch.float32, precision, "triton")
+    assert relative_error(fast, truth) <= 2 * relative_error(plain, truth) + 4 * FP32_EPS
+
+
 def test_tf32_is_as_good_as_pytorchs(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     check_loop(loop_inputs(B=4, S=82, D=256), "fp32", n_heads=8, n_loops=15, window=15)

@@ -1,5 +1,8 @@
 """Predicted times: against the review of the kernels, against hand formulas, and their rules."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
@@ -146,6 +149,18 @@ def test_launches_of_a_training_step() -> None:
     assert count("product") == 4  # the weights' gradients, all steps of the window in each
 
 
+def test_launches_of_inference() -> None:
+    report, case = load(), replace(small(n_loops=3), batch=1, modes=("inference",))
+    version = next(iter(report)).triton
+    parts = roofline.ours(case, report, version, {})
+    counts = Counter(part.name.split(" ")[0] for part in parts)
+    assert counts == {
+        "fold": 1, "few_rows_input": 4, "attention_forward": 3, "few_rows_output": 3,
+        "few_rows_project": 3,
+    }  # fmt: skip
+    assert len(roofline.plain(case, "fp32")) == 3 * 13 + 1  # a step each, and the result
+
+
 def test_plain_pytorch_is_counted_op_by_op() -> None:
     few, many = roofline.plain(small(3, 1), "fp32"), roofline.plain(small(4, 1), "fp32")
     step = many[: len(many) - len(few)]
@@ -198,12 +213,25 @@ def test_reading_and_writing_are_counted_by_memory() -> None:
     assert relu.reads == product.writes == relu.writes
 
 
+def test_one_prompt_is_predicted_to_be_faster_in_the_kernels_for_few_rows() -> None:
+    """And than a compiled step in a graph."""
+    report = load()
+    for name in ("lr_b1", "dt_b1"):
+        case = CASES[name]
+        found = roofline.contenders(case, report)
+        times = {who: roofline.total_seconds(case, parts) for who, parts in found.items()}
+        ours = [time for who, time in times.items() if who.startswith("ours, ")]
+        assert len(ours) == 2
+        others = [time for who, time in times.items() if not who.startswith("ours, ")]
+        assert max(ours) < min(others)
+
+
 def test_the_goal_is_met_by_prediction() -> None:
     """A training step on an H100, in milliseconds; issue 13."""
     report = load()
     for version in sorted({key.triton for key in report}):
         lr, dt = (
-            roofline.step_seconds(roofline.ours(CASES[name], report, version, {}))
+            roofline.total_seconds(CASES[name], roofline.ours(CASES[name], report, version, {}))
             for name in ("lr", "dt")
         )
         assert 1e3 * lr <= 2.3

@@ -52,6 +52,7 @@ def runs_of_measure() -> Iterator[Run]:
         yield Loop("add", 1, n_loops, 15, n_supervised=15), "bf16", Shape(), True
     yield Loop("add", 1, 15, 15, n_outputs=0), "bf16", Shape(), True
     yield Loop("add", 1, 20, 1, training=False), "bf16", Shape(), True
+    yield Loop("add", 1, 20, 1, training=False), "bf16", Shape(batch=1), False
     yield Loop("add", 1, 20, 15, n_supervised=15), "fp32", Shape(), False
     yield Loop("add", 1, 20, 1, training=False), "fp32", Shape(), False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -13,6 +14,7 @@ from benchmarks.gpu.configurations import KERNELS, configurations, forced
 from benchmarks.gpu.timing import milliseconds, on_capturing_stream
 from benchmarks.gpu.visit import Visit, say
 from looped_fast import ops
+from looped_fast.kernels import few_rows
 from looped_fast.kernels.tuning import Config, architecture
 
 HOW = {"backend": "triton", "precision": "bf16"}
@@ -34,6 +36,9 @@ def run(visit: Visit) -> None:
                 if row.get(case, torch.inf) < fastest.get(case, torch.inf):
                     fastest[case], best[case][kernel] = row[case], config.astuple()
             visit.save("rows", us_per_loop_step=table, best=best)
+    row = table["few_rows"] = of_few_rows(visit)
+    say("few_rows", ", ".join(f"{name} {_short(value)}" for name, value in row.items()))
+    visit.save("rows", us_per_loop_step=table, best=best)
     for case, configs in best.items():
         say(f"best at {case}:", ", ".join(f"{k.removesuffix('_kernel')} {c}"
                                           for k, c in configs.items()))  # fmt: skip
@@ -60,8 +65,9 @@ def measured(kernel: str, config: Config, visit: Visit) -> dict[str, Any]:
     checked = visit.case("lr")
     if not visit.dry:
         checked = dataclasses.replace(checked, batch=4, n_loops=15, window=15)
+    any_size = mock.patch.object(few_rows, "MAX_ROWS", 0)  # where there are few rows as well
     try:
-        with forced({kernel: config.astuple()}):
+        with forced({kernel: config.astuple()}), any_size:
             row["error"] = worst_error(checked, visit.device).share
             for name, case in visit.cases.items():
                 if "forward" in kernel:
@@ -69,8 +75,27 @@ def measured(kernel: str, config: Config, visit: Visit) -> dict[str, Any]:
                 elif "training" in case.modes:
                     row[name] = backward_us(case, visit.device)
     except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        row["failed"] = _failure(error)
     return row
+
+
+def of_few_rows(visit: Visit) -> dict[str, Any]:
+    """The same of the kernels that take over from ``row_forward_kernel`` at few rows."""
+    row: dict[str, Any] = {}
+    try:
+        with forced({}):
+            alone = dataclasses.replace(visit.case("lr"), batch=1)
+            row["error"] = worst_error(alone, visit.device).share
+            for name, case in visit.cases.items():
+                if 2 * case.batch * case.n_points <= few_rows.MAX_ROWS:
+                    row[name] = forward_us(case, visit.device)
+    except Exception as error:
+        row["failed"] = _failure(error)
+    return row
+
+
+def _failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
 
 
 def forward_us(case: Case, device: torch.device) -> float:
