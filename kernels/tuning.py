@@ -193,7 +193,7 @@ def _fastest(
     except trial.NotTimed as error:
         logger.warning("configurations are not timed, taking %s: %s (%s)", error.config, key, error)
         return error.config
-    logger.info("%s: %s", key, config)
+    logger.debug("%s: %s", key, config)
     _save(key, config)
     return config
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 import time
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Command:
 def main(args: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     args = sys.argv[1:] if args is None else args
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("looped_fast").setLevel(logging.INFO)  # what takes long: compiling kernels
     try:
         with distributed.join(explain) as processes:
             return run(*processes.on_main(lambda: prepare(args, processes)), processes)
