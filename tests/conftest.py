@@ -80,6 +80,12 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what a training run draws at its end, which takes longer than a tiny run."""
+    monkeypatch.setattr("looped_fast.train.plot", lambda *_: None)
+
+
 def random_weights(D: int, n_layer: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Weights of ``ops.loop``, none of them at a value (0 or 1) that hides a mistake."""
 
