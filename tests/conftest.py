@@ -40,12 +40,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tensors here are tiny, and threads only get in each other's way
     if INTERPRETING and find_spec("triton"):
         import interpreted_kernels
 
         interpreted_kernels.make_fast()
+    if getattr(config.option, "cov_source", None):
+        import without_coverage
+
+        without_coverage.leave_out_compilers()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+from without_coverage import untraced
 
 from looped_fast import triton_backend
 
@@ -26,16 +26,12 @@ def make_fast() -> None:
     reason = triton_backend.why_not_interpreted()
     patched: set[frozenset[int]] = set()  # what the launch that runs has patched, as ``languages``
 
-    def untraced(*args: Any, **kwargs: Any) -> None:
+    @untraced
+    def launch_untraced(*args: Any, **kwargs: Any) -> None:
         if reason:
             pytest.fail(reason, pytrace=False)
-        trace = sys.gettrace()
-        sys.settrace(None)
         patched.clear()
-        try:
-            launch(*args, **kwargs)
-        finally:
-            sys.settrace(trace)
+        launch(*args, **kwargs)
 
     @functools.cache
     def languages(fn: Any) -> frozenset[int]:
@@ -49,7 +45,7 @@ def make_fast() -> None:
         patched.add(languages(fn))
         return patch(fn)
 
-    interpreter.GridExecutor.__call__ = untraced
+    interpreter.GridExecutor.__call__ = launch_untraced
     interpreter._patch_lang = patch_once
     TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
 
