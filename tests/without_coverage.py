@@ -12,8 +12,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-ENTRIES = (  # module, class or "", function
-    ("torch.library", "", "opcheck"),
+ENTRIES = (  # module, class, function
     ("torch._dynamo.convert_frame", "CatchErrorsWrapper", "__call__"),  # torch.compile of a frame
     ("numba.core.dispatcher", "Dispatcher", "compile"),
     ("matplotlib.figure", "Figure", "savefig"),
@@ -37,6 +36,5 @@ def leave_out_compilers() -> None:
     for module, owner, name in ENTRIES:
         if not find_spec(module.partition(".")[0]):
             continue
-        place = importlib.import_module(module)
-        place = getattr(place, owner) if owner else place
+        place = getattr(importlib.import_module(module), owner)
         setattr(place, name, untraced(getattr(place, name)))
