@@ -25,8 +25,8 @@ train: $(READY)  ## train the tiny preset of TASK, ten minutes at most
 	$(BIN)/python -m looped_fast.train --task $(TASK) --preset tiny --amp bf16 $(ARGS)
 
 test: $(READY)  ## all tests that need no GPU, with coverage, a file on each core at a time
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile -p no:benchmark \
-		--cov --cov-report=term --cov-fail-under=90 $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		-p no:benchmark --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 bench: $(READY)  ## pytest-benchmark suites
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

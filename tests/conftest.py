@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from looped_fast import LoopedTransformer, ModelConfig, triton_backend
+from looped_fast import LoopedTransformer, ModelConfig
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
@@ -26,34 +25,31 @@ hypothesis.settings.load_profile("fixed")
 FP32_EPS = torch.finfo(torch.float32).eps
 
 
-def pytest_configure() -> None:
+# They start first, so that no core waits at the end for a file that another one has just begun.
+LONGEST = (
+    "test_cpu_engine_sanitizer.py", "test_cpu_engine_robustness.py", "test_baselines.py",
+    "test_distributed.py", "test_ops.py", "test_cpu_engine.py", "test_train_command.py",
+    "test_compiled_backend.py", "test_collection.py", "test_compile_report.py", "test_loop_mse.py",
+    "test_triton_backend.py", "test_kernels_backward.py", "test_reproduce.py",
+    "test_trainer_graphs.py", "test_evaluate.py", "test_benchmarks_gpu.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tensors here are tiny, and threads only get in each other's way
     if INTERPRETING and find_spec("triton"):
-        _interpret_untraced()
+        import interpreted_kernels
 
+        interpreted_kernels.make_fast()
+    if getattr(config.option, "cov_source", None):
+        import without_coverage
 
-def _interpret_untraced() -> None:
-    """Keep coverage out of interpreted kernels, which it makes three times slower.
-
-    They are device code, which pyproject.toml has it leave out anyway. Where the interpreter can't
-    work the first launch of a test says so.
-    """
-    from triton.runtime.interpreter import GridExecutor
-
-    interpret = GridExecutor.__call__
-    reason = triton_backend.why_not_interpreted()
-
-    def untraced(*args: Any, **kwargs: Any) -> None:
-        if reason:
-            pytest.fail(reason, pytrace=False)
-        trace = sys.gettrace()
-        sys.settrace(None)
-        try:
-            interpret(*args, **kwargs)
-        finally:
-            sys.settrace(trace)
-
-    GridExecutor.__call__ = untraced
+        without_coverage.leave_out_compilers()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -78,6 +74,12 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what a training run draws at its end, which takes longer than a tiny run."""
+    monkeypatch.setattr("looped_fast.train.plot", lambda *_: None)
 
 
 def random_weights(D: int, n_layer: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

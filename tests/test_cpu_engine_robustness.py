@@ -324,7 +324,7 @@ MEMORY = """
     from test_cpu_engine_robustness import peak_memory
     from looped_fast import LoopedTransformer, ModelConfig
     torch.set_num_threads(2)
-    backend, precision, loss = sys.argv[1:]
+    backend, precision, loss, B = sys.argv[1:]
     model = LoopedTransformer(ModelConfig(n_loops=15, window=15), backend=backend)
     def step(B):
         xs, ys = torch.randn(B, 41, 20), torch.randn(B, 41)
@@ -335,7 +335,7 @@ MEMORY = """
                 (model(xs, ys) - ys).square().mean().backward()
     step(1)  # libraries, compiled kernels
     before = peak_memory()
-    step(64)
+    step(int(B))
     print(peak_memory() - before)
 """
 
@@ -343,17 +343,23 @@ MEMORY = """
 @needs_engine
 @needs_linux
 @pytest.mark.parametrize(
-    ("precision", "autograd_share", "fused_share"), [("fp32", 0.5, 0.1), ("bf16", 0.36, 0.1)]
+    ("precision", "B", "autograd_share", "fused_share"),
+    [("fp32", 24, 0.5, 0.1), ("bf16", 64, 0.36, 0.1)],
 )
-def test_a_step_adds_a_part_of_the_memory_that_eager_adds(precision, autograd_share, fused_share):
-    """Whose peak varies by 5 %; benchmarks.compare measured 44 and 46 %, 31 and 33 %; 3 to 5 %."""
+def test_a_step_adds_a_part_of_the_memory_that_eager_adds(
+    precision, B, autograd_share, fused_share
+):
+    """Whose peak varies by 5 %; benchmarks.compare measured 44 and 46 %, 31 and 33 %; 3 to 5 %.
+
+    In bf16, 24 sequences are too few: what does not grow with them brings 33 % to 37 %.
+    """
     if cpu_engine.why_not_precision(precision):
         pytest.skip(cpu_engine.why_not_precision(precision))
     added = {}
     for case in (("reference", "autograd"), ("cpu", "autograd"), ("cpu", "fused")):
         backend, loss = case
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(MEMORY), backend, precision, loss],
+            [sys.executable, "-c", textwrap.dedent(MEMORY), backend, precision, loss, str(B)],
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip

@@ -67,16 +67,19 @@ def sanitized(tmp_path_factory):
     ).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("GCC is here without its AddressSanitizer (libasan)")
-    flags = "-fsanitize=address -fno-omit-frame-pointer"
+    # -O1 after setup.py's -O3, and checks that are calls: a sixth of the time to compile.
+    flags = "-fsanitize=address --param asan-instrumentation-with-call-threshold=0"
+    compiler = folder / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -O1 -fno-omit-frame-pointer {flags}\n')
+    compiler.chmod(0o755)
     build = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
-        # Which flags reach C++ is up to setuptools.
-        env={**os.environ, "CC": "gcc", "CXX": "g++", "CFLAGS": flags, "CXXFLAGS": flags},
+        env={**os.environ, "CC": str(compiler), "CXX": str(compiler)},
         cwd=folder, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     built = list(folder.glob("looped_fast/_C*.so"))
     assert built, build.stdout + build.stderr
-    assert b"__asan_report_store" in built[0].read_bytes(), "the flags did not reach the compiler"
+    assert b"__asan_store" in built[0].read_bytes(), "the flags did not reach the compiler"
     return {
         "cwd": folder,
         "LD_PRELOAD": runtime,

@@ -34,15 +34,39 @@ MINI = [
 ]
 
 
-def torchrun(folder, *args, n_processes=N_PROCESSES, script=None):
-    """What torchrun did in ``folder``: exit status, standard output, standard error."""
-    what = ["-m", "looped_fast.train"]
-    if script is not None:
-        what = [str(folder / "script.py")]
-        (folder / "script.py").write_text(textwrap.dedent(script))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n_processes]
+# torchrun's agent, with processes that are forks: to import PyTorch in each takes longer than to
+# train. ``work`` is a statement, after which a process trains.
+FORKING = """
+    import sys, uuid
+    import matplotlib.figure, torch._dynamo, torch.utils.tensorboard  # as training does
+    from looped_fast import train
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def process(*args):
+        exec(work, {})
+        sys.exit(train.main(args))
+
+    n_processes, work, *args = sys.argv[1:]
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=int(n_processes), run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
+    )
+    elastic_launch(config, process)(*args)
+"""
+
+
+def torchrun(folder, *args, n_processes=N_PROCESSES, forked=None):
+    """What torchrun did in ``folder``: exit status, standard output, standard error.
+
+    ``forked`` is Python for every process to execute before it trains; see ``FORKING``.
+    """
+    if forked is None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n_processes]
+        launcher += ["-m", "looped_fast.train"]
+    else:
+        launcher = ["-c", textwrap.dedent(FORKING), n_processes, textwrap.dedent(forked)]
     process = subprocess.Popen(
-        [sys.executable, *map(str, (*launcher, *what, *args))],
+        [sys.executable, *map(str, (*launcher, *args))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
@@ -141,8 +165,7 @@ def test_one_of_them_writes_and_prints(whole):
 
 # Step 2: one process gets a signal. Step 4, after resuming: torchrun gets one, as from its user.
 STOPPED = """
-    import os, signal, sys, time
-    from looped_fast.train import main
+    import os, signal, time
     from looped_fast.trainer import Trainer
 
     training_step = Trainer.training_step
@@ -155,7 +178,6 @@ STOPPED = """
         training_step(self)
 
     Trainer.training_step = stopped
-    sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -163,13 +185,13 @@ STOPPED = """
 def test_stopped_twice_and_resumed_they_end_bit_identical(tmp_path, whole, capsys):
     out = tmp_path / "run"
     for args, steps in [((*MINI, "--out", out), 3), (("--resume", out), 5)]:
-        status, printed, errors = torchrun(tmp_path, *args, script=STOPPED)
+        status, printed, errors = torchrun(tmp_path, *args, forked=STOPPED)
         assert status != 0
         assert checkpoint.load(checkpoint.latest(out)).step == steps, errors
         said = f"SIGTERM: step {steps} is finished and saved. Continue with\n  torchrun ... -m"
         assert printed.count(said) == 1
         assert "rror:" not in errors.replace("ChildFailedError:", "")
-    status, printed, errors = torchrun(tmp_path, "--resume", out)
+    status, printed, errors = torchrun(tmp_path, "--resume", out, forked="")
     assert status == 0, errors
     assert "processes" not in printed.splitlines()[0]
     expected = weights(run_of(whole[0]))
@@ -189,7 +211,7 @@ def test_stopped_twice_and_resumed_they_end_bit_identical(tmp_path, whole, capsy
 
 def test_a_bad_setting_ends_all_and_is_told_once(tmp_path):
     args = ("--backend", "nosuch", "--out", tmp_path / "run")
-    status, printed, errors = torchrun(tmp_path, *MINI, *args, n_processes=2)
+    status, printed, errors = torchrun(tmp_path, *MINI, *args, forked="", n_processes=2)
     assert status != 0
     assert errors.count("error: unknown backend 'nosuch'") == 1
     assert not printed
@@ -198,7 +220,6 @@ def test_a_bad_setting_ends_all_and_is_told_once(tmp_path):
 
 # A fault that only the process 1 has, before training.
 FAILING = """
-    import sys
     from looped_fast import train
     from looped_fast.trainer import Trainer
 
@@ -209,13 +230,12 @@ FAILING = """
                 raise ValueError("no memory is left")
 
     train.Trainer = Failing
-    sys.exit(train.main(sys.argv[1:]))
 """
 
 
 def test_a_fault_of_one_ends_all_and_leaves_no_folder(tmp_path):
     args = (*MINI, "--out", tmp_path / "run")
-    status, printed, errors = torchrun(tmp_path, *args, script=FAILING, n_processes=2)
+    status, printed, errors = torchrun(tmp_path, *args, forked=FAILING, n_processes=2)
     assert status != 0
     assert errors.count("error: no memory is left") == 1
     assert "estimated time" not in printed
@@ -226,7 +246,7 @@ def test_a_loss_that_is_not_finite_ends_all_at_one_step(tmp_path):
     wild = ("--lr", 1e30, "--clip-grad-norm", None, "--save-every", 1, "--out", tmp_path / "run")
     # The read-in gets no gradient here, which DistributedDataParallel must not wait for.
     unused = ("--injection", "none", "--curriculum.loops.start", None)
-    status, _, errors = torchrun(tmp_path, *MINI, *wild, *unused, n_processes=2)
+    status, _, errors = torchrun(tmp_path, *MINI, *wild, *unused, forked="", n_processes=2)
     assert status != 0
     assert errors.count("No checkpoint was written of it") == 1
     last = checkpoint.load(checkpoint.latest(tmp_path / "run"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from looped_fast import LoopedTransformer, checkpoint, pretrained
+from looped_fast import LoopedTransformer, checkpoint, figures, pretrained
 from looped_fast.distributions import SHIFTS
 from looped_fast.evaluate import main
 from looped_fast.evaluation import model_errors
@@ -44,6 +44,14 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests of numbers: to draw takes longer than to compute them."""
+    for kind in ("position", "loop", "shift"):
+        monkeypatch.setattr(figures, f"{kind}_figure", lambda *_: None)
+    monkeypatch.setattr(figures, "save", lambda *_: [])
+
+
 def evaluate(*arguments, out):
     return main([*map(str, arguments), "--out", str(out)])
 
@@ -61,7 +69,7 @@ def test_it_writes_numbers_and_figures_in_every_format(run, out, capsys):
     assert "squared error / variance" in capsys.readouterr().out
 
 
-def test_the_numbers_are_those_of_the_model_with_a_band_around_them(run, out):
+def test_the_numbers_are_those_of_the_model_with_a_band_around_them(run, out, no_figures):
     evaluate(run, *QUICK, "--seed", 3, out=out)
     found = results(out)
     loaded = load_run(run, "cpu")
@@ -78,7 +86,7 @@ def test_the_numbers_are_those_of_the_model_with_a_band_around_them(run, out):
     assert found["positions"][FAR]["mean"] == pytest.approx(after_500.tolist(), rel=1e-4)
 
 
-def test_the_csv_holds_the_same_numbers(run, out):
+def test_the_csv_holds_the_same_numbers(run, out, no_figures):
     evaluate(run, *QUICK, out=out)
     for stem, first in (("positions", "0"), ("loops", "1")):
         found = results(out)[stem]
@@ -91,7 +99,7 @@ def test_the_csv_holds_the_same_numbers(run, out):
         assert [float(v) for v in rows[1][2:]] == [curve[k][1] for k in ("mean", "low", "high")]
 
 
-def test_results_state_what_they_depend_on(run, out):
+def test_results_state_what_they_depend_on(run, out, no_figures):
     evaluate(run, *QUICK, "--seed", 7, "--loops", 6, out=out)
     found = results(out)
     weights = checkpoint.latest(run) / checkpoint.MODEL
@@ -136,7 +144,7 @@ def test_trees_are_looped_as_far_as_officially(tmp_path, out):
     assert list(results(out)["positions"])[:2] == ["tree", "tree, 200 loops"]
 
 
-def test_a_checkpoint_is_evaluated_as_its_run(run, tmp_path, out):
+def test_a_checkpoint_is_evaluated_as_its_run(run, tmp_path, out, no_figures):
     evaluate(run, *QUICK, out=out)
     evaluate(checkpoint.latest(run), *QUICK, out=tmp_path / "by_checkpoint")
     mine = results(out)["positions"]["looped"]
@@ -144,7 +152,7 @@ def test_a_checkpoint_is_evaluated_as_its_run(run, tmp_path, out):
 
 
 def test_a_checkpoint_is_named_by_its_run_from_within_its_folder_too(
-    run, tmp_path, out, monkeypatch
+    run, tmp_path, out, monkeypatch, no_figures
 ):
     step = checkpoint.latest(run)
     monkeypatch.chdir(step.parent)
@@ -152,7 +160,9 @@ def test_a_checkpoint_is_named_by_its_run_from_within_its_folder_too(
     assert "looped-step-00000008" in results(out)["positions"]
 
 
-def test_a_pretrained_model_is_evaluated_by_its_name(run, tmp_path, out, monkeypatch, capsys):
+def test_a_pretrained_model_is_evaluated_by_its_name(
+    run, tmp_path, out, monkeypatch, capsys, no_figures
+):
     monkeypatch.setattr(pretrained, "_FOLDER", tmp_path / "shipped")
     shutil.copytree(checkpoint.latest(run), tmp_path / "shipped" / "lr-mini")
     assert evaluate("lr-mini", *QUICK, out=out) == 0
@@ -182,7 +192,7 @@ def test_the_sweep_over_distributions_has_a_panel_for_each(run, out):
     assert set(lengths.values()) == {5}
 
 
-def test_a_sweep_over_distributions_has_quick_baselines_or_none(tmp_path, out):
+def test_a_sweep_over_distributions_has_quick_baselines_or_none(tmp_path, out, no_figures):
     run = make_run(tmp_path / "looped", n_points=3)
     for choice, names in {
         (): ["looped", "least squares", "3-nearest neighbours"],
@@ -194,7 +204,7 @@ def test_a_sweep_over_distributions_has_quick_baselines_or_none(tmp_path, out):
     assert found["runs"]["looped"]["loops"] == [1, 4]
 
 
-def test_shifts_show_in_least_squares(tmp_path, out):
+def test_shifts_show_in_least_squares(tmp_path, out, no_figures):
     """Orthogonal queries tell nothing about earlier points, overlapping ones repeat them."""
     run = make_run(tmp_path / "looped", n_points=7)
     evaluate(run, "--ood", "--prompts", 200, out=out)

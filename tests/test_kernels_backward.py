@@ -80,22 +80,22 @@ def test_gradients_are_as_accurate_as_plain_pytorch(
 
 
 @pytest.mark.parametrize(
-    ("injection", "n_layer", "n_loops", "window", "checkpoint", "n_outputs"),
+    ("injection", "n_layer", "n_loops", "window", "checkpoint", "n_outputs", "starts"),
     [
-        ("add", 1, 3, 2, "none", 1),
-        ("add", 2, 2, 2, "state", 2),
-        ("mul", 1, 3, 2, "none", 1),
-        ("mul", 1, 2, 2, "state", 3),
-        ("none", 2, 1, 1, "none", 1),
-        ("every_block", 1, 2, 1, "none", 2),
+        ("add", 1, 3, 2, "none", 1, "from a state"),
+        ("add", 2, 2, 2, "state", 2, "without a state"),
+        ("mul", 1, 3, 2, "none", 1, "without a state"),
+        ("mul", 1, 2, 2, "state", 3, "from a state"),
+        ("mul", 1, 2, 2, "none", 1, "without a state"),
+        ("none", 2, 1, 1, "none", 1, "without a state"),
+        ("every_block", 1, 2, 1, "none", 2, "from a state"),
     ],
 )
-@pytest.mark.parametrize("starts", ["from a state", "from the neutral element"])
 def test_gradients_of_predictions_are_as_accurate_as_plain_pytorch(
     injection, n_layer, n_loops, window, checkpoint, n_outputs, starts
 ):
     inputs = loop_inputs(B=2, S=11, D=64, n_layer=n_layer, n_outputs=n_outputs)
-    if starts == "from the neutral element":
+    if starts == "without a state":
         del inputs["state"]
     check(
         inputs, "bf16", checkpoint, n_heads=2, n_loops=n_loops, window=window,
@@ -118,9 +118,9 @@ def test_any_number_of_rows_is_accurate(B, S, D, n_heads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("n_loops", [1, 4, 9])  # 1, T, b
+@pytest.mark.parametrize(("precision", "n_loops"), [("bf16", 4), ("bf16", 9), ("fp32", 9)])
 def test_accuracy_holds_over_many_loops(precision, n_loops):
+    """After T and b; most tests have one or two."""
     inputs = loop_inputs(B=1, S=10, D=64)
     window = min(4, n_loops)
     check(inputs, precision, n_heads=2, n_loops=n_loops, window=window, injection="add")

@@ -66,8 +66,9 @@ def test_states_are_as_accurate_as_plain_pytorch(injection, n_layer, precision, 
     check(inputs, precision, n_heads=2, n_loops=3, window=2, injection=injection)
 
 
-@pytest.mark.parametrize(("D", "n_outputs"), [(64, 1), (128, 2), (64, 8)])
-@pytest.mark.parametrize("injection", ["add", "mul"])
+@pytest.mark.parametrize(
+    ("injection", "D", "n_outputs"), [("add", 64, 1), ("mul", 128, 2), ("add", 64, 8)]
+)
 def test_predictions_are_as_accurate_as_plain_pytorch(injection, D, n_outputs):
     inputs = loop_inputs(B=2, S=9, D=D, n_outputs=n_outputs)
     arguments = {"n_heads": 2, "n_loops": 3, "window": 2, "injection": injection}

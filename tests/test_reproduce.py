@@ -46,6 +46,12 @@ def quick(monkeypatch):
         monkeypatch.setattr(module, "figure_baselines", lambda task: evaluate.QUICK_BASELINES)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests of what is computed, several times each."""
+    monkeypatch.setattr(reproduce, "draw", lambda *_: None)
+
+
 def run(work, *figures, prompts=32):
     line = ["--preset", "tiny", "--prompts", str(prompts), "--probe-steps", "2"]
     return reproduce.main([*figures, *line, "--work", str(work), "--out", str(work / "docs")])
@@ -76,7 +82,7 @@ def test_a_figure_is_made_of_the_models_there_are_and_names_the_others(quick, tm
     assert "python -m looped_fast.reproduce dt" in text  # not asked for, and not there
 
 
-def test_what_is_up_to_date_is_not_computed_again(quick, tmp_path, monkeypatch):
+def test_what_is_up_to_date_is_not_computed_again(quick, no_figures, tmp_path, monkeypatch):
     for model in reproduce.MODELS:
         save_run(tmp_path, model=model)
     assert run(tmp_path, "lr") == 0
@@ -95,7 +101,7 @@ def test_what_is_up_to_date_is_not_computed_again(quick, tmp_path, monkeypatch):
 
 
 def test_baselines_stay_when_models_change_and_not_when_their_packages_do(
-    quick, tmp_path, monkeypatch
+    quick, no_figures, tmp_path, monkeypatch
 ):
     calls = []
 
@@ -216,7 +222,7 @@ def test_hours_are_predicted_from_the_measured_step(tmp_path, monkeypatch):
     assert "**predictions**" in page(tmp_path)
 
 
-def test_missing_models_are_trained_on_request(quick, tmp_path, monkeypatch):
+def test_missing_models_are_trained_on_request(quick, no_figures, tmp_path, monkeypatch):
     lines = []
 
     def train(line):

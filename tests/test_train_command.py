@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ import looped_fast
 from looped_fast import backends, checkpoint, compat, cpu_engine
 from looped_fast.metrics import read_metrics
 from looped_fast.presets import preset_config
+from looped_fast.report import plot
 from looped_fast.train import main
 from looped_fast.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("no_plot")
 
 # As small as a run can be that still has a curriculum, several loops and clipping.
 MINI = [
@@ -43,7 +47,8 @@ def assert_same_bits(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-def test_a_run_writes_metrics_results_plot_events_and_weights(tmp_path, capsys):
+def test_a_run_writes_metrics_results_plot_events_and_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("looped_fast.train.plot", plot)
     out = tmp_path / "run"
     assert train("--steps", 10, "--eval-every", 5, "--out", out) == 0
     lines = read_metrics(out / "metrics.jsonl")
@@ -146,37 +151,47 @@ def start(*args, script=None):
     )
 
 
-# Kills itself at the Nth call of os.fsync or os.rename, which only checkpoints make.
-KILLED_IN_WRITE = textwrap.dedent("""
-    import os, signal, sys
-    calls = int(sys.argv.pop(1))
-    def dying(function):
-        def call(*args, **kwargs):
-            global calls
-            calls -= 1
-            if calls == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-        return call
-    os.fsync, os.rename = dying(os.fsync), dying(os.rename)
+# Each run is a fork: to import PyTorch anew takes longer than to train. One that is killed in a
+# write dies at the Nth call of os.fsync or os.rename, which only checkpoints make.
+KILLED_AND_RESUMED = textwrap.dedent("""
+    import json, os, signal, sys
+    import matplotlib.figure, torch._dynamo, torch.utils.tensorboard  # as a run would
+    from looped_fast import checkpoint
     from looped_fast.train import main
-    sys.exit(main(sys.argv[1:]))
-""")
-
-
-# Kills itself at the start of training step N.
-KILLED_IN_STEP = textwrap.dedent("""
-    import os, signal, sys
-    step = int(sys.argv.pop(1))
     from looped_fast.trainer import Trainer
-    training_step = Trainer.training_step
-    def dying(self):
-        if self.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        training_step(self)
-    Trainer.training_step = dying
-    from looped_fast.train import main
-    sys.exit(main(sys.argv[1:]))
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_in_step(step):
+        training_step = Trainer.training_step
+        def dying(self):
+            if self.step == step:
+                die()
+            training_step(self)
+        Trainer.training_step = dying
+
+    def die_in_write(calls):
+        def dying(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls -= 1
+                if calls == 0:
+                    die()
+                return function(*args, **kwargs)
+            return call
+        os.fsync, os.rename = dying(os.fsync), dying(os.rename)
+
+    out, kills, *run = sys.argv[1:]
+    for where, when in [*json.loads(kills), (None, 0)]:
+        resumed = ["--resume", out] if checkpoint.latest(out) else [*run, "--out", out]
+        child = os.fork()
+        if not child:
+            if where:
+                {"step": die_in_step, "write": die_in_write}[where](when)
+            sys.exit(main(resumed))
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert ended == (-signal.SIGKILL if where else 0), (where, when, ended)
 """)
 
 
@@ -194,19 +209,14 @@ def test_killed_five_times_and_resumed_ends_bit_identical(tmp_path, uninterrupte
     out = tmp_path / "run"
     chance = random.Random(7)
     kills = [
-        (KILLED_IN_STEP, chance.randrange(5, 9)),
-        (KILLED_IN_WRITE, 1),  # the first file of the next checkpoint
-        (KILLED_IN_WRITE, 5),  # its rename
-        (KILLED_IN_STEP, chance.randrange(17, 23)),
-        (KILLED_IN_WRITE, chance.randrange(2, 5)),
+        ("step", chance.randrange(5, 9)),
+        ("write", 1),  # the first file of the next checkpoint
+        ("write", 5),  # its rename
+        ("step", chance.randrange(17, 23)),
+        ("write", chance.randrange(2, 5)),
     ]
-    for script, when in kills:
-        run = ("--resume", out) if checkpoint.latest(out) else (*RUN, "--out", out)
-        process = start(when, *run, script=script)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL, errors
-    process = start("--resume", out)
-    _, errors = process.communicate(timeout=120)
+    process = start(out, json.dumps(kills), *RUN, script=KILLED_AND_RESUMED)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert_same_bits(final_weights(out), uninterrupted)
     steps = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
@@ -223,6 +233,7 @@ def test_a_signal_finishes_the_step_checkpoints_and_says_how_to_resume(
     process = start(*RUN, "--steps", "1000000", "--save-every", "1000000", "--out", out)
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
     os.kill(process.pid, signum)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == status

@@ -15,7 +15,11 @@ if triton_backend.why_not_loaded():
     pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
 
 
-@pytest.mark.parametrize("name", MODEL_CASES)
+# Others differ in their numbers of loops and blocks alone, which test_kernels_* vary.
+OTHER_CASES = {"looped_tiny", "looped_tiny_window_covers_all", "standard_tiny"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODEL_CASES if name not in OTHER_CASES])
 def test_recorded_runs_are_met_as_well_as_by_plain_pytorch(name):
     case, truth = golden_truth(name)
     plain = golden_results(case, "fp32", torch.float32, "reference")
@@ -34,9 +38,9 @@ def trained(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     model.load_state_dict(with_prefix(tensors, "init/"))
     model.to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
-    xs, ys = tensors["xs"][0, :2].to(dtype), tensors["ys"][0, :2].to(dtype)
+    xs, ys = tensors["xs"][0, :2, :5].to(dtype), tensors["ys"][0, :2, :5].to(dtype)
     losses = []
-    for _ in range(4):
+    for _ in range(3):
         loss = (model(xs, ys) - ys).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -55,8 +59,7 @@ def test_training_goes_as_in_plain_pytorch():
         assert error <= 3 * plain_error + 4 * FP32_EPS, name
 
 
-@pytest.mark.parametrize("n_outputs", [0, 2])
-@pytest.mark.parametrize("n_loops", [1, 2])
+@pytest.mark.parametrize(("n_loops", "n_outputs"), [(2, 0), (1, 2)])
 def test_the_ops_pass_opcheck(n_loops, n_outputs):
     inputs = loop_inputs(B=1, S=3, D=64, dtype=torch.float32, n_outputs=n_outputs)
     inputs["weights"] += inputs.pop("read_out", [])
