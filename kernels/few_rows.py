@@ -9,8 +9,8 @@ each cut by columns as well as by rows, so that many programs stream a share of 
     input     STEP_END and TAIL, as there
 
 A launch ends when all its programs have: that is what the next one's rows wait for. Programs that
-share rows repeat what is little work: the output projection and the norms. Nothing is kept for a
-backward.
+share rows repeat what is little work: the output projection and the norms. Activations are not
+kept for a backward.
 """
 
 from __future__ import annotations

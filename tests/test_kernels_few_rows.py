@@ -11,6 +11,8 @@ from looped_fast import triton_backend
 if triton_backend.why_not_loaded():
     pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
 
+from benchmarks.kernel_launches import Loop, launches_of
+from looped_fast.kernels.few_rows import MAX_ROWS
 from looped_fast.kernels.launch import recording
 
 FEW = {"few_rows_output_kernel", "few_rows_project_kernel", "few_rows_input_kernel"}
@@ -22,6 +24,20 @@ def check_few(inputs, *args, **kwargs):
     names = {launch.name for launch in launches}
     assert names - {"fold_kernel", "attention_forward_kernel"} == FEW
     return history
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "training", "checkpoint", "few"),
+    [
+        (MAX_ROWS, False, "none", True), (MAX_ROWS + 1, False, "none", False),
+        (10, True, "none", False), (10, True, "state", True),
+    ],
+)  # fmt: skip
+def test_they_run_where_rows_are_few_and_nothing_is_kept(seq_len, training, checkpoint, few):
+    loop = Loop("add", 1, 3, 1, training=training, checkpoint=checkpoint)
+    forward, _ = launches_of(loop, "bf16", 1, seq_len, 64, 16)
+    rows = {launch.name for launch in forward} - {"fold_kernel", "attention_forward_kernel"}
+    assert rows == (FEW if few else {"row_forward_kernel"})
 
 
 @pytest.mark.parametrize(
