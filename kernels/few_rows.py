@@ -8,8 +8,8 @@ each cut by columns as well as by rows, so that many programs stream a share of 
     project   x2 = x1 + hidden @ Wproj^T + bproj
     input     STEP_END and TAIL, as there
 
-A row needs all columns of the launch before, which has ended when the next one starts. Programs that
-share rows repeat what is little work: the output projection and the norms. Activations are not
+A row needs all columns of the launch before, which has ended when the next one starts. Programs
+that share rows repeat what is little work: the output projection and the norms. Activations are not
 kept for a backward.
 """
 
