@@ -83,8 +83,9 @@ def loop_backward(
         else:
             before = states[first - 1] if first else start
             run_steps(
-                before, history, inputs, weights[-2:], n_heads, 1, 1, attention, True, scratch
-            )
+                before, history, inputs, weights[-2:], n_heads, 1, 1, attention,
+                save_activations=True, states=scratch,
+            )  # fmt: skip
             saved = _of_steps(history, L, 0, 1)
         ends = None  # (block, step of the chunk) whose attention backward came before
         for step in reversed(range(last - first)):

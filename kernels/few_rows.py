@@ -34,7 +34,8 @@ from looped_fast.kernels.row_forward import (
 )
 from looped_fast.kernels.tuning import Config, operand_precision
 
-MAX_ROWS = 256  # with more, row_forward_kernel is predicted to be faster
+# Predicted times are equal near 500 rows; the prediction is kind to many short launches.
+MAX_ROWS = 256
 ROWS = 16
 SHARES = 8  # programs among which the hidden units of a row are divided
 TILE_BYTES = 32 * 1024  # of a weight, at most, that a program loads at a time
