@@ -52,7 +52,7 @@ class Contender:
     whole_model: bool = False  # torch.compile gets the model; backend "compiled": one loop step
     compile_mode: str | None = None  # of torch.compile, for the whole model
     attention: str = "auto"  # of LoopedTransformer
-    checkpoint: str = "none"  # likewise
+    recompute: bool = False  # likewise
     fused_loss: bool = False  # trains by LoopedTransformer.loss, else by one of predictions
     graphs: bool = False  # whether training steps and calls are replayed as CUDA graphs
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -80,7 +80,7 @@ _TRITON = {"backend": "triton", "fused_loss": True, **_ON_GPU}
 CONTENDERS = {
     "engine bf16": Contender("cpu", "bf16", fused_loss=True, **_ON_CPU),
     "engine bf16 autograd": Contender("cpu", "bf16", **_TRAINING_ON_CPU),
-    "engine bf16 recompute": Contender("cpu", "bf16", checkpoint="state", **_TRAINING_ON_CPU),
+    "engine bf16 recompute": Contender("cpu", "bf16", recompute=True, **_TRAINING_ON_CPU),
     "triton bf16 graphs": Contender(precision="bf16", graphs=True, **_TRITON),
     "triton bf16": Contender(precision="bf16", **_TRITON),
     "eager bf16": Contender("reference", "bf16"),
@@ -98,7 +98,7 @@ CONTENDERS = {
     ),
     "engine fp32": Contender("cpu", "fp32", fused_loss=True, **_ON_CPU),
     "engine fp32 autograd": Contender("cpu", "fp32", **_TRAINING_ON_CPU),
-    "engine fp32 recompute": Contender("cpu", "fp32", checkpoint="state", **_TRAINING_ON_CPU),
+    "engine fp32 recompute": Contender("cpu", "fp32", recompute=True, **_TRAINING_ON_CPU),
     "triton fp32 graphs": Contender(precision="fp32", graphs=True, **_TRITON),
     "triton fp32": Contender(precision="fp32", **_TRITON),
     "eager fp32": Contender("reference", "fp32"),

@@ -80,7 +80,7 @@ def by_process(jobs: Iterable[Job], device: str) -> list[list[Job]]:
     return [list(group) for _, group in itertools.groupby(jobs, key)]
 
 
-def why_not(case: Case, contender: Contender, device: str = "cpu") -> str | None:
+def unsupported(case: Case, contender: Contender, device: str = "cpu") -> str | None:
     """Why the engine can't run ``case``, if it can't; opponents always can."""
     if not contender.is_engine:
         return None
@@ -128,7 +128,7 @@ def compare(
     for contender in contenders:
         for case in cases:
             of_case = [(case, m, contender) for m in modes(CASES[case], CONTENDERS[contender])]
-            reason = why_not(CASES[case], CONTENDERS[contender], device) if of_case else None
+            reason = unsupported(CASES[case], CONTENDERS[contender], device) if of_case else None
             if reason is None:
                 jobs += of_case
             else:

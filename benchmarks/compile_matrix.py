@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from looped_fast.kernels.tuning import Config, source_hash
+
 from benchmarks.compile_store import Entry, Group, Key, Report, problem, triton_version
 from benchmarks.kernel_launches import PAPER_WIDTH, PRECISIONS, Case, cases
 from benchmarks.machine_code import ARCHITECTURES, KIB, compile_launch
 from benchmarks.predicted_time import GPUS
-from looped_fast.kernels.tuning import Config, source_hash
 
 THOROUGH = "3.9"  # the version of Triton that is compiled for everything
 VERSIONS = ("3.6", THOROUGH)  # that ``kernels/candidates.json`` is good for
@@ -81,7 +82,7 @@ class Job(NamedTuple):
 
 
 def is_launched(case: Case, arch: str) -> bool:
-    """Not where ``triton_backend.why_not`` refuses: fp32 at D = 512 in 99 KiB."""
+    """Not where ``triton_backend.unsupported`` refuses: fp32 at D = 512 in 99 KiB."""
     wide = case.width > PAPER_WIDTH and case.precision == "fp32"
     return not (wide and ARCHITECTURES[arch].block_shared < 100 * KIB)
 

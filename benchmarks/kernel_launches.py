@@ -12,6 +12,7 @@ from looped_fast.kernels.read_in import read_in
 from torch import Tensor
 
 from looped_fast.ops import triton_backend
+from looped_fast.ops.call import LoopSettings
 
 WIDTHS = (64, 128, 256, 512)
 HEAD_DIMS = (16, 32, 64)
@@ -28,7 +29,7 @@ class Loop(NamedTuple):
     n_loops: int
     window: int
     training: bool = True
-    checkpoint: str = "none"  # "state" also launches what a window in several chunks does
+    recompute: bool = False  # also launches what a window in several chunks does
     n_outputs: int = 1  # of the read-out; 0 for states
     n_supervised: int = 2  # steps that the loss is of, in training; 0 for a loss of one's own
 
@@ -41,9 +42,9 @@ LOOPS = (
     Loop("mul", 2, 4, 2),
     Loop("none", 1, 4, 2),
     Loop("every_block", 2, 4, 2),
-    Loop("add", 2, 4, 2, checkpoint="state"),
-    Loop("mul", 2, 4, 2, checkpoint="state"),
-    Loop("every_block", 2, 4, 2, checkpoint="state"),
+    Loop("add", 2, 4, 2, recompute=True),
+    Loop("mul", 2, 4, 2, recompute=True),
+    Loop("every_block", 2, 4, 2, recompute=True),
     Loop("add", 2, 3, 1, training=False),
     Loop("mul", 2, 3, 1, training=False),
     Loop("every_block", 2, 3, 1, training=False),
@@ -61,7 +62,7 @@ def launches_of(
     loop: Loop, precision: str, batch: int, seq_len: int, width: int, head_dim: int
 ) -> tuple[list[Launch], list[Launch]]:
     """Those of the forward and of the backward of a loop on CPU tensors; no kernel runs."""
-    if reason := triton_backend.why_not_loaded():
+    if reason := triton_backend.load_error():
         raise RuntimeError(reason)
     shape = (batch, seq_len, width)
     embeddings, positions = torch.empty(shape), torch.empty(shape[1:])
@@ -75,15 +76,17 @@ def launches_of(
     for tensor in [embeddings, positions, *weights, *read_out]:
         tensor.requires_grad_(loop.training)
     state = None if loop.injection in ("add", "mul") else embeddings  # as a model starts
+    settings = LoopSettings(
+        width // head_dim, loop.n_loops, loop.window, loop.injection,
+        "fp32" if precision == "tf32" else precision, loop.recompute, attention="triton",
+    )  # fmt: skip
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
         with recording(execute=False) as forward:
             result = triton_backend.loop(
-                embeddings, positions, state, weights, width // head_dim, loop.n_loops,
-                loop.window, loop.injection, "fp32" if precision == "tf32" else precision,
-                loop.checkpoint, "triton", read_out, targets, n_supervised,
-            )  # fmt: skip
+                embeddings, positions, state, weights, settings, read_out, targets, n_supervised
+            )
         with recording(execute=False) as backward:
             if loop.training:
                 result.backward(torch.empty_like(result))
@@ -119,7 +122,7 @@ def cases(precision: str) -> tuple[Case, ...]:
     # Sizes that nothing divides, so that no accident of alignment is taken for a property.
     seq_len = 10
     many = MAX_ROWS // seq_len + 1  # sequences
-    unsaved = [loop for loop in LOOPS if not loop.training or loop.checkpoint == "state"]
+    unsaved = [loop for loop in LOOPS if not loop.training or loop.recompute]
     runs += [(loop, many, width, min(HEAD_DIMS)) for width in widths for loop in unsaved]
     for loop, batch, width, head_dim in runs:
         forward, backward = launches_of(loop, precision, batch, seq_len, width, head_dim)

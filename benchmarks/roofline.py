@@ -31,6 +31,7 @@ from benchmarks.kernel_launches import form_of, weights_of
 from benchmarks.predicted_time import GRAPH_START, H100, Gpu
 from benchmarks.work import CountingOps, Op, compiled, is_product
 from looped_fast.ops import reference
+from looped_fast.ops.call import LoopSettings
 
 # The best tiles without wgmma, which take 64 rows or more; ours are held against them.
 SHORT = {
@@ -176,14 +177,18 @@ def _tensors(case: Case) -> tuple[list[Any], Tensor]:
 def _run(case: Case, tensors: list[Any], targets: Tensor) -> None:
     """Host code of the loop's forward and backward, with what it would choose on an H100."""
     training = _mode(case) == "training"
-    loop = (case.n_head, case.n_loops, case.window if training else 1, "add")
+    settings = _settings(case, "bf16")
     with mock.patch.object(tuning, "architecture", return_value=H100.arch):
-        result, history = forward.loop_forward(
-            *tensors, *loop, torch.bfloat16, "triton", training, False, False,
-            targets if training else None,
-        )  # fmt: skip
+        result, saved = forward.loop_forward(
+            *tensors, settings, training, False, False, targets if training else None
+        )
         if training:
-            backward.loop_backward(result, result, history, *tensors, *loop, "triton")
+            backward.loop_backward(result, result, saved, *tensors, settings)
+
+
+def _settings(case: Case, precision: str) -> LoopSettings:
+    window = case.window if _mode(case) == "training" else 1
+    return LoopSettings(case.n_head, case.n_loops, window, precision=precision, attention="triton")
 
 
 def _mode(case: Case) -> str:
@@ -200,10 +205,8 @@ def plain(case: Case, precision: str = "bf16") -> list[Op]:
         for tensor in (embeddings, positions, *weights):
             tensor.requires_grad_(training)
         ops.ops.clear()
-        states = reference.loop(
-            embeddings, positions, state, weights, case.n_head, case.n_loops,
-            case.window if training else 1, "add", precision,
-        )  # fmt: skip
+        settings = _settings(case, precision)
+        states = reference.loop(embeddings, positions, state, weights, settings)
         if training:
             states.backward(torch.zeros_like(states))
     return ops.ops

@@ -36,7 +36,7 @@ class Workload:
         model = LoopedTransformer(
             case.config(),
             contender.backend,
-            checkpoint=contender.checkpoint,
+            recompute=contender.recompute,
             attention=contender.attention,
             cuda_graphs=cuda_graphs,
         )

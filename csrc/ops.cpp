@@ -49,12 +49,12 @@ std::string try_bf16() {
   return "";
 }
 
-struct Choice {
+struct Selection {
   const Engine* engine;
-  std::string why_not;
+  std::string unsupported;  // why there is none
 };
 
-Choice choose_engine(const std::string& precision) {
+Selection select_engine(const std::string& precision) {
   const bool avx512 = torch_uses("AVX512");
   if (precision == "fp32") {
     if (avx512) return {&kEngineAvx512Fp32, ""};
@@ -73,9 +73,9 @@ Choice choose_engine(const std::string& precision) {
 }
 
 const Engine& engine_for(const std::string& precision) {
-  const Choice choice = choose_engine(precision);
-  TORCH_CHECK(choice.engine, "the CPU engine can't run: ", choice.why_not);
-  return *choice.engine;
+  const Selection selection = select_engine(precision);
+  TORCH_CHECK(selection.engine, "the CPU engine can't run: ", selection.unsupported);
+  return *selection.engine;
 }
 
 Injection parse_injection(const std::string& name) {
@@ -261,8 +261,8 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& outputs, const Te
 // targets: [B, (S + 1) / 2, n_outputs].
 std::tuple<Tensor, std::vector<Tensor>> mse(const Tensor& embeddings, const Tensor& positions,
                                             const Tensor& state, at::TensorList weights,
-                                            const Tensor& targets, int64_t n_heads,
-                                            int64_t n_loops, int64_t window, int64_t n_supervised,
+                                            const Tensor& targets, int64_t n_supervised,
+                                            int64_t n_heads, int64_t n_loops, int64_t window,
                                             std::string injection, std::string precision) {
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
@@ -286,7 +286,7 @@ std::vector<Tensor> mse_backward(const Tensor& grad, at::TensorList gradients,
   return at::_foreach_mul(gradients, grad);
 }
 
-std::string why_not(std::string precision) { return choose_engine(precision).why_not; }
+std::string unsupported(std::string precision) { return select_engine(precision).unsupported; }
 
 }  // namespace
 
@@ -303,12 +303,12 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
       "-> Tensor[]");
   library.def(
       "cpu_loop_mse(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "Tensor targets, int n_heads, int n_loops, int window, int n_supervised, str injection, "
+      "Tensor targets, int n_supervised, int n_heads, int n_loops, int window, str injection, "
       "str precision) -> (Tensor error, Tensor[] gradients)");
   library.def(
       "cpu_loop_mse_backward(Tensor grad, Tensor[] gradients, Tensor[] inputs) -> Tensor[]");
   library.def("cpu_empty_cache() -> ()", free_recycled);
-  library.def("cpu_why_not(str precision) -> str", why_not);
+  library.def("cpu_unsupported(str precision) -> str", unsupported);
 }
 
 TORCH_LIBRARY_IMPL(looped_fast, CPU, library) {

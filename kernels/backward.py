@@ -14,13 +14,14 @@ import torch
 import triton
 from torch import Tensor
 
+from looped_fast.ops.call import LoopSettings
 from looped_fast.ops.reference import split_weights
 
 from .forward import injected, run_steps
-from .history import History, with_scratch
 from .launch import launch
 from .providers import PROVIDERS
 from .row_backward import row_backward_kernel
+from .saved_activations import SavedActivations, with_scratch
 from .tuning import Config, choose, operand_precision
 from .weight_gradients import (
     Outputs,
@@ -34,17 +35,13 @@ from .weight_gradients import (
 def loop_backward(
     grad: Tensor,
     result: Tensor,
-    history: History,
+    saved: SavedActivations,
     embeddings: Tensor,
     positions: Tensor,
     state: Tensor | None,
     weights: Sequence[Tensor],
     read_out: Sequence[Tensor],
-    n_heads: int,
-    n_loops: int,
-    window: int,
-    injection: str,
-    attention: str,
+    settings: LoopSettings,
 ) -> list[Tensor]:
     """Gradients of embeddings, positions, state, every weight and the read-out.
 
@@ -52,9 +49,8 @@ def loop_backward(
         grad: of what the forward returned, [W, B, S, D] or [R, B, S, n_outputs] fp32.
         result: what the forward returned: states, or with a read-out the predictions (errors) of
             the last R steps.
-        history: what it kept; activations that it did not keep are computed again.
-        embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection,
-            attention: as the forward took them.
+        saved: what it kept; activations that it did not keep are computed again.
+        embeddings, positions, state, weights, read_out, settings: as the forward took them.
 
     Returns:
         fp32, in the order of the arguments. [0] for embeddings that are not injected, and for the
@@ -62,48 +58,49 @@ def loop_backward(
     """
     blocks, norm_weight, norm_bias = split_weights(weights)
     L, D = len(blocks), embeddings.shape[-1]
-    states = history.states if read_out else result
-    start = state if window == n_loops else history.start
-    kept = history.xhat1.numel() > 0
-    if kept:
-        steps = steps_per_chunk(history.xhat1, window)
+    n_heads, n_loops, window, injection, *_ = settings
+    states = saved.states if read_out else result
+    start = state if window == n_loops else saved.start
+    has_activations = saved.xhat1.numel() > 0
+    if has_activations:
+        steps = steps_per_chunk(saved.xhat1, window)
     else:
-        steps, history = 1, with_scratch(history, embeddings, n_heads, L)
+        steps, saved = 1, with_scratch(saved, embeddings, n_heads, L)
         inputs, scratch = injected(embeddings, positions, injection), torch.empty_like(states[:1])
-    outputs = empty_outputs(history.xhat1, L, steps)
+    outputs = empty_outputs(saved.xhat1, L, steps)
     rows = _Rows(
-        grad, states, start, embeddings, norm_weight, read_out, history, outputs, injection, window
+        grad, states, start, embeddings, norm_weight, read_out, saved, outputs, injection, window
     )
-    attend = PROVIDERS[attention].backward
+    attend = PROVIDERS[settings.attention].backward
     d_folded: list[Tensor] = []
 
     for last in range(window, 0, -steps):
         first = max(0, last - steps)
-        if kept:
-            saved = _of_steps(history, L, first, last)
+        if has_activations:
+            chunk = _of_steps(saved, L, first, last)
         else:
             before = states[first - 1] if first else start
             run_steps(
-                before, history, inputs, weights[-2:], n_heads, 1, 1, attention,
+                before, saved, inputs, weights[-2:], settings._replace(n_loops=1, window=1),
                 save_activations=True, states=scratch,
             )  # fmt: skip
-            saved = _of_steps(history, L, 0, 1)
+            chunk = _of_steps(saved, L, 0, 1)
         ends = None  # (block, step of the chunk) whose attention backward came before
         for step in reversed(range(last - first)):
             for i in reversed(range(L)):
                 here = i, step
-                rows.launch(saved, first, ends, here)
+                rows.launch(chunk, first, ends, here)
                 attend(
-                    saved.qkv[here].view(*embeddings.shape[:2], 3 * D),
-                    saved.attention[here].view_as(embeddings),
-                    saved.lse[here],
+                    chunk.qkv[here].view(*embeddings.shape[:2], 3 * D),
+                    chunk.attention[here].view_as(embeddings),
+                    chunk.lse[here],
                     rows.d_attention,
                     outputs.d_qkv[here].view(*embeddings.shape[:2], 3 * D),
                     n_heads,
                 )
                 ends = here
-        rows.launch(saved, first, ends, None)
-        of_chunk = folded_gradients(outputs, saved)
+        rows.launch(chunk, first, ends, None)
+        of_chunk = folded_gradients(outputs, chunk)
         d_folded = list(map(torch.add, d_folded, of_chunk)) if d_folded else of_chunk
 
     grads = [
@@ -124,14 +121,14 @@ def loop_backward(
     return grads
 
 
-def _of_steps(history: History, n_layer: int, first: int, last: int) -> History:
+def _of_steps(saved: SavedActivations, n_layer: int, first: int, last: int) -> SavedActivations:
     """The activations of steps first .. last - 1 of the window, as [L, steps, ...] by block."""
     names = ("xhat1", "rstd1", "qkv", "attention", "lse", "xhat2", "rstd2")
     by_block = {
-        name: getattr(history, name).unflatten(0, (n_layer, -1))[:, first:last] for name in names
+        name: getattr(saved, name).unflatten(0, (n_layer, -1))[:, first:last] for name in names
     }
-    final = {name: getattr(history, name)[first:last] for name in ("xhatf", "rstdf")}
-    return history._replace(**by_block, **final)
+    final = {name: getattr(saved, name)[first:last] for name in ("xhatf", "rstdf")}
+    return saved._replace(**by_block, **final)
 
 
 Place = tuple[int, int]  # (block, step of the chunk)
@@ -156,7 +153,7 @@ class _Rows:
         embeddings: Tensor,  # [B, S, D]
         norm_weight: Tensor,  # [D]
         read_out: Sequence[Tensor],  # what makes predictions
-        history: History,
+        saved: SavedActivations,
         outputs: Outputs,
         injection: str,
         window: int,
@@ -164,7 +161,7 @@ class _Rows:
         self.without_grad = window - len(grad)  # first steps
         self.grad, self.states, self.start = grad, states, start
         self.embeddings, self.norm_weight, self.read_out = embeddings, norm_weight, read_out
-        self.weights, self.biases = history.folded_weights, history.folded_biases
+        self.weights, self.biases = saved.folded_weights, saved.folded_biases
         self.outputs, self.injection = outputs, injection
         self.n_rows, self.D = embeddings[..., 0].numel(), embeddings.shape[-1]
         precision = operand_precision(self.weights.dtype)
@@ -180,11 +177,11 @@ class _Rows:
 
         L, steps = outputs.d_qkv.shape[:2]
         n = min(2, steps)
-        saved = _of_steps(history, L, 0, n)
+        chunk = _of_steps(saved, L, 0, n)
         first = window - n if 2 * len(grad) > window else 0  # with a gradient, or without
 
         def run(config: Config) -> None:  # the commonest form: between two steps
-            self._run(config, self._sums(config, window), saved, first, (0, n - 1), (L - 1, 0))
+            self._run(config, self._sums(config, window), chunk, first, (0, n - 1), (L - 1, 0))
 
         self.config = choose(
             row_backward_kernel,
@@ -202,19 +199,21 @@ class _Rows:
         empty = self.dx.new_empty
         return _Sums(empty(L, steps, P, 9 * D), empty(steps, 2, P, D), empty(R, P, n_outputs, D))
 
-    def launch(self, saved: History, first: int, ends: Place | None, begins: Place | None) -> None:
+    def launch(
+        self, chunk: SavedActivations, first: int, ends: Place | None, begins: Place | None
+    ) -> None:
         """From the attention backward of one place to that of the place before it.
 
         Args:
-            saved: activations of the chunk's steps, [L, steps, ...].
+            chunk: activations of the chunk's steps, [L, steps, ...].
             first: step of the window with which the chunk begins.
             ends: whose attention backward came before; None where the chunk starts, at its end.
             begins: whose comes next; None where the chunk is done.
         """
-        self._run(self.config, self.sums, saved, first, ends, begins)
+        self._run(self.config, self.sums, chunk, first, ends, begins)
         self.has_dx = True
 
-    def _run(self, config, sums, saved, first, ends, begins) -> None:
+    def _run(self, config, sums, chunk, first, ends, begins) -> None:
         dz = self.dx if ends is None and self.has_dx else None
         tail: list[Tensor | None] = [None] * 9
         step_end: list[Tensor | None] = [None] * 8
@@ -230,7 +229,7 @@ class _Rows:
                     before = self.states[w - 1] if w else self.start
                     injected = [self.d_shift, self.embeddings, before, self.d_scale]
             tail = [
-                self.weights[block], self.outputs.d_qkv[ends], saved.xhat1[ends], saved.rstd1[ends],
+                self.weights[block], self.outputs.d_qkv[ends], chunk.xhat1[ends], chunk.rstd1[ends],
                 sums.d_biases[block, w], *injected,
             ]  # fmt: skip
         if begins:
@@ -244,11 +243,11 @@ class _Rows:
                 elif i >= 0:
                     outside[0] = self.grad[i]
                 step_end = [
-                    self.norm_weight, saved.xhatf[step], saved.rstdf[step], sums.d_norm[w],
+                    self.norm_weight, chunk.xhatf[step], chunk.rstdf[step], sums.d_norm[w],
                     *outside,
                 ]  # fmt: skip
             head = [
-                self.weights[block], self.biases[block], saved.xhat2[begins], saved.rstd2[begins],
+                self.weights[block], self.biases[block], chunk.xhat2[begins], chunk.rstd2[begins],
                 self.outputs.dx2[begins], self.outputs.hidden[begins],
                 self.outputs.d_hidden[begins], self.outputs.dx1[begins], self.d_attention,
                 sums.d_biases[block, w],

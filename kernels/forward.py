@@ -9,13 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
+from looped_fast.ops.call import LoopSettings
+from looped_fast.ops.reference import AUTOCAST_DTYPES
+
 from . import few_rows
 from .few_rows import Arguments, FewRows
 from .fold import fold
-from .history import History, empty_history, with_scratch
 from .launch import launch
 from .providers import PROVIDERS
 from .row_forward import row_forward_kernel
+from .saved_activations import SavedActivations, empty_saved, with_scratch
 from .tuning import Config, choose, operand_precision
 
 
@@ -52,26 +55,19 @@ def loop_forward(
     state: Tensor | None,
     weights: Sequence[Tensor],
     read_out: Sequence[Tensor],
-    n_heads: int,
-    n_loops: int,
-    window: int,
-    injection: str,
-    operand: torch.dtype,
-    attention: str,
+    settings: LoopSettings,
     save_activations: bool,
     save_start: bool,
     save_states: bool,
     targets: Tensor | None = None,
     n_supervised: int | None = None,
-) -> tuple[Tensor, History]:
-    """States of the last ``window`` steps, predictions or errors of them; and the history.
+) -> tuple[Tensor, SavedActivations]:
+    """States of the last ``window`` steps, predictions or errors of them; and what was saved.
 
     Args:
-        embeddings, positions, state, weights, read_out, n_heads, n_loops, window, injection: as
-            in ``ops.loop``; fp32 and contiguous.
-        operand: dtype of the matrix products' operands.
-        attention: name of the attention provider.
-        save_activations, save_start, save_states: what to keep, see ``History``.
+        embeddings, positions, state, weights, read_out: as in ``ops.loop``; fp32 and contiguous.
+        settings: of the call; ``attention`` names a provider.
+        save_activations, save_start, save_states: what to keep, see ``SavedActivations``.
         targets: [B, (S + 1) // 2, n_outputs], subtracted from the even tokens' predictions.
         n_supervised: last steps whose predictions are wanted; ``window`` by default.
 
@@ -80,32 +76,31 @@ def loop_forward(
         targets their errors, 0 at odd tokens; fp32. And what was kept on the way there.
     """
     n_layer = len(weights) // 12
-    history = empty_history(
-        embeddings, n_layer, n_heads, window, operand, save_activations, save_start, save_states
-    )
-    fold(weights, history.folded_weights, history.folded_biases)
+    operand, window = AUTOCAST_DTYPES[settings.precision] or torch.float32, settings.window
+    saved = empty_saved(
+        embeddings, n_layer, settings.n_heads, window, operand, save_activations, save_start,
+        save_states,
+    )  # fmt: skip
+    fold(weights, saved.folded_weights, saved.folded_biases)
     n_steps, (B, S, D) = n_supervised or window, embeddings.shape
     reading = None
     if read_out:
         weight, bias = read_out
-        result, states = embeddings.new_empty((n_steps, B, S, len(bias))), history.states
+        result, states = embeddings.new_empty((n_steps, B, S, len(bias))), saved.states
         reading = ReadOut(weight, bias, targets, result)
     else:
         result = states = embeddings.new_empty((window, B, S, D))
     run_steps(
         state,
-        history if save_activations else with_scratch(history, embeddings, n_heads),
-        injected(embeddings, positions, injection),
+        saved if save_activations else with_scratch(saved, embeddings, settings.n_heads),
+        injected(embeddings, positions, settings.injection),
         weights[-2:],
-        n_heads,
-        n_loops,
-        window,
-        attention,
+        settings,
         save_activations,
         states if len(states) else None,
         reading,
     )
-    return result, history
+    return result, saved
 
 
 class Rows:
@@ -146,36 +141,31 @@ class Rows:
 
 def run_steps(
     state: Tensor | None,
-    history: History,
+    saved: SavedActivations,
     inputs: Injected,
     norm: Sequence[Tensor],
-    n_heads: int,
-    n_loops: int,
-    window: int,
-    attention: str,
+    settings: LoopSettings,
     save_activations: bool,
     states: Tensor | None,
     read_out: ReadOut | None = None,
 ) -> None:
-    """Fill ``states``, predictions and ``history``, whose weights are folded already.
+    """Fill ``states``, predictions and ``saved``, whose weights are folded already.
 
     Args:
         state: before the first step, [B, S, D]; None for the injection's neutral element.
-        history: with slots for all steps of the window if ``save_activations``, or scratch.
+        saved: with slots for all steps of the window if ``save_activations``, or scratch.
         inputs: what every step gets.
         norm: scale and shift of the final LayerNorm, [D] each.
-        n_heads: H.
-        n_loops: how many steps to run.
-        window: last steps whose results are wanted, W.
-        attention: name of the attention provider.
+        settings: of the call; ``n_loops`` steps run, and results of the last ``window`` are wanted.
         save_activations: whether a backward needs them.
         states: after the last steps, [W, B, S, D]; None where nobody wants them.
         read_out: makes predictions of these states; None where nobody wants any.
     """
     B, S, D = inputs.shift.shape
-    n_layer = len(history.folded_weights)
+    n_loops, window = settings.n_loops, settings.window
+    n_layer = len(saved.folded_weights)
     before = n_loops - window  # steps before the window
-    n_slots = len(history.qkv)
+    n_slots = len(saved.qkv)
 
     def slot(step: int, block: int) -> int:
         """Steps before the window leave their activations where its first step does."""
@@ -184,17 +174,17 @@ def run_steps(
     def step_end(step: int) -> list[Tensor | None]:
         """The kernel's arguments from ``norm_weight`` to ``targets``."""
         w = step - before
-        kept: list[Tensor | None] = [None, None]
+        normed: list[Tensor | None] = [None, None]
         z = None
         if w >= 0:
-            kept = [history.xhatf[w], history.rstdf[w]] if save_activations else kept
+            normed = [saved.xhatf[w], saved.rstdf[w]] if save_activations else normed
             z = None if states is None else states[w]
-        elif w == -1 and len(history.start):
-            z = history.start
+        elif w == -1 and len(saved.start):
+            z = saved.start
         if read_out is None or (i := w - window + len(read_out.predictions)) < 0:
-            return [*norm, *kept, z, None, None, None, None]
+            return [*norm, *normed, z, None, None, None, None]
         weight, bias, targets, predictions = read_out
-        return [*norm, *kept, z, weight, bias, predictions[i], targets]
+        return [*norm, *normed, z, weight, bias, predictions[i], targets]
 
     def arguments(
         ends: tuple[int, int] | None, begins: tuple[int, int] | None
@@ -207,8 +197,8 @@ def run_steps(
             step, block = ends
             i = slot(step, block)
             head = [
-                history.attention[i], history.folded_weights[block], history.folded_biases[block],
-                history.xhat2[i], history.rstd2[i],
+                saved.attention[i], saved.folded_weights[block], saved.folded_biases[block],
+                saved.xhat2[i], saved.rstd2[i],
             ]  # fmt: skip
             if block == n_layer - 1:
                 middle = step_end(step)
@@ -220,24 +210,24 @@ def run_steps(
             tail = [
                 inputs.scale if block == 0 else None,
                 inputs.shift if block == 0 else inputs.inner_shift,
-                history.folded_weights[block], history.folded_biases[block],
-                history.xhat1[i], history.rstd1[i], history.qkv[i],
+                saved.folded_weights[block], saved.folded_biases[block],
+                saved.xhat1[i], saved.rstd1[i], saved.qkv[i],
             ]  # fmt: skip
         return head, middle, tail
 
     rows: FewRows | Rows
     if not save_activations and B * S <= few_rows.MAX_ROWS:
-        rows = FewRows(inputs.shift, history.qkv.dtype)
+        rows = FewRows(inputs.shift, saved.qkv.dtype)
     else:
         n_wanted = window if read_out is None else len(read_out.predictions)
         step = n_loops - 1 if 2 * n_wanted > n_loops else 0
         common = arguments((step, n_layer - 1), (step, 0))
-        rows = Rows(inputs.shift, history.qkv.dtype, common)
-    attend = PROVIDERS[attention].forward
+        rows = Rows(inputs.shift, saved.qkv.dtype, common)
+    attend = PROVIDERS[settings.attention].forward
     order = [(step, block) for step in range(n_loops) for block in range(n_layer)]
     rows.launch(*arguments(None, order[0]))
     for here, following in zip(order, [*order[1:], None], strict=True):
         i = slot(*here)
-        qkv, out = history.qkv[i].view(B, S, 3 * D), history.attention[i].view(B, S, D)
-        attend(qkv, out, history.lse[i], n_heads)
+        qkv, out = saved.qkv[i].view(B, S, 3 * D), saved.attention[i].view(B, S, D)
+        attend(qkv, out, saved.lse[i], settings.n_heads)
         rows.launch(*arguments(here, following))

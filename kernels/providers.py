@@ -12,18 +12,15 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from looped_fast.ops.choice import Choice, choose
+from looped_fast.ops.call import Call
+from looped_fast.ops.selection import Selection, select_by
 
 from . import attention
-
-if TYPE_CHECKING:
-    from looped_fast.ops.backends import Problem
 
 SHORT = 256  # tokens: 49152 scores in FlashAttention's tiles, 36864 in tiles of 32, 32896 needed
 MIN_FLASH_ATTN = "2.7"  # since then its inner functions take window_size_left and _right
@@ -34,23 +31,23 @@ MIN_CAPABILITY = (8, 0)  # of both FlashAttentions
 class Provider:
     """One way to compute attention. ``forward`` and ``backward`` are as in ``attention.py``."""
 
-    why_not: Callable[[Problem], str | None]
+    unsupported: Callable[[Call], str | None]  # why it can't; None where it can
     forward: Callable[[Tensor, Tensor, Tensor, int], None]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
 
 
-def explain(problem: Problem) -> Choice:
-    """Choose for ``problem``; ``problem.attention`` forces one.
+def select(call: Call) -> Selection:
+    """Who computes attention in ``call``; ``call.settings.attention`` forces one.
 
     Raises:
-        ValueError: ``problem.attention`` is unknown, or unable; the reason is in the message.
+        ValueError: the name is unknown, or forced and unable; the reason is in the message.
     """
-    if problem.seq_len <= SHORT:
+    if call.seq_len <= SHORT:
         order, preference = ("triton", "flash_attn", "sdpa"), f"comes first up to {SHORT} tokens"
     else:
         order, preference = ("flash_attn", "sdpa", "triton"), f"comes first beyond {SHORT} tokens"
-    obstacles = {name: PROVIDERS[name].why_not(problem) for name in order}
-    return choose("attention", problem.attention, obstacles, preference)
+    obstacles = {name: PROVIDERS[name].unsupported(call) for name in order}
+    return select_by("attention", call.settings.attention, obstacles, preference)
 
 
 def _heads(packed: Tensor, n_heads: int) -> Tensor:
@@ -59,11 +56,11 @@ def _heads(packed: Tensor, n_heads: int) -> Tensor:
     return packed.view(B, S, 3, n_heads, -1).permute(2, 0, 1, 3, 4)
 
 
-def _why_not_flash(problem: Problem) -> str | None:
-    """What FlashAttention can't do, whoever built it."""
-    if problem.precision == "fp32":
+def _flash_unsupported(call: Call) -> str | None:
+    """Why FlashAttention can't run ``call``, whoever built it."""
+    if call.settings.precision == "fp32":
         return "it multiplies bf16 and fp16 only, not fp32"
-    if problem.device != "cuda" or torch.version.hip:
+    if call.device != "cuda" or torch.version.hip:
         return None
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
@@ -75,7 +72,7 @@ def _why_not_flash(problem: Problem) -> str | None:
 
 
 @functools.cache
-def _why_not_installed() -> str | None:
+def _flash_attn_load_error() -> str | None:
     try:
         import flash_attn
         import flash_attn.flash_attn_interface
@@ -90,10 +87,10 @@ def _why_not_installed() -> str | None:
     return None
 
 
-def _why_not_flash_attn(problem: Problem) -> str | None:
-    if problem.device != "cuda":
-        return f"tensors are on {problem.device}"
-    return _why_not_flash(problem) or _why_not_installed()
+def _flash_attn_unsupported(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"tensors are on {call.device}"
+    return _flash_unsupported(call) or _flash_attn_load_error()
 
 
 def _settings(qkv: Tensor, n_heads: int) -> dict:
@@ -132,12 +129,12 @@ def _flash_attn_backward(
 # --- PyTorch: the ops that scaled_dot_product_attention itself ends in
 
 
-def _why_not_sdpa(problem: Problem) -> str | None:
-    if problem.device == "cuda" and not torch.backends.cuda.is_flash_attention_available():
+def _sdpa_unsupported(call: Call) -> str | None:
+    if call.device == "cuda" and not torch.backends.cuda.is_flash_attention_available():
         return "this PyTorch was built without flash attention"
-    if problem.device == "cuda" and not torch.backends.cuda.flash_sdp_enabled():
+    if call.device == "cuda" and not torch.backends.cuda.flash_sdp_enabled():
         return "it is switched off: torch.backends.cuda.enable_flash_sdp(True)"
-    return _why_not_flash(problem)
+    return _flash_unsupported(call)
 
 
 def _sdpa_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
@@ -176,7 +173,7 @@ def _sdpa_backward(
 
 
 PROVIDERS = {
-    "flash_attn": Provider(_why_not_flash_attn, _flash_attn_forward, _flash_attn_backward),
-    "sdpa": Provider(_why_not_sdpa, _sdpa_forward, _sdpa_backward),
-    "triton": Provider(lambda problem: None, attention.forward, attention.backward),
+    "flash_attn": Provider(_flash_attn_unsupported, _flash_attn_forward, _flash_attn_backward),
+    "sdpa": Provider(_sdpa_unsupported, _sdpa_forward, _sdpa_backward),
+    "triton": Provider(lambda call: None, attention.forward, attention.backward),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from looped_fast.ops.reference import Block
 
-from .history import History
+from .saved_activations import SavedActivations
 
 # Of the gradients kept for the matrix products. At this size they are long enough to run at the
 # library's full speed.
@@ -49,7 +49,7 @@ def steps_per_chunk(xhat1: Tensor, window: int) -> int:
     return max(1, min(CHUNK_BYTES // step_bytes, window))
 
 
-def folded_gradients(outputs: Outputs, inputs: History) -> list[Tensor]:
+def folded_gradients(outputs: Outputs, inputs: SavedActivations) -> list[Tensor]:
     """Gradients of the folded weights, summed over some steps.
 
     Args:

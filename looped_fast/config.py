@@ -9,10 +9,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name
 
 VERSION = "0.1.0"  # as in pyproject.toml; a test holds them together
 INJECTIONS = ("add", "mul", "none", "every_block")
+PRECISIONS = ("fp32", "bf16", "fp16")  # of the operands of matrix products
+BACKENDS = ("triton", "cpu", "compiled", "reference")  # the preferred first, without measurement
+ATTENTION = ("triton", "flash_attn", "sdpa")  # who may compute it on the triton backend
 PRED_TYPES = ("regression", "classification")
 N_CLASSES = 2  # official scripts/models.py: MAX_NUM_CLASS
 LAYER_NORM_EPS = 1e-5
@@ -68,10 +71,8 @@ class ModelConfig:
         check_window(self.n_loops, self.window)
         if not self.init_std > 0:
             raise ValueError(f"init_std = {self.init_std}: more than 0 is needed")
-        if self.injection not in INJECTIONS:
-            raise unknown_name("injection", self.injection, INJECTIONS)
-        if self.pred_type not in PRED_TYPES:
-            raise unknown_name("pred_type", self.pred_type, PRED_TYPES)
+        check_name("injection", self.injection, INJECTIONS)
+        check_name("pred_type", self.pred_type, PRED_TYPES)
 
     @property
     def head_dim(self) -> int:
@@ -92,8 +93,7 @@ class ModelConfig:
         """The inverse of ``to_dict``; an unknown key raises with the nearest valid one."""
         valid = [f.name for f in dataclasses.fields(cls)]
         for name in settings:
-            if name not in valid:
-                raise unknown_name("model setting", name, valid)
+            check_name("model setting", name, valid)
         return cls(**settings)
 
 

@@ -18,3 +18,9 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return ValueError(f"unknown {kind} {name!r}{hint} Valid: {', '.join(choices)}")
+
+
+def check_name(kind: str, name: object, valid: Iterable[str]) -> None:
+    """Raise ``unknown_name`` unless ``name`` is one of ``valid``."""
+    if name not in valid:
+        raise unknown_name(kind, name, valid)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from looped_fast import ops
-from looped_fast.config import LAYER_NORM_EPS, ModelConfig, check_window
+from looped_fast.config import LAYER_NORM_EPS, PRECISIONS, ModelConfig, check_window
+from looped_fast.ops.call import Call, LoopSettings
 from looped_fast.ops.graphs import GraphedLoop
-from looped_fast.ops.reference import AUTOCAST_DTYPES, PRECISIONS
+from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
 class _Attention(nn.Module):
@@ -106,8 +107,8 @@ class LoopedTransformer(nn.Module):
         config: shapes and recurrence.
         backend: ``auto``, ``reference``, ``compiled``, ``cpu`` or ``triton``; see
             ``explain_backend``.
-        checkpoint: ``state`` recomputes activations in the backward, which takes longer and needs
-            memory for the states alone; ``none`` keeps them. See ``ops.loop``, and ``loss``.
+        recompute: keep states alone for the backward and compute activations again, which takes
+            longer and needs less memory. ``loss`` on the ``cpu`` backend needs little at any rate.
         attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
             ``triton``. See ``ops.loop``.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
@@ -118,14 +119,14 @@ class LoopedTransformer(nn.Module):
         self,
         config: ModelConfig,
         backend: str = "auto",
-        checkpoint: str = "none",
+        recompute: bool = False,
         attention: str = "auto",
         cuda_graphs: str = "auto",
     ) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
-        self.checkpoint = checkpoint
+        self.recompute = recompute
         self.attention = attention
         self._loop = GraphedLoop(cuda_graphs)
         self._read_in = nn.Linear(config.n_dims, config.n_embd)
@@ -177,14 +178,14 @@ class LoopedTransformer(nn.Module):
             >>> model.loss(torch.randn(3, 11, 20), torch.randn(3, 11)).backward()
 
         Args:
-            xs, ys, n_loops, window: as of ``forward``.
+            xs, ys, n_loops, window: as in ``forward``.
             n_supervised: last steps of the window that count; all of them by default.
 
         Returns:
             A scalar, []; differentiable, once, in the parameters.
 
         Raises:
-            ValueError: as of ``forward``; ``n_supervised`` is outside 1..window; or the model
+            ValueError: as in ``forward``; ``n_supervised`` is outside 1..window; or the model
                 classifies.
 
         Source: official ``scripts/train.py``, ``train_step``.
@@ -206,7 +207,7 @@ class LoopedTransformer(nn.Module):
 
     def _predict(self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str) -> Tensor:
         tensors, settings = self._loop_arguments(xs, ys, n_loops, window, injection)
-        predictions = self._loop(*tensors, **settings)[:, :, ::2]  # of x: [W, B, n, n_outputs]
+        predictions = self._loop(*tensors, **settings)  # [W, B, n, n_outputs]
         if self.config.pred_type == "classification":
             return predictions
         return predictions.squeeze(-1)
@@ -218,23 +219,51 @@ class LoopedTransformer(nn.Module):
         check_window(n_loops, window)
         self._check_prompt(xs, ys)
         device = xs.device.type
-        # Read-in and read-out are a thousandth of the work: they keep their full precision, this
-        # one here, the other in the op.
+        # Read-in (here) and read-out (in the op) are a thousandth of the work: in full precision.
         with torch.autocast(device, enabled=False):
-            embeddings = ops.read_in(xs, ys, *self._read_in.parameters(), backend=self.backend)
+            read_in = self._read_in
+            embeddings = ops.read_in(xs, ys, read_in.weight, read_in.bias, backend=self.backend)
         positions = self._backbone.positions[: embeddings.shape[1]]
-        settings = {
-            "n_heads": self.config.n_head,
-            "n_loops": n_loops,
-            "window": window,
-            "read_out": tuple(self._read_out.parameters()),
-            "injection": injection,
-            "precision": ambient_precision(device),
-            "checkpoint": self.checkpoint,
-            "backend": self.backend,
-            "attention": self.attention,
-        }
-        return (embeddings, positions, None, self._backbone.op_weights()), settings
+        settings = self._settings(n_loops, window, injection, ambient_precision(device))
+        read_out = (self._read_out.weight, self._read_out.bias)
+        tensors = (embeddings, positions, None, self._backbone.op_weights())
+        return tensors, {"read_out": read_out, **settings._asdict()}
+
+    def _settings(self, n_loops: int, window: int, injection: str, precision: str) -> LoopSettings:
+        return LoopSettings(
+            n_heads=self.config.n_head,
+            n_loops=n_loops,
+            window=window,
+            injection=injection,
+            precision=precision,
+            recompute=self.recompute,
+            backend=self.backend,
+            attention=self.attention,
+        )
+
+    def describe_call(
+        self,
+        batch_size: int,
+        n_points: int,
+        precision: str | None = None,
+        replayed_training: bool = False,
+    ) -> Call:
+        """What a backend is selected by for a call of this model; see ``explain_backend``."""
+        config, weight = self.config, self._read_in.weight
+        precision = precision or ambient_precision(weight.device.type)
+        settings = self._settings(config.n_loops, config.window, config.injection, precision)
+        return Call(
+            settings=settings,
+            device=weight.device.type,
+            device_index=weight.device.index or 0,
+            dtype=weight.dtype,
+            batch=batch_size,
+            seq_len=2 * n_points,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            replayed=replayed_training or self._loop.replays_on(weight.device),
+            training=replayed_training,
+        )
 
     def _check_prompt(self, xs: Tensor, ys: Tensor) -> None:
         config, weight = self.config, self._read_in.weight

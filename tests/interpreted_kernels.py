@@ -23,7 +23,7 @@ def make_fast() -> None:
     interpreter can't work the first launch of a test says so.
     """
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    reason = triton_backend.why_not_interpreted()
+    reason = triton_backend.uninterpretable()
     patched: set[frozenset[int]] = set()  # what the launch that runs has patched, as ``languages``
 
     @untraced

@@ -105,10 +105,10 @@ def test_every_kind_of_run_trains(tmp_path, settings):
 
 
 def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch):
-    def why_not_cpu(problem):
-        return "this CPU has no bf16" if problem.precision == "bf16" else None
+    def cpu_unsupported(call):
+        return "this CPU has no bf16" if call.settings.precision == "bf16" else None
 
-    monkeypatch.setitem(backends.BACKENDS, "cpu", why_not_cpu)
+    monkeypatch.setitem(backends.UNSUPPORTED, "cpu", cpu_unsupported)
     config = preset_config("tiny")
     trainer = Trainer(dataclasses.replace(config, amp="bf16"), tmp_path)
     assert trainer.amp == "off"
@@ -119,7 +119,7 @@ def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_run_says_where_there_is_nothing_to_recompute(tmp_path, capsys, backend):
-    if backend == "cpu" and (reason := cpu_engine.why_not_precision("fp32")):
+    if backend == "cpu" and (reason := cpu_engine.unsupported_precision("fp32")):
         pytest.skip(reason)
     given = ("--recompute", "--backend", backend, "--device", "cpu")
     assert train("--steps", 1, "--out", tmp_path / "run", *given) == 0

@@ -72,7 +72,7 @@ def results(
         if name == "loss":
             ops.loop_mse(**arguments, targets=targets, **how).backward()
             with torch.no_grad():
-                found["predictions"] = ops.loop(**arguments, **how)[:, :, ::2]
+                found["predictions"] = ops.loop(**arguments, **how)
         else:
             del arguments["read_out"]
             states = ops.loop(**arguments, **how)

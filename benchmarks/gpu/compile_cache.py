@@ -20,16 +20,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from looped_fast.kernels import tuning
+from looped_fast.kernels.launch import Launch, recording, settle_cache_key
+from looped_fast.kernels.read_in import read_in
+from looped_fast.kernels.tuning import Config
 from triton.runtime.jit import MockTensor
 
 from benchmarks.gpu.configurations import EXTRA, configurations
 from benchmarks.gpu.fake_driver import pretend
 from benchmarks.gpu.visit import Visit, say
 from benchmarks.kernel_launches import TILES, Loop, launches_of
-from looped_fast.kernels import tuning
-from looped_fast.kernels.launch import Launch, recording, settle_cache_key
-from looped_fast.kernels.read_in import read_in
-from looped_fast.kernels.tuning import Config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,11 +72,11 @@ def runs_of_tests() -> Iterator[Run]:
         shape = Shape(22, width, width // n_heads)
         yield Loop("add", 1, 3, 2, n_outputs=0), "bf16", shape, False
     for injection in ("mul", "none", "every_block"):
-        for checkpoint in ("none", "state"):
-            loop = Loop(injection, 2, 3, 2, checkpoint=checkpoint, n_outputs=0)
+        for recompute in (False, True):
+            loop = Loop(injection, 2, 3, 2, recompute=recompute, n_outputs=0)
             yield loop, "bf16", small, False
     yield Loop("mul", 1, 3, 2), "fp32", small._replace(seq_len=10), False
-    yield Loop("add", 1, 3, 2, checkpoint="state"), "fp32", small._replace(seq_len=10), False
+    yield Loop("add", 1, 3, 2, recompute=True), "fp32", small._replace(seq_len=10), False
     yield Loop("add", 1, 6, 4, training=False), "fp32", small, False
 
 

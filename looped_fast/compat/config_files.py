@@ -14,7 +14,7 @@ import yaml
 
 from looped_fast.compat import FAMILIES, LOOP_FUNCS
 from looped_fast.config import PRED_TYPES
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name, unknown_name
 from looped_fast.tasks import OFFICIAL_TASK_NAMES
 from looped_fast.training.config import Growth, Growths, TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
@@ -75,8 +75,7 @@ def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
     """Official settings (``scripts/schema.py``) as ours; what they do is the same."""
     model, training = official["model"], official["training"]
     kind = {"gpt2_loop": "looped", "gpt2": "standard", "gpt2_tying": "tied"}[model["family"]]
-    if training["task_name"] not in OFFICIAL_TASK_NAMES:
-        raise unknown_name("task_name", training["task_name"], OFFICIAL_TASK_NAMES)
+    check_name("task_name", training["task_name"], OFFICIAL_TASK_NAMES)
     task = OFFICIAL_TASK_NAMES[training["task_name"]]
     if model["pred_type"] != "regression":
         raise ValueError(f"{path}: pred_type = {model['pred_type']!r}; training is regression only")

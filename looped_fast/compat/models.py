@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from looped_fast.config import ModelConfig
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name, unknown_name
 from looped_fast.model import LoopedTransformer, _Backbone
 
 FAMILIES = ("gpt2", "gpt2_loop", "gpt2_tying")
@@ -87,8 +87,7 @@ def build_model(
     pred_type = getattr(conf, "pred_type", "regression")
     if conf.family == "gpt2_loop":
         loop_func = getattr(conf, "loop_func", "z=f(x+z)")
-        if loop_func not in LOOP_FUNCS:
-            raise unknown_name("loop_func", loop_func, LOOP_FUNCS)
+        check_name("loop_func", loop_func, LOOP_FUNCS)
         injection = LOOP_FUNCS[loop_func]
         config = ModelConfig(
             **sizes, n_layer=conf.n_layer, injection=injection, pred_type=pred_type

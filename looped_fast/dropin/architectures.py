@@ -150,9 +150,10 @@ def _read_in(model: Model, xs: Tensor, ys: Tensor) -> Tensor:
 def _predict(model: Model, loop: Loop, embeddings: Tensor, settings: dict[str, Any]) -> Tensor:
     """Predictions at the x positions, [W, B, n], or [W, B, n, 2] logits: by the loop, if it can."""
     read_out, of_x = model._read_out, slice(model.ind, None, model.freq)
-    if type(read_out) is nn.Linear and not any(hooks_of(read_out)):
+    is_plain = type(read_out) is nn.Linear and not any(hooks_of(read_out))
+    if is_plain and of_x == slice(0, None, 2):  # the tokens that the op reads out
         outputs = loop(embeddings, read_out=weight_and_bias(read_out), **settings)
-        predictions = outputs[:, :, of_x].to(_output_dtype(outputs))
+        predictions = outputs.to(_output_dtype(outputs))
     else:
         predictions = read_out(loop(embeddings, **settings)[:, :, of_x])
     return predictions[..., 0] if model._pred_type == "regression" else predictions

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from looped_fast.config import ATTENTION, BACKENDS, PRECISIONS
 from looped_fast.dropin import architectures, verify
 from looped_fast.dropin.architectures import ARCHITECTURES, Architecture, Model
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name
 from looped_fast.model import LoopedTransformer, ambient_precision
-from looped_fast.ops.backends import ATTENTION, BACKENDS
+from looped_fast.ops.call import Call, LoopSettings
 from looped_fast.ops.graphs import GraphedLoop
-from looped_fast.ops.reference import AUTOCAST_DTYPES, PRECISIONS
+from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -73,12 +74,10 @@ def accelerate(
             would not run, after all.
         ValueError: an unknown backend, precision, cuda_graphs or attention.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise unknown_name("backend", backend, ["auto", *BACKENDS])
-    if precision is not None and precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS)
-    if attention not in ("auto", *ATTENTION):
-        raise unknown_name("attention", attention, ["auto", *ATTENTION])
+    check_name("backend", backend, ("auto", *BACKENDS))
+    check_name("attention", attention, ("auto", *ATTENTION))
+    if precision is not None:
+        check_name("precision", precision, PRECISIONS)
     graphed = GraphedLoop(cuda_graphs)
     replacement: FastForward | _OwnForward
     if isinstance(model, LoopedTransformer):
@@ -161,20 +160,49 @@ class FastForward:
         read_out: Sequence[Tensor] = (),
     ) -> Tensor:
         """``ops.loop`` with the model's present parameters: see ``architectures.Loop``."""
-        stack = self.stack
+        stack, precision = self.stack, ambient_precision(embeddings.device.type)
         return self.graphed(
             embeddings,
             stack.wpe.weight[: embeddings.shape[1]],
             None,
             architectures.stack_weights(stack),
-            n_heads=stack.h[0].attn.n_head,
+            read_out=read_out,
+            **self._settings(n_loops, window, injection, precision)._asdict(),
+        )
+
+    def _settings(self, n_loops: int, window: int, injection: str, precision: str) -> LoopSettings:
+        return LoopSettings(
+            n_heads=self.stack.h[0].attn.n_head,
             n_loops=n_loops,
             window=window,
-            read_out=read_out,
             injection=injection,
-            precision=ambient_precision(embeddings.device.type),
+            precision=precision,
             backend=self.backend,
             attention=self.attention,
+        )
+
+    def describe_call(
+        self,
+        batch_size: int,
+        n_points: int,
+        precision: str | None = None,
+        replayed_training: bool = False,
+    ) -> Call:
+        """What a backend is selected by for a call of the model; see ``explain_backend``."""
+        stack, weight = self.stack, self.stack.wpe.weight
+        # How often the model loops is an argument of its calls, and decides nothing here.
+        precision = precision or ambient_precision(weight.device.type)
+        return Call(
+            settings=self._settings(1, 1, "none", precision),
+            device=weight.device.type,
+            device_index=weight.device.index or 0,
+            dtype=weight.dtype,
+            batch=batch_size,
+            seq_len=self.architecture.tokens_per_point * n_points,
+            n_embd=weight.shape[1],
+            n_layer=len(stack.h),
+            replayed=replayed_training or self.graphed.replays_on(weight.device),
+            training=replayed_training,
         )
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name
 from looped_fast.evaluation.errors import chunk_sizes
 from looped_fast.tasks import EVALUATION, Task, batch_generator
 
@@ -157,8 +157,7 @@ def sample_shifted(
     Raises:
         ValueError: an unknown shift, or more points than d for orthogonal queries.
     """
-    if name not in SHIFTS:
-        raise unknown_name("shift", name, SHIFTS)
+    check_name("shift", name, SHIFTS)
     shift = SHIFTS[name]
     if shift.up_to_d and n_points > task.n_dims:
         raise ValueError(

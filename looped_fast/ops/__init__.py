@@ -1,5 +1,7 @@
 """The loop as one differentiable PyTorch op, and the backends that run it."""
 
-from looped_fast.ops.op import loop, loop_mse, read_in
+from looped_fast.ops.call import LoopSettings
+from looped_fast.ops.op import loop, loop_mse
+from looped_fast.ops.read_in import read_in
 
-__all__ = ["loop", "loop_mse", "read_in"]
+__all__ = ["LoopSettings", "loop", "loop_mse", "read_in"]

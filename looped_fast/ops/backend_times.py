@@ -10,16 +10,13 @@ from __future__ import annotations
 import functools
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from looped_fast.kernels.tuning import operand_precision
 from looped_fast.ops import cache
+from looped_fast.ops.call import Call
 from looped_fast.ops.reference import AUTOCAST_DTYPES
-
-if TYPE_CHECKING:
-    from looped_fast.ops.backends import Problem
 
 Times = dict[str, float]  # backend -> milliseconds
 
@@ -29,36 +26,36 @@ def path() -> Path:
     return cache.folder() / "backends.json"
 
 
-def lookup(problem: Problem) -> Times:
-    """Times of calls like ``problem``.
+def lookup(call: Call) -> Times:
+    """Times of calls like ``call``.
 
     Empty where none were measured, where the call is not replayed, and under
     ``torch.use_deterministic_algorithms(True)``: results must not depend on timing there.
     """
-    if not problem.replayed or torch.are_deterministic_algorithms_enabled():
+    if not call.replayed or torch.are_deterministic_algorithms_enabled():
         return {}
-    return _known().get(_kind(problem), {})
+    return _known().get(_kind(call), {})
 
 
-def remember(problem: Problem, times: Times) -> str | None:
-    """Add ``times`` of calls like ``problem``, in this process and on disk.
+def remember(call: Call, times: Times) -> str | None:
+    """Add ``times`` of calls like ``call``, in this process and on disk.
 
     Returns:
         Why they are not on disk, or None.
     """
-    kind = _kind(problem)
+    kind = _kind(call)
     _known()[kind] = _known().get(kind, {}) | times
     return cache.update(path(), {kind: _known()[kind]})
 
 
-def remember_failure(problem: Problem, backend: str, reason: str) -> None:
+def remember_failure(call: Call, backend: str, reason: str) -> None:
     """Note in this process that ``backend`` failed when it was measured; the next tries again."""
-    _failed.setdefault(_kind(problem), {})[backend] = reason
+    _failed.setdefault(_kind(call), {})[backend] = reason
 
 
-def failures(problem: Problem) -> dict[str, str]:
-    """Backends that failed when they were measured on calls like ``problem``, and why."""
-    return _failed.get(_kind(problem), {}) if problem.replayed else {}
+def failures(call: Call) -> dict[str, str]:
+    """Backends that failed when they were measured on calls like ``call``, and why."""
+    return _failed.get(_kind(call), {}) if call.replayed else {}
 
 
 _failed: dict[str, dict[str, str]] = {}
@@ -74,20 +71,21 @@ def _known() -> dict[str, Times]:
     }
 
 
-def operands(problem: Problem) -> str:
+def operands(call: Call) -> str:
     """What matrix products multiply: ``fp32``, ``tf32``, ``bf16``, ``fp16``, or ``fp64``."""
-    if problem.dtype == torch.float64:
+    if call.dtype == torch.float64:
         return "fp64"
-    return operand_precision(AUTOCAST_DTYPES[problem.precision] or torch.float32)
+    return operand_precision(AUTOCAST_DTYPES[call.settings.precision] or torch.float32)
 
 
-def _kind(problem: Problem) -> str:
-    device = _device_name(problem.device, problem.device_index)
-    what = "training step" if problem.training else "inference"
+def _kind(call: Call) -> str:
+    device = _device_name(call.device, call.device_index)
+    what = "training step" if call.training else "inference"
+    settings = call.settings
     return (
-        f"{device}/torch {torch.__version__}/triton {_triton_version()}/{what}/{operands(problem)}/"
-        f"D {problem.n_embd}/heads {problem.n_heads}/layers {problem.n_layer}/{problem.injection}/"
-        f"B {problem.batch}/S {problem.seq_len}"
+        f"{device}/torch {torch.__version__}/triton {_triton_version()}/{what}/{operands(call)}/"
+        f"D {call.n_embd}/heads {settings.n_heads}/layers {call.n_layer}/{settings.injection}/"
+        f"B {call.batch}/S {call.seq_len}"
     )
 
 

@@ -1,18 +1,20 @@
 """Which backend runs the loop: decided here, and nowhere else.
 
-Backends that can run a problem are those without a reason against it; ``reference`` has none,
-ever. ``auto`` takes the one that was measured fastest on this GPU (``backend_times``), or else the
-first in the order of ``BACKENDS`` that no rule of ``_slower`` passes over.
+Backends that can run a call are those without a reason against it; ``reference`` has none, ever.
+``auto`` takes the one that was measured fastest on this GPU (``backend_times``), or else the first
+that no rule of ``_slower`` passes over.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from looped_fast.ops import (
     backend_times,
@@ -21,68 +23,21 @@ from looped_fast.ops import (
     loop_autograd,
     triton_backend,
 )
-from looped_fast.ops.choice import Choice, choose
+from looped_fast.ops.call import Call
+from looped_fast.ops.selection import Selection, select_by
 
 
-@dataclass(frozen=True)
-class Problem:
-    """All that the choice of a backend may depend on."""
-
-    device: str  # device type: "cpu", "cuda", ...
-    dtype: torch.dtype  # of embeddings and weights
-    precision: str  # operands of matrix products: fp32, bf16, fp16
-    batch: int  # B
-    seq_len: int  # S, tokens
-    n_embd: int  # D
-    n_heads: int
-    n_layer: int
-    n_loops: int
-    window: int
-    injection: str
-    attention: str = "auto"  # who computes it, see kernels/providers.py; triton backend only
-    device_index: int = 0
-    replayed: bool = False  # as a CUDA graph
-    training: bool = False  # with gradients; told apart where calls are replayed only
-
-
-@dataclass(frozen=True)
-class Explanation(Choice):
-    """What ``explain_backend`` returns: the backend that runs, and why each other does not."""
-
-    attention: Choice | None = None  # the triton backend's choice of who computes attention
-
-    def __str__(self) -> str:
-        text = super().__str__()
-        return text if self.attention is None else f"{text}\n{self.attention}"
-
-
-def _why_not_cpu(problem: Problem) -> str | None:
-    D, head_dim = problem.n_embd, problem.n_embd // problem.n_heads
-    if problem.device != "cpu":
-        return f"tensors are on {problem.device}"
-    if problem.dtype != torch.float32:
-        return f"it takes float32 tensors, not {problem.dtype}"
-    if D % 32 or D > cpu_engine.MAX_WIDTH:
-        return f"D = {D} is not a multiple of 32 up to {cpu_engine.MAX_WIDTH}"
-    if head_dim % 8:
-        return f"head_dim = {head_dim} is not a multiple of 8"
-    return loop_autograd.why_not() or cpu_engine.why_not_precision(problem.precision)
-
-
-def _why_not_reference(problem: Problem) -> str | None:
+def _reference_runs_all(call: Call) -> None:
     return None
 
 
-BACKENDS: dict[str, Callable[[Problem], str | None]] = {
-    "triton": triton_backend.why_not,
-    "cpu": _why_not_cpu,
+# For each of ``config.BACKENDS``, in that order: why it can't run a call, or None.
+UNSUPPORTED: dict[str, Callable[[Call], str | None]] = {
+    "triton": triton_backend.unsupported,
+    "cpu": cpu_engine.unsupported,
     "compiled": compiled_backend.unsupported,
-    "reference": _why_not_reference,
+    "reference": _reference_runs_all,
 }
-
-
-# Who may compute attention on the triton backend: the names in kernels/providers.py.
-ATTENTION = ("triton", "flash_attn", "sdpa")
 
 # Width D from which a GPU's fp32 products are predicted to be faster in cuBLAS than in Triton.
 # Triton multiplies without tensor cores and loads 3 bytes of shared memory for a multiply-add: a
@@ -91,54 +46,84 @@ ATTENTION = ("triton", "flash_attn", "sdpa")
 CUBLAS_WIDTH = 256
 
 
-def able(problem: Problem) -> list[str]:
-    """Backends that can run ``problem``, in the order of preference without measurement."""
-    return [name for name, unsupported in BACKENDS.items() if unsupported(problem) is None]
+def able(call: Call) -> list[str]:
+    """Backends that can run ``call``, in the order of preference without measurement."""
+    return [name for name, unsupported in UNSUPPORTED.items() if unsupported(call) is None]
 
 
-def explain(problem: Problem, backend: str = "auto") -> Explanation:
-    """Choose for ``problem``; ``backend`` forces one.
+def select(call: Call) -> Selection:
+    """The backend for ``call``; ``call.settings.backend`` forces one.
 
     Raises:
-        ValueError: ``backend`` or ``problem.attention`` is unknown, or forced and unable; the
-            reason is in the message.
+        ValueError: the backend or ``call.settings.attention`` is unknown, or forced and unable;
+            the reason is in the message.
     """
-    obstacles = {name: unsupported(problem) for name, unsupported in BACKENDS.items()}
-    if backend == "auto":
-        slower = _slower(problem, [name for name, reason in obstacles.items() if reason is None])
+    # Times of replays may come in at any moment. Under a mode sizes may be symbolic: no keys.
+    if call.replayed or _get_current_dispatch_mode() is not None:
+        return _select(call)
+    return _remembered(call, _surroundings())
+
+
+def forget() -> None:
+    """Select afresh from here on: after a change that ``select`` can't see, such as in a test."""
+    _remembered.cache_clear()
+
+
+@functools.lru_cache(1024)
+def _remembered(call: Call, surroundings: tuple[Any, ...]) -> Selection:
+    return _select(call)
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What rules look at besides the call, and may change in a process."""
+    environment = os.environ
+    return (
+        loop_autograd.unsupported(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cuda.flash_sdp_enabled(),
+        compiled_backend.is_switched_off(),
+        environment.get("TRITON_INTERPRET"),
+    )
+
+
+def _select(call: Call) -> Selection:
+    settings = call.settings
+    obstacles = {name: unsupported(call) for name, unsupported in UNSUPPORTED.items()}
+    if settings.backend == "auto":
+        slower = _slower(call, [name for name, reason in obstacles.items() if reason is None])
         obstacles = {name: reason or slower.get(name) for name, reason in obstacles.items()}
-    choice = choose("backend", backend, obstacles)
-    attention = None
-    if choice.chosen == "triton":
+    selection = select_by("backend", settings.backend, obstacles)
+    if selection.chosen == "triton":
         from looped_fast.kernels import providers  # needs Triton
 
-        attention = providers.explain(problem)
-    elif problem.attention != "auto":
+        return dataclasses.replace(selection, attention=providers.select(call))
+    if settings.attention != "auto":
         raise ValueError(
-            f"attention {problem.attention!r} needs the triton backend: "
-            f"{choice.reasons['triton']}. Use attention='auto', or backend='triton'"
+            f"attention {settings.attention!r} needs the triton backend: "
+            f"{selection.reasons['triton']}. Use attention='auto', or backend='triton'"
         )
-    return Explanation(choice.kind, choice.chosen, choice.reasons, attention)
+    return selection
 
 
-def choose_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "auto") -> Choice:
-    """Choose who embeds a prompt to ``width`` D: a kernel of ``triton``, or else plain PyTorch.
+def select_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "auto") -> Selection:
+    """Who embeds a prompt to ``width`` D: a kernel of ``triton``, or else plain PyTorch.
 
     Raises:
-        ValueError: as ``explain``.
+        ValueError: as in ``select``.
     """
-    obstacles = dict.fromkeys(BACKENDS)
-    obstacles["triton"] = triton_backend.why_not_tensors(device, dtype, width)
+    obstacles = dict.fromkeys(UNSUPPORTED)
+    obstacles["triton"] = triton_backend.unsupported_tensors(device, dtype, width)
     if backend == "auto" and device == "cpu":
         obstacles["triton"] = obstacles["triton"] or _INTERPRETED
-    return choose("backend", backend, obstacles)
+    return select_by("backend", backend, obstacles)
 
 
 _INTERPRETED = "interpreted kernels run only when asked for"
 
 
-def _slower(problem: Problem, able: list[str]) -> dict[str, str]:
-    """Backends that ``auto`` passes over although they are ``able`` to run ``problem``, and why.
+def _slower(call: Call, able: list[str]) -> dict[str, str]:
+    """Backends that ``auto`` passes over although they are ``able`` to run ``call``, and why.
 
     Measured times decide where there are any, predictions where there are none.
     """
@@ -146,43 +131,25 @@ def _slower(problem: Problem, able: list[str]) -> dict[str, str]:
         "compiled": "it runs when asked for, or on a GPU where a training run measured it faster: "
         "compiling for a new shape takes many seconds"
     }
-    if problem.device != "cpu" and problem.attention != "auto":
+    if call.device != "cpu" and call.settings.attention != "auto":
         return slower  # asks for the triton backend, which alone has a choice of attention
-    for name, reason in backend_times.failures(problem).items():
+    for name, reason in backend_times.failures(call).items():
         if name != "reference":  # the last resort
             slower[name] = f"it failed when it was measured: {reason}"
-    times = {name: t for name, t in backend_times.lookup(problem).items() if name in able}
+    times = {name: t for name, t in backend_times.lookup(call).items() if name in able}
     if times:
         fastest = min(times, key=times.__getitem__)
-        what = "a training step" if problem.training else "an inference call"
+        what = "a training step" if call.training else "an inference call"
         for name, milliseconds in times.items():
             slower[name] = (
                 f"{milliseconds:.3g} ms {what} measured here, {fastest} takes {times[fastest]:.3g}"
             )
         slower.pop(fastest)
-    elif problem.device == "cpu":
+    elif call.device == "cpu":
         slower["triton"] = _INTERPRETED
-    elif backend_times.operands(problem) == "fp32" and problem.n_embd >= CUBLAS_WIDTH:
+    elif backend_times.operands(call) == "fp32" and call.n_embd >= CUBLAS_WIDTH:
         slower["triton"] = (
-            f"predicted slower than cuBLAS in fp32 at D = {problem.n_embd} (from {CUBLAS_WIDTH}); "
+            f"predicted slower than cuBLAS in fp32 at D = {call.n_embd} (from {CUBLAS_WIDTH}); "
             f"backend='triton' forces it, and precision='bf16' or TF32 uses tensor cores"
         )
     return slower
-
-
-_replayed: ContextVar[bool] = ContextVar("replayed", default=False)
-
-
-@contextlib.contextmanager
-def replaying(on: bool = True) -> Iterator[None]:
-    """Inside, calls are those that a CUDA graph replays: ``auto`` goes by times of replays."""
-    token = _replayed.set(on)
-    try:
-        yield
-    finally:
-        _replayed.reset(token)
-
-
-def is_replayed() -> bool:
-    """True inside ``replaying``."""
-    return _replayed.get()

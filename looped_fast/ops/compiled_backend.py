@@ -1,7 +1,7 @@
 """The ``compiled`` backend: the reference's loop, with its step compiled by ``torch.compile``.
 
-AOTAutograd differentiates the step, so gradients, the window and ``checkpoint="state"`` work as
-in ``reference``. A step is compiled for one shape, which takes seconds to half a minute.
+AOTAutograd differentiates the step, so gradients, the window and ``recompute`` work as in
+``reference``. A step is compiled for one shape, which takes seconds to half a minute.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ import sys
 import types
 from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from looped_fast.ops import loop_autograd, reference
-
-if TYPE_CHECKING:
-    from looped_fast.ops.backends import Problem
+from looped_fast.ops.call import Call, LoopSettings
 
 # Compiled steps kept at once. The paper's curricula have 16 shapes, with gradients and without.
 MAX_STEPS = 128
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Reason that ``torch.compile`` can't run ``problem`` here, or None."""
-    if reason := loop_autograd.why_not():
+def unsupported(call: Call) -> str | None:
+    """Why ``torch.compile`` can't run ``call`` here; None where it can."""
+    if reason := loop_autograd.unsupported():
         return reason
     # torch.compile around the call traces it under a mode; a FLOP counter is a mode, too.
     if _get_current_dispatch_mode() is not None:
@@ -38,12 +36,12 @@ def unsupported(problem: Problem) -> str | None:
             "inside torch.compile or another TorchDispatchMode, which sees single operations; "
             "the reference backend has them"
         )
-    if _is_switched_off():
+    if is_switched_off():
         return "torch.compile is switched off (TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE)"
-    return _missing_compiler(problem.device)
+    return _missing_compiler(call.device)
 
 
-def _is_switched_off() -> bool:
+def is_switched_off() -> bool:
     """True where ``torch.compile`` would return the function as it is, without a word."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return True
@@ -73,19 +71,15 @@ def loop(
     positions: Tensor,
     state: Tensor,
     weights: Sequence[Tensor],
-    n_heads: int,
-    n_loops: int,
-    window: int,
-    injection: str,
-    precision: str,
-    checkpoint: str = "none",
+    settings: LoopSettings,
 ) -> Tensor:
     """Run ``reference.loop`` with a compiled step (same arguments and result)."""
     tensors = (embeddings, positions, *weights)
     detached = embeddings.detach(), positions.detach(), [w.detach() for w in weights]
+    n_heads, injection = settings.n_heads, settings.injection
     kind = (
         embeddings.shape, embeddings.dtype, embeddings.device, len(weights), n_heads, injection,
-        precision,
+        settings.precision,
     )  # fmt: skip
 
     def step(state: Tensor, *arguments: Any) -> Tensor:
@@ -98,10 +92,7 @@ def loop(
             state = state.detach().requires_grad_()  # a gradient that nobody reads
         return _compiled_step((*kind, recorded))(state, *arguments)
 
-    return reference.loop(
-        embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-        checkpoint, step,
-    )  # fmt: skip
+    return reference.loop(embeddings, positions, state, weights, settings, step)
 
 
 def empty_cache() -> None:

@@ -12,19 +12,22 @@ import threading
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from looped_fast.ops import loop_autograd
+from looped_fast.ops.call import Call, LoopSettings
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
+N_SETTINGS = 5  # the first of ``LoopSettings``, that its ops take
 _MAX_OUTPUTS = 8  # of a read-out; more are a matrix product, and PyTorch's business
 
 _loading = threading.Lock()  # functools.cache lets a thread in while another is at work
 
 
-def why_not_loaded() -> str | None:
+def load_error() -> str | None:
     """Load the extension, once; the reason where there is none."""
     with _loading:
         return _load()
@@ -48,13 +51,26 @@ def _load() -> str | None:
 
 
 @functools.cache
-def why_not_precision(precision: str) -> str | None:
+def unsupported_precision(precision: str) -> str | None:
     """Why this machine can't run matrix products of ``precision``; None where it can."""
-    return why_not_loaded() or torch.ops.looped_fast.cpu_why_not(precision) or None
+    return load_error() or torch.ops.looped_fast.cpu_unsupported(precision) or None
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the engine can't run ``call``; None where it can."""
+    if call.device != "cpu":
+        return f"tensors are on {call.device}"
+    if call.dtype != torch.float32:
+        return f"it takes float32 tensors, not {call.dtype}"
+    if call.n_embd % 32 or call.n_embd > MAX_WIDTH:
+        return f"D = {call.n_embd} is not a multiple of 32 up to {MAX_WIDTH}"
+    if call.head_dim % 8:
+        return f"head_dim = {call.head_dim} is not a multiple of 8"
+    return loop_autograd.unsupported() or unsupported_precision(call.settings.precision)
 
 
 def can_read_out(read_out: Sequence[Tensor]) -> bool:
-    """Whether the engine computes predictions itself, where there is a read-out."""
+    """True where the engine computes predictions itself, or where there is no read-out."""
     return not read_out or 1 <= len(read_out[0]) <= _MAX_OUTPUTS
 
 
@@ -63,20 +79,18 @@ def loop(
     positions: Tensor,
     state: Tensor,
     weights: Sequence[Tensor],
-    n_heads: int,
-    n_loops: int,
-    window: int,
-    injection: str,
-    precision: str,
-    checkpoint: str,
+    settings: LoopSettings,
     read_out: Sequence[Tensor] = (),
 ) -> Tensor:
-    """``ops.loop`` on the engine: arguments and result are its, ``can_read_out`` given."""
+    """Run ``ops.loop`` on the engine: same arguments, predictions of all tokens.
+
+    The read-out is one that ``can_read_out`` takes.
+    """
     weights = [*weights, *read_out]
     tensors = (embeddings, positions, state, *weights)
-    save = loop_autograd.what_to_save(tensors, checkpoint)
+    save = loop_autograd.what_to_save(tensors, settings.recompute)
     outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(
-        embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision, *save
+        embeddings, positions, state, weights, *_of_engine(settings), *save
     )
     return outputs
 
@@ -86,61 +100,60 @@ def loop_mse(
     positions: Tensor,
     state: Tensor,
     weights: Sequence[Tensor],
+    settings: LoopSettings,
+    read_out: Sequence[Tensor],
     targets: Tensor,
-    n_heads: int,
-    n_loops: int,
-    window: int,
     n_supervised: int,
-    injection: str,
-    precision: str,
 ) -> Tensor:
-    """``ops.loop_mse`` on the engine, which computes gradients too; read-out last in weights."""
+    """Run ``ops.loop_mse`` on the engine, which computes gradients along with the error."""
     error, _ = torch.ops.looped_fast.cpu_loop_mse(
-        embeddings, positions, state, weights, targets, n_heads, n_loops, window, n_supervised,
-        injection, precision,
+        embeddings, positions, state, [*weights, *read_out], targets, n_supervised,
+        *_of_engine(settings),
     )  # fmt: skip
     return error
 
 
+def _of_engine(settings: LoopSettings) -> tuple[Any, ...]:
+    """What the engine's ops take: n_heads, n_loops, window, injection, precision."""
+    return settings[:N_SETTINGS]
+
+
 def empty_cache() -> None:
     """Give back the memory that the engine keeps from call to call, if it is loaded."""
-    if why_not_loaded() is None:
+    if load_error() is None:
         torch.ops.looped_fast.cpu_empty_cache()
 
 
-def _forward_fake(
-    embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
-    save_activations, save_states,
-):  # fmt: skip
+def _forward_fake(embeddings, positions, state, weights, *settings_and_flags):
+    *flat, save_activations, save_states = settings_and_flags
+    settings = LoopSettings(*flat)
     B, S, D = embeddings.shape
     n_layer, n_last = divmod(len(weights), 12)
-    reads_out = n_last == 4
-    operands = torch.bfloat16 if precision == "bf16" else torch.float32
+    reads_out, window = n_last == 4, settings.window
+    operands = torch.bfloat16 if settings.precision == "bf16" else torch.float32
 
     def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         return embeddings.new_empty(shape if wanted else (0,), dtype=dtype)
 
+    needs_start = (save_activations or save_states) and window < settings.n_loops
     return (
         empty(window, B, S, len(weights[-1]) if reads_out else D),
         empty(window, 10 * n_layer, B, S, D, wanted=save_activations, dtype=operands),
-        empty(window, (n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
+        empty(window, (settings.n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
         empty(window, B, S, D, wanted=save_states and reads_out),
-        empty(B, S, D, wanted=(save_activations or save_states) and window < n_loops),
+        empty(B, S, D, wanted=needs_start),
     )
 
 
 def _backward_fake(
     grad, outputs, activations, statistics, states, start, embeddings, positions, state, weights,
-    n_heads, n_loops, window, injection, precision,
+    *settings,
 ):  # fmt: skip
-    return _empty_gradients(embeddings, positions, state, weights, n_loops, window)
+    return _empty_gradients(embeddings, positions, state, weights, LoopSettings(*settings))
 
 
-def _mse_fake(
-    embeddings, positions, state, weights, targets, n_heads, n_loops, window, n_supervised,
-    injection, precision,
-):  # fmt: skip
-    grads = _empty_gradients(embeddings, positions, state, weights, n_loops, window)
+def _mse_fake(embeddings, positions, state, weights, targets, n_supervised, *settings):
+    grads = _empty_gradients(embeddings, positions, state, weights, LoopSettings(*settings))
     return embeddings.new_empty(()), grads
 
 
@@ -148,16 +161,16 @@ def _mse_backward_fake(grad, gradients, inputs):
     return [torch.empty_like(g) for g in gradients]
 
 
-def _empty_gradients(embeddings, positions, state, weights, n_loops, window):
+def _empty_gradients(embeddings, positions, state, weights, settings: LoopSettings):
     grads = [embeddings, positions, state, *weights]
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads]
-    if window < n_loops:
+    if settings.window < settings.n_loops:
         grads[2] = state.new_empty((0,))
     return grads
 
 
-def _gradients(grad, outputs, history, inputs, settings):
-    return torch.ops.looped_fast.cpu_loop_backward(grad, outputs, *history, *inputs, *settings)
+def _gradients(grad, outputs, saved, inputs, settings):
+    return torch.ops.looped_fast.cpu_loop_backward(grad, outputs, *saved, *inputs, *settings)
 
 
 def _evaluate_trees_fake(xs, coordinates, leaf_values):
@@ -169,6 +182,6 @@ def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)
-    loop_autograd.register("cpu", _gradients, n_settings=5)
+    loop_autograd.register("cpu", _gradients, N_SETTINGS)
     torch.library.register_fake("looped_fast::cpu_loop_mse_backward")(_mse_backward_fake)
     loop_autograd.register_mse()

@@ -22,8 +22,9 @@ import torch
 from torch import Generator, Tensor
 
 from looped_fast import ops
-from looped_fast.errors import unknown_name
-from looped_fast.ops import backends, loop_autograd
+from looped_fast.errors import check_name
+from looped_fast.ops import loop_autograd
+from looped_fast.ops.call import replaying
 
 MODES = ("auto", "on", "off")
 
@@ -195,7 +196,7 @@ class Graphs:
         Raises:
             RuntimeError: the capture failed, and graphs are required.
         """
-        with _one_at_a_time, backends.replaying(self.why_not is None):
+        with _one_at_a_time, replaying(self.why_not is None):
             if self.why_not is not None:
                 return work(*inputs)
             if key not in self._captured:
@@ -290,8 +291,7 @@ def graphs_on(
     Raises:
         ValueError: an unknown mode, or ``on`` without a CUDA device or in spite of ``why_not``.
     """
-    if mode not in MODES:
-        raise unknown_name("cuda_graphs", mode, MODES)
+    check_name("cuda_graphs", mode, MODES)
     if mode == "off":
         why_not = "cuda_graphs = 'off'"
     if device.type != "cuda":
@@ -326,8 +326,7 @@ class GraphedLoop:
     """
 
     def __init__(self, mode: str = "auto") -> None:
-        if mode not in MODES:
-            raise unknown_name("cuda_graphs", mode, MODES)
+        check_name("cuda_graphs", mode, MODES)
         self.mode = mode
         self._graphs: dict[torch.device, Graphs] = {}
 
@@ -363,6 +362,10 @@ class GraphedLoop:
             result = self._graphs[device].run(key, run, *inputs)
         assert result is not None
         return result
+
+    def replays_on(self, device: torch.device) -> bool:
+        """True where calls without gradient are replayed, once there are enough of a kind."""
+        return device.type == "cuda" and self.mode != "off"
 
     def _applies(self, arguments: Sequence[Any]) -> bool:
         if self.mode == "off" or torch.compiler.is_compiling() or _watched():

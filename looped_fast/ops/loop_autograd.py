@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# (grad, outputs, history, [e, p, z, weights], settings) -> gradients of e, p, z, *weights
+# (grad, outputs, saved, [e, p, z, weights], settings) -> gradients of e, p, z, *weights
 Gradients = Callable[[Tensor, Tensor, list[Tensor], list[Any], list[Any]], list[Tensor]]
 
 
-def why_not() -> str | None:
+def unsupported() -> str | None:
     """What, around the caller, asks for derivatives that only plain PyTorch has; or None."""
     if forward_ad._current_level >= 0:
         return "inside torch.autograd.forward_ad.dual_level"
@@ -30,10 +30,10 @@ def needs_grad(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def what_to_save(tensors: Sequence[Tensor], checkpoint: str) -> tuple[bool, bool]:
-    """Whether a forward keeps activations for a backward, and whether states in their stead."""
+def what_to_save(tensors: Sequence[Tensor], recompute: bool) -> tuple[bool, bool]:
+    """``save_activations`` and ``save_states`` of a forward: for a backward, one or the other."""
     recorded = needs_grad(tensors)
-    return recorded and checkpoint == "none", recorded and checkpoint == "state"
+    return recorded and not recompute, recorded and recompute
 
 
 def register(
@@ -47,7 +47,7 @@ def register(
     Args:
         backend: whose op it is; the op takes the tensors of ``ops.loop``, settings that begin with
             n_heads, n_loops, window and injection, and arguments that a backward does not need.
-        gradients: calls ``looped_fast::{backend}_loop_backward``. History is what the forward
+        gradients: calls ``looped_fast::{backend}_loop_backward``. ``saved`` is what the forward
             returned after its first output.
         n_settings: how many settings there are.
         lib: the library that defines the ops; None where the extension does.
@@ -61,13 +61,13 @@ def register(
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad, *_):
-        outputs, *history = ctx.saved_tensors[: ctx.n_outputs]
+        outputs, *saved = ctx.saved_tensors[: ctx.n_outputs]
         embeddings, positions, state, *weights = ctx.saved_tensors[ctx.n_outputs :]
         of_others = (None,) * ctx.n_others
         if grad is None:
             return None, None, None, [None] * len(weights), *of_others
         inputs = [embeddings, positions, state, weights]
-        grads = gradients(grad, outputs, history, inputs, ctx.settings)
+        grads = gradients(grad, outputs, saved, inputs, ctx.settings)
         _, n_loops, window, injection, *_ = ctx.settings
         reaches_state = window == n_loops and state is not None
         return *_of_inputs(grads, reaches_state, injection), *of_others
@@ -84,7 +84,7 @@ def register_mse() -> None:
 
     def setup_context(ctx, inputs, output) -> None:
         embeddings, positions, state, weights, *others = inputs
-        *_, n_loops, window, _, injection, _ = others
+        *_, n_loops, window, injection, _ = others
         _, gradients = output
         ctx.n_others, ctx.settings = len(others), (window == n_loops, injection)
         ctx.save_for_backward(*gradients, embeddings, positions, state, *weights)

@@ -20,10 +20,9 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from looped_fast.config import LAYER_NORM_EPS
+from looped_fast.ops.call import LoopSettings
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PRECISIONS = tuple(AUTOCAST_DTYPES)
-CHECKPOINTS = ("none", "state")
 
 
 class Block(NamedTuple):
@@ -132,37 +131,32 @@ def loop(
     positions: Tensor,
     state: Tensor,
     weights: Sequence[Tensor],
-    n_heads: int,
-    n_loops: int,
-    window: int,
-    injection: str,
-    precision: str,
-    checkpoint: str = "none",
-    run_step: Callable[..., Tensor] | None = None,
+    settings: LoopSettings,
+    run_step: Callable[..., Tensor] = step,
 ) -> Tensor:
     """The states after each of the last ``window`` of ``n_loops`` steps: [W, B, S, D].
 
     Arguments are those of ``looped_fast.ops.loop``. Gradients flow through the last ``window``
-    steps only. ``precision`` picks the operands of matrix products, as autocast does; the
+    steps only. ``settings.precision`` picks the operands of matrix products, as autocast does; the
     residual stream and all statistics keep the dtype of ``embeddings``. ``run_step`` replaces
     ``step``, with its arguments and result: a compiled one.
     """
-    run_step = run_step or step
-    dtype = AUTOCAST_DTYPES[precision]
+    n_loops, window = settings.n_loops, settings.window
+    dtype = AUTOCAST_DTYPES[settings.precision]
     device = embeddings.device.type
+    arguments = (embeddings, positions, weights, settings.n_heads, settings.injection)
     states = []
     # No cache, as in the official code: it would sum the steps' gradients in low precision.
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         for i in range(n_loops):
             with torch.no_grad() if i < n_loops - window else nullcontext():
-                arguments = (state, embeddings, positions, weights, n_heads, injection)
-                if checkpoint == "state":
+                if settings.recompute:
                     # There is no randomness in a step, and a CUDA graph can't ask for its state.
                     state = torch.utils.checkpoint.checkpoint(
-                        run_step, *arguments, use_reentrant=False, preserve_rng_state=False
+                        run_step, state, *arguments, use_reentrant=False, preserve_rng_state=False
                     )
                 else:
-                    state = run_step(*arguments)
+                    state = run_step(state, *arguments)
             if i >= n_loops - window:
                 states.append(state)
     return torch.stack(states)

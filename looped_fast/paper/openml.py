@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from looped_fast.config import ModelConfig
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name
 from looped_fast.evaluation.baselines import nearest_neighbours
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.paper.tabular_data import (
@@ -75,8 +75,7 @@ class TabularTrainer(Trainer):
         resume: checkpoint.Checkpoint | None = None,
     ) -> None:
         names = [s.name for s in sets]
-        if config.held_out not in names:
-            raise unknown_name("set", config.held_out, names)
+        check_name("set", config.held_out, names)
         for each in sets:
             check_fits(each, config.n_points, config.n_dims)
         self.training_sets = [s for s in sets if s.name != config.held_out]
@@ -223,8 +222,7 @@ def run(command: Command, sets: list[TabularSet], out: Path) -> dict[str, Any]:
         )
     names = tuple(s.name for s in sets)
     for name in command.test_sets:
-        if name not in names:
-            raise unknown_name("set", name, names)
+        check_name("set", name, names)
     seeds = range(command.seed, command.seed + command.test_seeds)
     results: dict[str, Any] = {}
     for name in command.test_sets or names:

@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from looped_fast import evaluate, pretrained, train
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name
 from looped_fast.evaluation import Curve
 from looped_fast.evaluation.baselines import figure_baselines
 from looped_fast.model import LoopedTransformer
@@ -85,8 +85,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         alone()  # several would all do all of it
         for name in command.figures:
-            if name not in FIGURES:
-                raise unknown_name("figure", name, FIGURES)
+            check_name("figure", name, FIGURES)
         (command.out / "results").mkdir(parents=True, exist_ok=True)
         is_complete = all([make(name, command) for name in command.figures or FIGURES])
         write_page(command.out)

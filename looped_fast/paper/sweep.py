@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 from tabulate import tabulate
 
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name
 from looped_fast.evaluation import (
     MIN_PROMPTS,
     bootstrap_curve,
@@ -99,8 +99,7 @@ def sweep_runs(
     Raises:
         ValueError: an unknown sweep, task or preset, or a value out of range.
     """
-    if name not in SWEEPS:
-        raise unknown_name("sweep", name, SWEEPS)
+    check_name("sweep", name, SWEEPS)
     runs = {}
     for label, changes in SWEEPS[name](preset_config(preset, task)).items():
         base = preset_config(preset, task, changes.get("model", "looped"))

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name
 from looped_fast.evaluation.tree_baselines import needs_extra
 from looped_fast.tasks import Batch, batch_generator
 
@@ -228,8 +228,7 @@ def load_sets(collection: str) -> list[TabularSet]:
         DownloadError: as ``openml_sets``.
         RuntimeError: scikit-learn or pandas is not installed.
     """
-    if collection not in COLLECTIONS:
-        raise unknown_name("collection", collection, COLLECTIONS)
+    check_name("collection", collection, COLLECTIONS)
     try:
         return COLLECTIONS[collection]()
     except ImportError as error:

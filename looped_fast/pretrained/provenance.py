@@ -8,8 +8,8 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from looped_fast import pretrained
 from looped_fast.config import VERSION
+from looped_fast.pretrained.weights import find_checkpoint
 from looped_fast.training import checkpoint
 
 PACKAGES = ("python", "torch", "numpy", "scikit-learn", "xgboost", "numba")
@@ -35,5 +35,5 @@ def weights_sha256(source: str | Path) -> str:
     Raises:
         FileNotFoundError: ``source`` is none of these.
     """
-    weights = pretrained.find_checkpoint(source) / checkpoint.MODEL
+    weights = find_checkpoint(source) / checkpoint.MODEL
     return hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from looped_fast import pretrained
 from looped_fast.model import LoopedTransformer
 from looped_fast.pretrained.provenance import weights_sha256
+from looped_fast.pretrained.weights import find_checkpoint
 from looped_fast.tasks import Task
 from looped_fast.training import checkpoint
 from looped_fast.training.config import TrainConfig, config_from_dict
@@ -52,7 +52,7 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
         CheckpointError: the checkpoint is damaged or of another model.
         ValueError: a classifier of tabular sets, or a device that can't be used.
     """
-    path = pretrained.find_checkpoint(Path(source))
+    path = find_checkpoint(Path(source))
     loaded = checkpoint.load(path)
     if "held_out" in loaded.config:  # a setting of ``openml.TabularConfig``
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name, unknown_name
 from looped_fast.ops import cpu_engine
 
 
@@ -181,7 +181,7 @@ class DecisionTree(Task):
     def evaluate(xs: Tensor, **function: Tensor) -> Tensor:
         """The value of the leaf that each x reaches."""
         coordinates, leaf_values = function["coordinates"], function["leaf_values"]
-        if xs.device.type == "cpu" and cpu_engine.why_not_loaded() is None:
+        if xs.device.type == "cpu" and cpu_engine.load_error() is None:
             return torch.ops.looped_fast.cpu_evaluate_trees(xs, coordinates, leaf_values)
         depth = leaf_values.shape[1].bit_length() - 1
         root = coordinates[:, :1].expand(-1, xs.shape[1])  # [B, n]
@@ -217,8 +217,7 @@ def task_options(name: str) -> list[str]:
     Raises:
         ValueError: unknown task; the message holds the nearest valid name.
     """
-    if name not in TASKS:
-        raise unknown_name("task", name, TASKS)
+    check_name("task", name, TASKS)
     return [f.name for f in dataclasses.fields(TASKS[name]) if f.name != "n_dims"]
 
 

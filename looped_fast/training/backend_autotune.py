@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Generator
 
 from looped_fast.model import LoopedTransformer
 from looped_fast.ops import backend_times, backends
+from looped_fast.ops.call import Call
 from looped_fast.ops.graphs import CudaGraph
 
 # Compiling takes up to half a minute: a run that is over in less than this is better off without.
@@ -23,19 +23,19 @@ Work = Callable[[], None]
 
 
 def measure(
-    problem: backends.Problem,
+    call: Call,
     n_steps: int,
     model: LoopedTransformer,
     works: Mapping[bool, Work],
     milliseconds: Callable[[Work], float],
 ) -> str | None:
-    """Time the backends that can run ``problem``, and remember their times.
+    """Time the backends that can run ``call``, and remember their times.
 
     ``compiled`` comes last, and only if ``n_steps`` on the fastest of the others would take
     ``MIN_SECONDS``. Times that are known, from an earlier run perhaps, are not measured again.
 
     Args:
-        problem: a training step that is replayed.
+        call: a training step that is replayed.
         n_steps: how many of them there will be.
         model: whose ``backend`` is set while it is measured.
         works: under True such a training step of ``model``, under False an inference call of the
@@ -46,14 +46,14 @@ def measure(
         A line with the times, and with failures; None where nothing was compared.
     """
     unkept, is_new, before = None, False, model.backend
-    for backend in _candidates(problem):
-        known = backend_times.lookup(problem)
+    for backend in _candidates(call):
+        known = backend_times.lookup(call)
         if backend == "compiled" and known:
             seconds = n_steps * min(known.values()) / 1000
             if seconds < MIN_SECONDS:
                 break
         for training in (True, False):
-            kind = replace(problem, training=training)
+            kind = call._replace(training=training)
             if backend in backend_times.lookup(kind) | backend_times.failures(kind):
                 continue
             is_new, model.backend = True, backend
@@ -63,13 +63,13 @@ def measure(
                 backend_times.remember_failure(kind, backend, _first_line(error))
             finally:
                 model.backend = before
-    return _describe(problem, unkept) if is_new else None
+    return _describe(call, unkept) if is_new else None
 
 
-def _candidates(problem: backends.Problem) -> list[str]:
+def _candidates(call: Call) -> list[str]:
     """Backends worth timing, ``compiled`` last: the others need not compile for each shape."""
-    able = backends.able(problem)
-    if "triton" in able and backend_times.operands(problem) in ("bf16", "fp16"):
+    able = backends.able(call)
+    if "triton" in able and backend_times.operands(call) in ("bf16", "fp16"):
         able.remove("reference")  # ``compiled`` is the same with less traffic to memory
     return sorted(able, key=lambda backend: backend == "compiled")
 
@@ -79,9 +79,9 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _describe(problem: backends.Problem, unkept: str | None) -> str | None:
-    inference = replace(problem, training=False)
-    times, failures = backend_times.lookup(problem), backend_times.failures(problem)
+def _describe(call: Call, unkept: str | None) -> str | None:
+    inference = call._replace(training=False)
+    times, failures = backend_times.lookup(call), backend_times.failures(call)
     failures = backend_times.failures(inference) | failures
     if len(times) + len(failures) < 2:
         return None
@@ -92,7 +92,7 @@ def _describe(problem: backends.Problem, unkept: str | None) -> str | None:
     line = f"{steps} a training step"
     if calls:
         line += f" ({calls} an inference call)"
-    line += f": {backends.explain(problem).chosen}"
+    line += f": {backends.select(call).chosen}"
     line += "".join(f"; {backend} failed, {why}" for backend, why in failures.items())
     where = f"not remembered, {unkept}" if unkept else f"remembered in {backend_times.path()}"
     return f"{line}; {where}"

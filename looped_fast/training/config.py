@@ -12,9 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from looped_fast.config import ModelConfig
-from looped_fast.errors import unknown_name
-from looped_fast.ops.backends import BACKENDS
+from looped_fast.config import BACKENDS, ModelConfig
+from looped_fast.errors import check_name, unknown_name
 from looped_fast.tasks import TASKS, Task, make_task, task_options
 from looped_fast.training.curriculum import Curriculum, Schedule
 
@@ -146,8 +145,7 @@ class TrainConfig:
     """Weights & Biases project to log to."""
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise unknown_name("task", self.task, TASKS)
+        check_name("task", self.task, TASKS)
         whole = (
             "steps",
             "batch_size",
@@ -167,8 +165,7 @@ class TrainConfig:
             raise ValueError(f"beta2 = {self.beta2}: at least 0 and less than 1 is needed")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm = {self.clip_grad_norm}: more than 0, or None")
-        if self.backend not in ("auto", *BACKENDS):
-            raise unknown_name("backend", self.backend, ["auto", *BACKENDS])
+        check_name("backend", self.backend, ["auto", *BACKENDS])
         if self.n_points > self.n_positions:
             raise ValueError(
                 f"n_points = {self.n_points} exceeds n_positions = {self.n_positions}; "
@@ -197,8 +194,7 @@ class TrainConfig:
             "standard": ("none", "every_block"),
             "tied": ("none",),
         }
-        if self.model not in MODELS:
-            raise unknown_name("model", self.model, MODELS)
+        check_name("model", self.model, MODELS)
         if injection not in valid[self.model]:
             raise ValueError(
                 f"injection = {injection!r} does not go with model = {self.model!r}; "
@@ -286,8 +282,7 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         # YAML reads a bare off as False, and on as True.
         if isinstance(value, bool):
             value = {False: "off", True: "on"}[value]
-        if value not in typing.get_args(kind):
-            raise unknown_name(f"value of setting {name},", value, typing.get_args(kind))
+        check_name(f"value of setting {name},", value, typing.get_args(kind))
         return value
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:

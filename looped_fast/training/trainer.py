@@ -21,10 +21,9 @@ from tqdm import tqdm
 from looped_fast import pretrained
 from looped_fast.compat import load_official_checkpoint
 from looped_fast.config import ModelConfig
-from looped_fast.dropin.explain import describe_call, explain_backend
 from looped_fast.evaluation import model_errors
 from looped_fast.model import LoopedTransformer
-from looped_fast.ops import graphs
+from looped_fast.ops import backends, graphs
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 from looped_fast.tasks import Batch, FixedPrompts, batch_seed, draw_batch
 from looped_fast.training import backend_autotune, checkpoint, distributed
@@ -87,11 +86,10 @@ class Trainer:
         self.task = config.make_task()
         self.curriculum = config.make_curriculum()
         torch.manual_seed(config.seed)
-        kept = "state" if config.recompute else "none"
         model = LoopedTransformer(
             self._model_config(),
             config.backend,
-            checkpoint=kept,
+            recompute=config.recompute,
             attention=config.attention,
             cuda_graphs="off",  # of inference, that is: evaluations are too rare for them
         )
@@ -148,10 +146,10 @@ class Trainer:
         """``config.amp``, or "off" on a CPU where fp32 is the faster choice; and a note if so."""
         if self.device.type != "cpu" or self.config.amp == "off":
             return self.config.amp, ""
-        size = (self.model, self.config.batch_size, self.config.n_points)
-        asked = explain_backend(*size, precision=self.config.amp)
+        size = (self.config.batch_size, self.config.n_points)
+        asked = backends.select(self.model.describe_call(*size, self.config.amp))
         if self.config.amp == "bf16" and asked.chosen != "cpu":
-            fp32 = explain_backend(*size, precision="fp32")
+            fp32 = backends.select(self.model.describe_call(*size, "fp32"))
             if fp32.chosen == "cpu":
                 return "off", f"amp bf16 runs in fp32 here: {asked.reasons['cpu']}"
         return self.config.amp, ""
@@ -218,11 +216,9 @@ class Trainer:
                 raise
 
         precision = "fp32" if self.amp == "off" else self.amp
-        problem, _ = describe_call(
-            self.model, config.batch_size, n_points, precision, replayed_training=True
-        )
+        call = self.model.describe_call(config.batch_size, n_points, precision, True)
         works = {True: training_step, False: inference}
-        return backend_autotune.measure(problem, count * stride, self.model, works, milliseconds)
+        return backend_autotune.measure(call, count * stride, self.model, works, milliseconds)
 
     def fit(self) -> None:
         """Train to ``config.steps``, with a progress bar.

@@ -94,7 +94,7 @@ def test_an_interpreter_that_fails_with_this_numpy_is_named(
 ):
     monkeypatch.setattr("triton.__version__", triton_version)
     monkeypatch.setattr("numpy.__version__", numpy_version)
-    reason = triton_backend.why_not_tensors("cpu", torch.float32, 64)
+    reason = triton_backend.unsupported_tensors("cpu", torch.float32, 64)
     assert (reason is not None) == fails
     if fails:
         assert reason == requirements.problems(["smoke"], dry=True)[0]

@@ -195,7 +195,7 @@ class FakeMeasuring:
 def started(monkeypatch):
     """Lists of jobs of the processes that are started: the first measures the peak."""
     monkeypatch.setattr(compare, "Measuring", FakeMeasuring)
-    monkeypatch.setattr(compare, "why_not", lambda *_: None)
+    monkeypatch.setattr(compare, "unsupported", lambda *_: None)
     monkeypatch.setattr(FakeMeasuring, "started", [])
     monkeypatch.setattr(FakeMeasuring, "failures", {})
     return FakeMeasuring.started
@@ -228,7 +228,7 @@ def test_main_writes_json_with_provenance_and_a_chart(tmp_path, monkeypatch, cap
 
 
 def test_an_engine_that_can_not_run_is_explained_and_not_started(monkeypatch):
-    monkeypatch.setitem(backends.BACKENDS, "cpu", lambda problem: "no compiler was found")
+    monkeypatch.setitem(backends.UNSUPPORTED, "cpu", lambda problem: "no compiler was found")
     monkeypatch.setattr(compare, "Measuring", FakeMeasuring)
     result = compare.compare(["lr"], ["engine fp32"], repeats=1, seconds=1)
     entry, _ = result["not_measured"]

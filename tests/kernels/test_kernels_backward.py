@@ -12,8 +12,8 @@ from torch import Tensor
 from looped_fast import ops
 from looped_fast.ops import reference, triton_backend
 
-if triton_backend.why_not_loaded():
-    pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
+if triton_backend.load_error():
+    pytest.skip(triton_backend.load_error(), allow_module_level=True)
 
 from looped_fast.kernels import backward, trial, tuning, weight_gradients
 from looped_fast.kernels.launch import recording
@@ -34,15 +34,15 @@ def interpreted(inputs: dict[str, Any], grad: Tensor, **arguments: Any):
     return run(inputs, grad, torch.float32, **arguments, backend="triton", attention="triton")
 
 
-def check(inputs: dict[str, Any], precision: str, checkpoint: str = "none", **arguments: Any):
+def check(inputs: dict[str, Any], precision: str, recompute: bool = False, **arguments: Any):
     """The kernels' error is at most 2x (gradients 3x) plain PyTorch's, plus fp32 rounding."""
     B, S, D = inputs["embeddings"].shape
-    width = len(inputs["read_out"][1]) if "read_out" in inputs else D
-    grad = torch.randn(arguments["window"], B, S, width, dtype=torch.float64)
+    shape = ((S + 1) // 2, len(inputs["read_out"][1])) if "read_out" in inputs else (S, D)
+    grad = torch.randn(arguments["window"], B, *shape, dtype=torch.float64)
     plainly = {**arguments, "backend": "reference"}
     truth = run(inputs, grad, torch.float64, precision="fp32", **plainly)
     plain = run(inputs, grad, torch.float32, precision=precision, **plainly)
-    fast = interpreted(inputs, grad, checkpoint=checkpoint, precision=precision, **arguments)
+    fast = interpreted(inputs, grad, recompute=recompute, precision=precision, **arguments)
     for name, exact in truth.items():
         if exact is None:
             assert fast[name] is None, name
@@ -58,48 +58,48 @@ def check(inputs: dict[str, Any], precision: str, checkpoint: str = "none", **ar
 
 
 @pytest.mark.parametrize(
-    ("injection", "n_layer", "precision", "n_loops", "window", "checkpoint"),
+    ("injection", "n_layer", "precision", "n_loops", "window", "recompute"),
     [
-        ("add", 1, "fp32", 2, 2, "none"),
-        ("add", 2, "bf16", 3, 2, "none"),
-        ("mul", 1, "bf16", 3, 2, "none"),
-        ("mul", 2, "fp32", 2, 2, "state"),
-        ("none", 1, "fp16", 2, 1, "state"),
-        ("none", 2, "fp32", 2, 2, "none"),
-        ("every_block", 1, "bf16", 3, 2, "state"),
-        ("every_block", 2, "fp16", 2, 2, "none"),
+        ("add", 1, "fp32", 2, 2, False),
+        ("add", 2, "bf16", 3, 2, False),
+        ("mul", 1, "bf16", 3, 2, False),
+        ("mul", 2, "fp32", 2, 2, True),
+        ("none", 1, "fp16", 2, 1, True),
+        ("none", 2, "fp32", 2, 2, False),
+        ("every_block", 1, "bf16", 3, 2, True),
+        ("every_block", 2, "fp16", 2, 2, False),
     ],
 )
 def test_gradients_are_as_accurate_as_plain_pytorch(
-    injection, n_layer, precision, n_loops, window, checkpoint
+    injection, n_layer, precision, n_loops, window, recompute
 ):
     inputs = loop_inputs(B=2, S=11, D=64, n_layer=n_layer)
     check(
-        inputs, precision, checkpoint, n_heads=2, n_loops=n_loops, window=window,
+        inputs, precision, recompute, n_heads=2, n_loops=n_loops, window=window,
         injection=injection,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("injection", "n_layer", "n_loops", "window", "checkpoint", "n_outputs", "starts"),
+    ("injection", "n_layer", "n_loops", "window", "recompute", "n_outputs", "starts"),
     [
-        ("add", 1, 3, 2, "none", 1, "from a state"),
-        ("add", 2, 2, 2, "state", 2, "without a state"),
-        ("mul", 1, 3, 2, "none", 1, "without a state"),
-        ("mul", 1, 2, 2, "state", 3, "from a state"),
-        ("mul", 1, 2, 2, "none", 1, "without a state"),
-        ("none", 2, 1, 1, "none", 1, "without a state"),
-        ("every_block", 1, 2, 1, "none", 2, "from a state"),
+        ("add", 1, 3, 2, False, 1, "from a state"),
+        ("add", 2, 2, 2, True, 2, "without a state"),
+        ("mul", 1, 3, 2, False, 1, "without a state"),
+        ("mul", 1, 2, 2, True, 3, "from a state"),
+        ("mul", 1, 2, 2, False, 1, "without a state"),
+        ("none", 2, 1, 1, False, 1, "without a state"),
+        ("every_block", 1, 2, 1, False, 2, "from a state"),
     ],
 )
 def test_gradients_of_predictions_are_as_accurate_as_plain_pytorch(
-    injection, n_layer, n_loops, window, checkpoint, n_outputs, starts
+    injection, n_layer, n_loops, window, recompute, n_outputs, starts
 ):
     inputs = loop_inputs(B=2, S=11, D=64, n_layer=n_layer, n_outputs=n_outputs)
     if starts == "without a state":
         del inputs["state"]
     check(
-        inputs, "bf16", checkpoint, n_heads=2, n_loops=n_loops, window=window,
+        inputs, "bf16", recompute, n_heads=2, n_loops=n_loops, window=window,
         injection=injection,
     )  # fmt: skip
 
@@ -151,8 +151,8 @@ def test_weight_gradients_do_not_depend_on_chunks(monkeypatch):
 
 def test_recomputed_activations_give_the_same_gradients():
     inputs, grad, arguments = small_problem(injection="mul", window=2)
-    kept = interpreted(inputs, grad, checkpoint="none", **arguments)
-    recomputed = interpreted(inputs, grad, checkpoint="state", **arguments)
+    kept = interpreted(inputs, grad, recompute=False, **arguments)
+    recomputed = interpreted(inputs, grad, recompute=True, **arguments)
     for name, expected in kept.items():
         if expected is None:
             assert recomputed[name] is None

@@ -12,44 +12,43 @@ from looped_fast.kernels.forward import loop_forward
 from looped_fast.kernels.launch import recording
 
 from looped_fast.config import INJECTIONS
+from looped_fast.ops.call import LoopSettings
 
 N_HEADS, N_LOOPS, WINDOW = 4, 4, 3
 
 
-def recorded(injection, operand, checkpoint, attention):
+def recorded(injection, precision, recompute, attention):
     """Operations and launches of one forward and backward; no kernel runs."""
     inputs = cast(loop_inputs(B=2, S=10, D=64, n_layer=2), torch.float32)
     read_out = [torch.randn(1, 64), torch.randn(1)]
     tensors = (
         inputs["embeddings"], inputs["positions"], inputs["state"], inputs["weights"], read_out,
     )  # fmt: skip
-    keep = checkpoint == "none"
+    keep = not recompute
+    settings = LoopSettings(
+        N_HEADS, N_LOOPS, WINDOW, injection, precision, recompute, attention=attention
+    )
     with Recorder() as recorder, recording(execute=False) as launches:
-        predictions, history = loop_forward(
-            *tensors, N_HEADS, N_LOOPS, WINDOW, injection, operand, attention, keep, True, True
-        )
-        loop_backward(
-            torch.empty_like(predictions), predictions, history, *tensors, N_HEADS, N_LOOPS,
-            WINDOW, injection, attention,
-        )  # fmt: skip
+        predictions, saved = loop_forward(*tensors, settings, keep, True, True)
+        loop_backward(torch.empty_like(predictions), predictions, saved, *tensors, settings)
     return recorder.shapes(), launches
 
 
 @pytest.mark.parametrize(
-    ("operand", "attention"),
+    ("precision", "attention"),
     [
-        (torch.float32, "triton"),
-        (torch.bfloat16, "triton"),
-        (torch.float16, "triton"),
-        (torch.bfloat16, "sdpa"),
+        ("fp32", "triton"),
+        ("bf16", "triton"),
+        ("fp16", "triton"),
+        ("bf16", "sdpa"),
     ],
 )
-@pytest.mark.parametrize("checkpoint", ["none", "state"])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_it_looks_at_no_value_and_does_the_same_every_time(
-    injection, operand, checkpoint, attention
+    injection, precision, recompute, attention
 ):
-    shapes, launches = recorded(injection, operand, checkpoint, attention)
+    shapes, launches = recorded(injection, precision, recompute, attention)
     assert shapes
     assert launches
-    assert recorded(injection, operand, checkpoint, attention) == (shapes, launches)
+    assert recorded(injection, precision, recompute, attention) == (shapes, launches)

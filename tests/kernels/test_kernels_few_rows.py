@@ -8,8 +8,8 @@ from test_kernels_forward import check
 
 from looped_fast.ops import triton_backend
 
-if triton_backend.why_not_loaded():
-    pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
+if triton_backend.load_error():
+    pytest.skip(triton_backend.load_error(), allow_module_level=True)
 
 from looped_fast.kernels.few_rows import MAX_ROWS
 from looped_fast.kernels.launch import recording
@@ -21,21 +21,21 @@ FEW = {"few_rows_output_kernel", "few_rows_project_kernel", "few_rows_input_kern
 
 def check_few(inputs, *args, **kwargs):
     with recording() as launches:
-        history = check(inputs, *args, **kwargs)
+        saved = check(inputs, *args, **kwargs)
     names = {launch.name for launch in launches}
     assert names - {"fold_kernel", "attention_forward_kernel"} == FEW
-    return history
+    return saved
 
 
 @pytest.mark.parametrize(
-    ("seq_len", "training", "checkpoint", "few"),
+    ("seq_len", "training", "recompute", "few"),
     [
-        (MAX_ROWS, False, "none", True), (MAX_ROWS + 1, False, "none", False),
-        (10, True, "none", False), (10, True, "state", True),
+        (MAX_ROWS, False, False, True), (MAX_ROWS + 1, False, False, False),
+        (10, True, False, False), (10, True, True, True),
     ],
 )  # fmt: skip
-def test_they_run_where_rows_are_few_and_nothing_is_kept(seq_len, training, checkpoint, few):
-    loop = Loop("add", 1, 3, 1, training=training, checkpoint=checkpoint)
+def test_they_run_where_rows_are_few_and_nothing_is_kept(seq_len, training, recompute, few):
+    loop = Loop("add", 1, 3, 1, training=training, recompute=recompute)
     forward, _ = launches_of(loop, "bf16", 1, seq_len, 64, 16)
     rows = {launch.name for launch in forward} - {"fold_kernel", "attention_forward_kernel"}
     assert rows == (FEW if few else {"row_forward_kernel"})

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 import sys
 import types
-from dataclasses import replace
 
 import attention_cases
 import pytest
 import torch
-from conftest import FP32_EPS, PROBLEM, cast, loop_inputs, relative_error, require_grad, small_model
+from conftest import (
+    CALL,
+    FP32_EPS,
+    cast,
+    changed,
+    loop_inputs,
+    relative_error,
+    require_grad,
+    small_model,
+)
 
 pytest.importorskip("triton")
 
@@ -21,8 +29,8 @@ from looped_fast.kernels.providers import PROVIDERS, SHORT
 from looped_fast import explain_backend, ops
 from looped_fast.ops import backends
 
-ON_GPU = replace(PROBLEM, device="cuda", precision="bf16")
-LONG = replace(ON_GPU, seq_len=SHORT + 2)
+ON_GPU = changed(CALL, device="cuda", precision="bf16")
+LONG = changed(ON_GPU, seq_len=SHORT + 2)
 
 
 @pytest.fixture
@@ -85,17 +93,17 @@ def flash_attn(monkeypatch):
     functions._flash_attn_backward = FlashAttn()._flash_attn_backward
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", functions)
-    providers._why_not_installed.cache_clear()
+    providers._flash_attn_load_error.cache_clear()
     yield package
-    providers._why_not_installed.cache_clear()
+    providers._flash_attn_load_error.cache_clear()
 
 
 @pytest.fixture
 def no_flash_attn(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    providers._why_not_installed.cache_clear()
+    providers._flash_attn_load_error.cache_clear()
     yield
-    providers._why_not_installed.cache_clear()
+    providers._flash_attn_load_error.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -108,7 +116,7 @@ def test_every_provider_is_as_good_as_plain_pytorch(name, precision, flash_attn)
 @pytest.mark.parametrize("S", [82, 203])
 @pytest.mark.parametrize("name", PROVIDERS)
 def test_every_provider_that_runs_here_is_as_good_as_plain_pytorch(name, S):
-    if reason := PROVIDERS[name].why_not(replace(ON_GPU, seq_len=S)):
+    if reason := PROVIDERS[name].unsupported(changed(ON_GPU, seq_len=S)):
         pytest.skip(reason)
     qkv, d_out = (x.cuda() for x in attention_cases.inputs(16, S, 8, 32, "bf16"))
     attention_cases.check(PROVIDERS[name], qkv, d_out, 8)
@@ -157,7 +165,7 @@ def test_the_library_knows_the_providers_names():
 
 
 def test_short_sequences_go_to_our_kernel(ampere, flash_attn):
-    choice = providers.explain(ON_GPU)
+    choice = providers.select(ON_GPU)
     assert choice.chosen == "triton"
     assert choice.reasons == dict.fromkeys(
         ("flash_attn", "sdpa"), "triton comes first up to 256 tokens"
@@ -165,40 +173,40 @@ def test_short_sequences_go_to_our_kernel(ampere, flash_attn):
 
 
 def test_long_sequences_go_to_flash_attn_where_it_is_installed(ampere, flash_attn):
-    choice = providers.explain(LONG)
+    choice = providers.select(LONG)
     assert choice.chosen == "flash_attn"
     assert choice.reasons["sdpa"] == "flash_attn comes first beyond 256 tokens"
 
 
 def test_long_sequences_go_to_pytorch_otherwise(ampere, no_flash_attn):
-    choice = providers.explain(LONG)
+    choice = providers.select(LONG)
     assert choice.chosen == "sdpa"
     assert "not installed" in choice.reasons["flash_attn"]
 
 
 def test_fp32_goes_to_our_kernel(ampere, flash_attn):
-    choice = providers.explain(replace(LONG, precision="fp32"))
+    choice = providers.select(changed(LONG, precision="fp32"))
     assert choice.chosen == "triton"
     assert set(choice.reasons.values()) == {"it multiplies bf16 and fp16 only, not fp32"}
 
 
 def test_old_gpus_have_our_kernel_alone(ampere, flash_attn, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    choice = providers.explain(LONG)
+    choice = providers.select(LONG)
     assert choice.chosen == "triton"
     assert all("capability (8, 0), this GPU has (7, 5)" in r for r in choice.reasons.values())
 
 
 def test_pytorchs_own_switch_is_obeyed(ampere, no_flash_attn):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        choice = providers.explain(LONG)
+        choice = providers.select(LONG)
     assert choice.chosen == "triton"
     assert "switched off" in choice.reasons["sdpa"]
 
 
 def test_a_forced_provider_is_taken(ampere, flash_attn):
     for name in PROVIDERS:
-        choice = providers.explain(replace(ON_GPU, attention=name))
+        choice = providers.select(changed(ON_GPU, attention=name))
         assert choice.chosen == name
         assert set(choice.reasons.values()) == {f"{name} was asked for"}
 
@@ -206,20 +214,20 @@ def test_a_forced_provider_is_taken(ampere, flash_attn):
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        (replace(LONG, attention="sdpa", precision="fp32"), "'sdpa' can't run this: .* not fp32"),
-        (replace(LONG, attention="flash_attn", device="cpu"), "can't run .*: tensors are on cpu"),
-        (replace(LONG, attention="flash_attn"), "can't run this: flash-attn is not installed"),
-        (replace(LONG, attention="flash"), "unknown attention 'flash'; did you mean 'flash_attn'"),
+        (changed(LONG, attention="sdpa", precision="fp32"), "'sdpa' can't run this: .* not fp32"),
+        (changed(LONG, attention="flash_attn", device="cpu"), "can't run .*: tensors are on cpu"),
+        (changed(LONG, attention="flash_attn"), "can't run this: flash-attn is not installed"),
+        (changed(LONG, attention="flash"), "unknown attention 'flash'; did you mean 'flash_attn'"),
     ],
 )
 def test_a_forced_provider_that_cannot_run_says_why(problem, reason, ampere, no_flash_attn):
     with pytest.raises(ValueError, match=reason):
-        providers.explain(problem)
+        providers.select(problem)
 
 
 def test_an_old_flash_attn_is_named(ampere, flash_attn):
     flash_attn.__version__ = "2.6.3"
-    assert providers.explain(LONG).reasons["flash_attn"] == (
+    assert providers.select(LONG).reasons["flash_attn"] == (
         "flash-attn is 2.6.3; 2.7 or later is needed"
     )
 
@@ -227,11 +235,11 @@ def test_an_old_flash_attn_is_named(ampere, flash_attn):
 def test_a_broken_flash_attn_is_named(ampere, tmp_path, monkeypatch):
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: c10')")
     monkeypatch.syspath_prepend(tmp_path)
-    providers._why_not_installed.cache_clear()
-    assert providers.explain(LONG).reasons["flash_attn"] == (
+    providers._flash_attn_load_error.cache_clear()
+    assert providers.select(LONG).reasons["flash_attn"] == (
         "flash-attn does not load: undefined symbol: c10"
     )
-    providers._why_not_installed.cache_clear()
+    providers._flash_attn_load_error.cache_clear()
 
 
 def test_explain_backend_tells_who_computes_attention(ampere, no_flash_attn, monkeypatch):

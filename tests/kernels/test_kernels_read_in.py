@@ -10,8 +10,8 @@ import torch
 from looped_fast import ops
 from looped_fast.ops import reference, triton_backend
 
-if triton_backend.why_not_loaded():
-    pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
+if triton_backend.load_error():
+    pytest.skip(triton_backend.load_error(), allow_module_level=True)
 
 
 @pytest.mark.parametrize(("B", "n", "d"), [(3, 7, 5), (1, 1, 1), (2, 9, 20)])

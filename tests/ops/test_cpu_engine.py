@@ -22,10 +22,10 @@ from looped_fast import LoopedTransformer, ModelConfig, compat, ops
 from looped_fast.ops import cpu_engine
 
 pytestmark = pytest.mark.skipif(
-    cpu_engine.why_not_precision("fp32") is not None,
-    reason=f"no CPU engine: {cpu_engine.why_not_precision('fp32')}",
+    cpu_engine.unsupported_precision("fp32") is not None,
+    reason=f"no CPU engine: {cpu_engine.unsupported_precision('fp32')}",
 )
-PRECISIONS = [p for p in ("fp32", "bf16") if cpu_engine.why_not_precision(p) is None]
+PRECISIONS = [p for p in ("fp32", "bf16") if cpu_engine.unsupported_precision(p) is None]
 INJECTIONS = ["add", "mul", "none", "every_block"]
 
 
@@ -49,8 +49,8 @@ def evaluate(inputs, grad, backend, dtype, **arguments):
 def check(inputs, precision, **arguments):
     """The engine's error is at most 2x (gradients 3x) plain PyTorch's, plus fp32 rounding."""
     window, (B, S, D) = arguments["window"], inputs["embeddings"].shape
-    width = len(inputs["read_out"][1]) if "read_out" in inputs else D
-    grad = torch.randn(window, B, S, width, dtype=torch.float64)
+    shape = ((S + 1) // 2, len(inputs["read_out"][1])) if "read_out" in inputs else (S, D)
+    grad = torch.randn(window, B, *shape, dtype=torch.float64)
     truth = evaluate(inputs, grad, "reference", torch.float64, **arguments)
     plain = evaluate(inputs, grad, "reference", torch.float32, precision=precision, **arguments)
     fast = evaluate(inputs, grad, "cpu", torch.float32, precision=precision, **arguments)
@@ -82,7 +82,7 @@ def problems(draw):
         "n_loops": n_loops,
         "window": draw(st.integers(1, n_loops)),
         "injection": draw(st.sampled_from(INJECTIONS)),
-        "checkpoint": draw(st.sampled_from(["none", "state"])),
+        "recompute": draw(st.booleans()),
         "n_outputs": draw(st.integers(0, 2)),
     }
 
@@ -92,23 +92,23 @@ def problems(draw):
 @given(problem=problems(), n_threads=st.integers(1, 3))
 @example(  # many short sequences: several to an item
     problem={"B": 67, "S": 11, "D": 64, "n_layer": 1, "n_heads": 8, "n_loops": 2, "window": 2,
-             "injection": "add", "checkpoint": "none", "n_outputs": 1}, n_threads=2,
+             "injection": "add", "recompute": False, "n_outputs": 1}, n_threads=2,
 )  # fmt: skip
 @example(  # more keys than a chunk, more rows than a chunk
     problem={"B": 1, "S": 301, "D": 32, "n_layer": 1, "n_heads": 2, "n_loops": 2, "window": 1,
-             "injection": "mul", "checkpoint": "state", "n_outputs": 0}, n_threads=2,
+             "injection": "mul", "recompute": True, "n_outputs": 0}, n_threads=2,
 )  # fmt: skip
 @example(  # z is restored, for the gradient of z * e and for LayerNorm 1
     problem={"B": 3, "S": 9, "D": 32, "n_layer": 2, "n_heads": 2, "n_loops": 3, "window": 2,
-             "injection": "mul", "checkpoint": "none", "n_outputs": 1}, n_threads=2,
+             "injection": "mul", "recompute": False, "n_outputs": 1}, n_threads=2,
 )  # fmt: skip
 @example(  # states are kept for the backward, and not returned
     problem={"B": 3, "S": 9, "D": 32, "n_layer": 1, "n_heads": 2, "n_loops": 4, "window": 3,
-             "injection": "add", "checkpoint": "state", "n_outputs": 2}, n_threads=2,
+             "injection": "add", "recompute": True, "n_outputs": 2}, n_threads=2,
 )  # fmt: skip
 @example(  # more outputs than the engine computes itself
     problem={"B": 2, "S": 9, "D": 32, "n_layer": 1, "n_heads": 2, "n_loops": 2, "window": 2,
-             "injection": "add", "checkpoint": "none", "n_outputs": 9}, n_threads=2,
+             "injection": "add", "recompute": False, "n_outputs": 9}, n_threads=2,
 )  # fmt: skip
 def test_random_shapes_are_as_accurate_as_plain_pytorch(precision, problem, n_threads):
     problem = dict(problem)
@@ -313,7 +313,7 @@ def test_activations_are_saved_only_for_a_gradient(monkeypatch):
     require_grad(inputs)
     with torch.no_grad():
         ops.loop(**inputs, **arguments)
-    ops.loop(**inputs, **arguments, checkpoint="state")
+    ops.loop(**inputs, **arguments, recompute=True)
     ops.loop(**inputs, **arguments)
     assert saved == [0, 0, 0, 2 * 10 * 4 * 32]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cast, leaves, loop_inputs, needs_engine, require_grad
+from conftest import CALL, cast, changed, leaves, loop_inputs, needs_engine, require_grad
 from torch.utils.data import DataLoader, Dataset
 
 from looped_fast import explain_backend, ops
@@ -142,13 +142,13 @@ def test_a_data_loader_worker_computes(inputs, threads):
 
 
 def run_python(code, cwd=ROOT, **environment):
-    """Run in a fresh interpreter, with the tests' helpers at hand; its output.
+    """Run in a fresh interpreter, with the tests at hand; its output.
 
     Packages in the folder ``cwd`` come before all others.
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'ops'}", **environment},
         capture_output=True, text=True, timeout=120, cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -157,14 +157,14 @@ def run_python(code, cwd=ROOT, **environment):
 
 FIRST_CALLS = """
     import sys, threading, warnings
-    from looped_fast import cpu_engine, triton_backend
+    from looped_fast.ops import cpu_engine, triton_backend
     backend = {backend}
     warnings.simplefilter("error", UserWarning)  # as of a second registration
     sys.setswitchinterval(1e-6)
     start, reasons = threading.Barrier(8), []
     def ask():
         start.wait()
-        reasons.append(backend.why_not_loaded())
+        reasons.append(backend.load_error())
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -176,7 +176,7 @@ FIRST_CALLS = """
 
 @pytest.mark.parametrize("backend", [cpu_engine, triton_backend])
 def test_the_first_call_may_be_of_several_threads(backend):
-    if reason := backend.why_not_loaded():
+    if reason := backend.load_error():
         pytest.skip(reason)
     name = backend.__name__.rpartition(".")[2]
     assert run_python(FIRST_CALLS.format(backend=name)) == str([None] * 8)
@@ -222,9 +222,9 @@ ACCURACY = """
     torch.set_num_threads(2)
     check(loop_inputs(B=3, S=23, D=64), "fp32", n_heads=4, n_loops=3, window=2)
     check(loop_inputs(B=1, S=37, D=96), "fp32", n_heads=4, n_loops=2, window=2, injection="mul",
-          checkpoint="state")
-    from looped_fast import cpu_engine
-    print(cpu_engine.why_not_precision("bf16"))
+          recompute=True)
+    from looped_fast.ops import cpu_engine
+    print(cpu_engine.unsupported_precision("bf16"))
 """
 
 
@@ -255,7 +255,11 @@ def test_without_avx2_the_reference_runs_and_says_why():
 def test_without_the_extension_the_reference_runs_and_says_why(tmp_path):
     """As after a build without a compiler."""
     package = tmp_path / "looped_fast"
-    shutil.copytree(ROOT / "looped_fast", package, ignore=shutil.ignore_patterns("*.so", "__py*"))
+    for source, target in (
+        (ROOT / "looped_fast", package),
+        (ROOT / "kernels", package / "kernels"),
+    ):
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__py*"))
     code = """
         import torch
         from looped_fast import LoopedTransformer, ModelConfig, explain_backend
@@ -267,12 +271,8 @@ def test_without_the_extension_the_reference_runs_and_says_why(tmp_path):
     assert "not cpu: the C++ extension was not built" in text
 
 
-def problem(**changes):
-    settings = dict(
-        device="cpu", dtype=torch.float32, precision="fp32", batch=2, seq_len=10, n_embd=64,
-        n_heads=4, n_layer=1, n_loops=2, window=1, injection="add",
-    )  # fmt: skip
-    return backends.Problem(**{**settings, **changes})
+def call(**changes):
+    return changed(CALL, **{"batch": 2, "seq_len": 10, "n_embd": 64, "n_heads": 4, **changes})
 
 
 @needs_engine
@@ -288,10 +288,10 @@ def problem(**changes):
     ],
 )
 def test_what_it_cannot_run_is_refused_with_the_reason(changes, reason):
-    assert reason in backends.BACKENDS["cpu"](problem(**changes))
-    assert backends.explain(problem(**changes)).chosen == "reference"
+    assert reason in backends.UNSUPPORTED["cpu"](call(**changes))
+    assert backends.select(call(**changes)).chosen == "reference"
     with pytest.raises(ValueError, match="can't run this"):
-        backends.explain(problem(**changes), "cpu")
+        backends.select(call(**changes, backend="cpu"))
 
 
 @needs_engine
@@ -350,14 +350,14 @@ def test_a_step_adds_a_part_of_the_memory_that_eager_adds(
 
     In bf16, 24 sequences are too few: what does not grow with them brings 33 % to 37 %.
     """
-    if cpu_engine.why_not_precision(precision):
-        pytest.skip(cpu_engine.why_not_precision(precision))
+    if cpu_engine.unsupported_precision(precision):
+        pytest.skip(cpu_engine.unsupported_precision(precision))
     added = {}
     for case in (("reference", "autograd"), ("cpu", "autograd"), ("cpu", "fused")):
         backend, loss = case
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(MEMORY), backend, precision, loss, str(B)],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'ops'}"},
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -399,7 +399,7 @@ def test_a_training_step_uses_the_memory_of_the_last_one():
     from looped_fast import LoopedTransformer, ModelConfig
 
     config = ModelConfig(n_dims=5, n_positions=20, n_embd=256, n_head=8, n_loops=16, window=16)
-    model = LoopedTransformer(config, backend="cpu", checkpoint="state")
+    model = LoopedTransformer(config, backend="cpu", recompute=True)
     xs, ys = torch.randn(64, 20, 5), torch.randn(64, 20)
 
     def faults_of_a_step():
@@ -429,7 +429,7 @@ def test_a_build_compiles_what_is_up_to_date_with_its_sources(tmp_path, monkeypa
     build.build_lib = build.build_temp = str(tmp_path)
     build.ensure_finalized()
     built = Path(build.get_ext_fullpath("looped_fast.ops._C"))
-    built.parent.mkdir()
+    built.parent.mkdir(parents=True)
     built.touch()
 
     def compile_nothing(sources, **_):

@@ -28,14 +28,14 @@ STEPS = """
         dict(B=1, S=1, D=32, n_heads=4, window=1, injection="none"),
         dict(B=3, S=23, D=64, n_heads=4, window=2, injection="add"),
         dict(
-            B=1, S=37, D=96, n_heads=4, window=1, injection="mul", checkpoint="state", n_outputs=1
+            B=1, S=37, D=96, n_heads=4, window=1, injection="mul", recompute=True, n_outputs=1
         ),
         dict(B=5, S=7, D=32, n_heads=1, window=2, injection="every_block", n_layer=2),
         dict(B=1, S=263, D=32, n_heads=2, window=2, injection="add"),
         dict(B=33, S=5, D=32, n_heads=2, window=2, injection="add", n_outputs=3),
     ]
     assert "sanitized" in cpu_engine.__file__
-    precisions = [p for p in ("fp32", "bf16") if cpu_engine.why_not_precision(p) is None]
+    precisions = [p for p in ("fp32", "bf16") if cpu_engine.unsupported_precision(p) is None]
     for n_threads in (1, 2):
         torch.set_num_threads(n_threads)
         for precision in precisions:
@@ -85,7 +85,7 @@ def sanitized(tmp_path_factory):
         "cwd": folder,
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0",  # CPython's own
-        "PYTHONPATH": f"{folder}:{ROOT / 'tests'}",
+        "PYTHONPATH": f"{folder}:{ROOT / 'tests'}:{ROOT / 'tests' / 'ops'}",
     }
 
 

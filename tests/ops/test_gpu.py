@@ -7,11 +7,21 @@ import json
 
 import pytest
 import torch
-from conftest import FP32_EPS, cast, leaves, loop_inputs, relative_error, require_grad
+from conftest import (
+    CALL,
+    FP32_EPS,
+    cast,
+    changed,
+    leaves,
+    loop_inputs,
+    relative_error,
+    require_grad,
+)
 from torch import Tensor
 
 from looped_fast import LoopedTransformer, ModelConfig, ops
 from looped_fast.ops import backends, reference
+from looped_fast.ops.call import LoopSettings
 from looped_fast.ops.graphs import CudaGraph, Graphs, graphs_on
 from looped_fast.tasks import TASKS, make_task, sample_batch
 from looped_fast.train import main
@@ -135,22 +145,19 @@ def test_widths_and_head_widths(D, n_heads):
 
 
 @pytest.mark.parametrize("injection", ["mul", "none", "every_block"])
-@pytest.mark.parametrize("checkpoint", ["none", "state"])
-def test_injections_of_two_blocks(injection, checkpoint):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_injections_of_two_blocks(injection, recompute):
     inputs = loop_inputs(B=3, S=22, D=64, n_layer=2)
-    settings = {"n_heads": 4, "n_loops": 3, "window": 2, "checkpoint": checkpoint}
+    settings = {"n_heads": 4, "n_loops": 3, "window": 2, "recompute": recompute}
     check_loop(inputs, "bf16", injection=injection, **settings)
 
 
 @pytest.mark.parametrize("attention", ["triton", "sdpa", "flash_attn"])
 @pytest.mark.parametrize("S", [22, 82, 202])
 def test_providers_of_attention(attention, S):
-    problem = backends.Problem(
-        device="cuda", dtype=torch.float32, precision="bf16", batch=4, seq_len=S, n_embd=256,
-        n_heads=8, n_layer=1, n_loops=3, window=2, injection="add", attention=attention,
-    )  # fmt: skip
+    call = changed(CALL, device="cuda", precision="bf16", batch=4, seq_len=S, attention=attention)
     try:
-        backends.explain(problem, "triton")
+        backends.select(changed(call, backend="triton"))
     except ValueError as error:
         if "is not installed" in str(error):
             pytest.skip(str(error))
@@ -369,5 +376,5 @@ def test_a_user_may_capture_the_loop_in_a_graph_of_their_own():
 def test_float64_runs_on_the_reference(monkeypatch):
     inputs = on_device(loop_inputs(B=2, S=6, D=64))
     settings = {"n_heads": 4, "n_loops": 2, "window": 1}
-    expected = reference.loop(**inputs, **settings, injection="add", precision="fp32")
+    expected = reference.loop(**inputs, settings=LoopSettings(**settings))
     assert torch.equal(ops.loop(**inputs, **settings), expected)

@@ -14,18 +14,12 @@ from conftest import (
 
 from looped_fast.config import INJECTIONS
 from looped_fast.ops import reference
+from looped_fast.ops.call import LoopSettings
 
 
 def run(inputs, n_heads, n_loops, window, injection="add", precision="fp32", **other):
-    return reference.loop(
-        **inputs,
-        n_heads=n_heads,
-        n_loops=n_loops,
-        window=window,
-        injection=injection,
-        precision=precision,
-        **other,
-    )
+    settings = LoopSettings(n_heads, n_loops, window, injection, precision, **other)
+    return reference.loop(**inputs, settings=settings)
 
 
 def test_fresh_memory_is_poisoned_in_tests():
@@ -127,8 +121,8 @@ def test_ambient_autocast_does_not_lower_fp32():
 def test_recomputed_activations_give_the_same_gradients(precision, n_loops, window):
     kept = require_grad(loop_inputs(dtype=torch.float32))
     recomputed = require_grad(cast(kept, torch.float32))
-    for inputs, checkpoint in ((kept, "none"), (recomputed, "state")):
-        states = run(inputs, 2, n_loops, window, precision=precision, checkpoint=checkpoint)
+    for inputs, recompute in ((kept, False), (recomputed, True)):
+        states = run(inputs, 2, n_loops, window, precision=precision, recompute=recompute)
         states.square().mean().backward()
     pairs = zip(leaves(kept).items(), leaves(recomputed).values(), strict=True)
     for (name, expected), tensor in pairs:

@@ -12,8 +12,8 @@ from torch.torch_version import TorchVersion
 from looped_fast import LoopedTransformer, ModelConfig, ops
 from looped_fast.ops import triton_backend
 
-if triton_backend.why_not_loaded():
-    pytest.skip(triton_backend.why_not_loaded(), allow_module_level=True)
+if triton_backend.load_error():
+    pytest.skip(triton_backend.load_error(), allow_module_level=True)
 
 
 # Others differ in their numbers of loops and blocks alone, which test_kernels_* vary.
@@ -67,33 +67,32 @@ def test_the_ops_pass_opcheck(n_loops, n_outputs):
     if n_outputs:
         inputs["state"] = None
     targets = torch.randn(1, 2, n_outputs) if n_outputs else None
-    settings = (4, n_loops, 1, "mul", "bf16", "triton", targets, None, True, n_loops > 1)
+    settings = (4, n_loops, 1, "mul", "bf16", False, "auto", "triton")
+    others = (targets, None, True, n_loops > 1)
     forward = torch.ops.looped_fast.triton_loop_forward.default
-    result, *history = forward(*inputs.values(), *settings)
+    result, *saved = forward(*inputs.values(), *settings, *others)
     grad = torch.randn_like(result)
     torch.library.opcheck(
         torch.ops.looped_fast.triton_loop_backward.default,
-        (grad, result, history, *inputs.values(), 4, n_loops, 1, "mul", "triton"),
+        (grad, result, saved, *inputs.values(), *settings),
     )
     for tensor in (inputs["embeddings"], inputs["positions"], *inputs["weights"]):
         tensor.requires_grad_()
-    torch.library.opcheck(forward, (*inputs.values(), *settings))
+    torch.library.opcheck(forward, (*inputs.values(), *settings, *others))
 
 
 @pytest.mark.parametrize(
-    ("injection", "S", "n_outputs", "n_supervised", "checkpoint"),
+    ("injection", "S", "n_outputs", "n_supervised", "recompute"),
     [
-        ("add", 6, 1, 2, "none"), ("add", 7, 2, 1, "none"), ("mul", 6, 1, 1, "state"),
-        ("none", 7, 1, 2, "none"), ("add", 5, 9, 2, "none"),
+        ("add", 6, 1, 2, False), ("add", 7, 2, 1, False), ("mul", 6, 1, 1, True),
+        ("none", 7, 1, 2, False), ("add", 5, 9, 2, False),
     ],
 )  # fmt: skip
-def test_the_loss_is_as_accurate_as_plain_pytorch(
-    injection, S, n_outputs, n_supervised, checkpoint
-):
+def test_the_loss_is_as_accurate_as_plain_pytorch(injection, S, n_outputs, n_supervised, recompute):
     inputs = loop_inputs(B=3, S=S, D=64, n_outputs=n_outputs)
     targets = torch.randn(3, (S + 1) // 2, n_outputs, dtype=torch.float64)
     settings = {
-        "n_heads": 4, "n_loops": 3, "window": 2, "injection": injection, "checkpoint": checkpoint
+        "n_heads": 4, "n_loops": 3, "window": 2, "injection": injection, "recompute": recompute
     }  # fmt: skip
 
     def results(dtype, precision, backend):
@@ -194,7 +193,7 @@ def test_an_empty_batch_is_no_error():
 def test_a_pytorch_without_the_products_it_needs_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert triton_backend.why_not_tensors("cuda", torch.float32, 64) is None
+    assert triton_backend.unsupported_tensors("cuda", torch.float32, 64) is None
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1"))
-    reason = triton_backend.why_not_tensors("cuda", torch.float32, 64)
+    reason = triton_backend.unsupported_tensors("cuda", torch.float32, 64)
     assert reason == "it needs PyTorch 2.8 or later, not 2.7.1"

@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import foreign_models as foreign
 import pytest
 import torch
-from conftest import PROBLEM, prompt, relative_error, small_model
+from conftest import CALL, changed, prompt, relative_error, small_model
 from foreign_models import Settings
 
 import looped_fast
@@ -21,7 +20,7 @@ from looped_fast.ops import backends, triton_backend
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(
-    triton_backend.why_not_loaded() is not None, reason=str(triton_backend.why_not_loaded())
+    triton_backend.load_error() is not None, reason=str(triton_backend.load_error())
 )
 WIDE = {"n_embd": 64, "n_head": 4}  # of the smallest model that the kernels take
 
@@ -66,7 +65,8 @@ def test_an_old_triton_is_named(monkeypatch):
     import triton
 
     monkeypatch.setattr(triton, "__version__", "3.2.0")
-    assert triton_backend.why_not_loaded() == "Triton is 3.2.0; 3.6 or later is needed"
+    uncached = triton_backend.load_error.__wrapped__
+    assert uncached() == "Triton is 3.2.0; 3.6 or later is needed"
 
 
 @needs_triton
@@ -81,10 +81,10 @@ def test_an_old_triton_is_named(monkeypatch):
     ],
 )
 def test_what_the_kernels_can_not_do_is_said(changes, reason):
-    assert triton_backend.why_not(PROBLEM) is None
-    problem = replace(PROBLEM, **changes)
+    assert triton_backend.unsupported(CALL) is None
+    problem = changed(CALL, **changes)
     with pytest.raises(ValueError, match=f"backend 'triton' can't run this: {reason}"):
-        backends.explain(problem, "triton")
+        backends.select(changed(problem, backend="triton"))
 
 
 @needs_triton
@@ -103,16 +103,16 @@ def test_the_widest_fp32_needs_a_gpu_with_much_shared_memory(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    problem = replace(PROBLEM, device="cuda", precision=precision, n_embd=512, n_heads=8)
-    reason = triton_backend.why_not(problem)
+    problem = changed(CALL, device="cuda", precision=precision, n_embd=512, n_heads=8)
+    reason = triton_backend.unsupported(problem)
     assert reason is None if runs else "fp32 at D = 512 does not fit in the 99 KiB" in reason
 
 
 def test_interpreted_kernels_run_only_when_asked_for():
-    explanation = backends.explain(PROBLEM)
+    explanation = backends.select(CALL)
     assert explanation.chosen != "triton"
     assert explanation.reasons["triton"] == "interpreted kernels run only when asked for"
-    assert backends.explain(PROBLEM, "triton").chosen == "triton"
+    assert backends.select(changed(CALL, backend="triton")).chosen == "triton"
 
 
 def predictions_and_gradients(model, args):

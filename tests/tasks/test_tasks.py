@@ -44,7 +44,7 @@ def tree_walk(request, monkeypatch):
     """Trees are walked by the C++ extension where there is one, by torch elsewhere and on GPUs."""
     if request.param == "torch":
         monkeypatch.setattr(cpu_engine, "why_not_loaded", lambda: "a test")
-    elif (reason := cpu_engine.why_not_loaded()) is not None:
+    elif (reason := cpu_engine.load_error()) is not None:
         pytest.skip(reason)
 
 
@@ -106,7 +106,7 @@ def test_a_coordinate_of_zero_goes_left(tree_walk):
 
 
 def test_the_tree_walk_of_the_engine_is_an_op_and_checks_shapes():
-    if (reason := cpu_engine.why_not_loaded()) is not None:
+    if (reason := cpu_engine.load_error()) is not None:
         pytest.skip(reason)
     walk = torch.ops.looped_fast.cpu_evaluate_trees.default
     function = draw(DecisionTree(n_dims=4, depth=3), 5)

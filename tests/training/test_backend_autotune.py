@@ -6,31 +6,30 @@ import contextlib
 import dataclasses
 import functools
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROBLEM, prompt, small_model
+from conftest import CALL, changed, prompt, small_model
 from fake_graphs import FakeGraph
 
 from looped_fast import explain_backend, train
 from looped_fast.ops import backend_times, backends, compiled_backend
-from looped_fast.ops.choice import Choice
 from looped_fast.ops.graphs import Graphs
+from looped_fast.ops.selection import Selection
 from looped_fast.training import backend_autotune
 from looped_fast.training.config import Growth, Growths
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Trainer
 
-STEP = replace(PROBLEM, device="cuda", precision="bf16", replayed=True, training=True)
-CALL = replace(STEP, training=False)
+STEP = changed(CALL, device="cuda", precision="bf16", replayed=True, training=True)
+CALL = changed(STEP, training=False)
 
 
 @pytest.fixture(autouse=True)
 def a_gpu(monkeypatch, tmp_path):
     """One that triton, compiled and reference can run on, with an empty cache folder."""
     providers = pytest.importorskip("looped_fast.kernels.providers", exc_type=ImportError)
-    monkeypatch.setattr(providers, "explain", lambda problem: Choice("attention", "triton", {}))
+    monkeypatch.setattr(providers, "select", lambda problem: Selection("attention", "triton", {}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(backend_times, "_device_name", lambda device, index: f"GPU {index}")
     monkeypatch.setattr(backend_times, "_failed", {})
@@ -84,7 +83,7 @@ def test_the_faster_one_runs_training_and_inference():
         (STEP, "2.1 ms a training step measured here, compiled takes 1.44"),
         (CALL, "0.21 ms an inference call measured here, compiled takes 0.144"),
     ):
-        explanation = backends.explain(problem)
+        explanation = backends.select(problem)
         assert explanation.chosen == "compiled"
         assert explanation.reasons["triton"] == reason
     assert clock.model.backend == "auto"
@@ -92,7 +91,7 @@ def test_the_faster_one_runs_training_and_inference():
 
 def test_a_slower_compiled_step_says_both_times():
     Clock(triton=2.1, compiled=2.9).measure()
-    explanation = backends.explain(STEP)
+    explanation = backends.select(STEP)
     assert explanation.chosen == "triton"
     assert "2.9 ms a training step measured here, triton takes 2.1" in str(explanation)
 
@@ -104,7 +103,7 @@ def test_times_are_measured_once_and_outlast_the_process():
     assert again.timed == []
     backend_times._known.cache_clear()  # as in another process
     assert again.measure() is None
-    assert backends.explain(STEP).chosen == "compiled"
+    assert backends.select(STEP).chosen == "compiled"
 
 
 def test_the_file_is_read_once_in_a_process(monkeypatch):
@@ -114,7 +113,7 @@ def test_the_file_is_read_once_in_a_process(monkeypatch):
     load = backend_times.cache.load
     monkeypatch.setattr(backend_times.cache, "load", lambda path: reads.append(path) or load(path))
     for _ in range(5):
-        assert backends.explain(STEP).chosen == "compiled"
+        assert backends.select(STEP).chosen == "compiled"
     assert len(reads) == 1
 
 
@@ -122,7 +121,7 @@ def test_a_short_run_does_not_wait_for_the_compiler():
     clock = Clock(triton=2.0)
     assert clock.measure(n_steps=140_000) is None  # 280 s
     assert clock.timed == [("triton", "training"), ("triton", "inference")]
-    assert backends.explain(STEP).chosen == "triton"
+    assert backends.select(STEP).chosen == "triton"
     longer = Clock(compiled=1.0)
     assert "triton 2 ms, compiled 1 ms a training step" in longer.measure(n_steps=160_000)
 
@@ -130,17 +129,17 @@ def test_a_short_run_does_not_wait_for_the_compiler():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_plain_pytorch_is_measured_in_fp32_alone(precision):
     clock = Clock(triton=20.0, reference=14.0, compiled=12.0)
-    clock.measure(replace(STEP, precision=precision))
+    clock.measure(changed(STEP, precision=precision))
     names = list(dict.fromkeys(backend for backend, _ in clock.timed))
     fp32 = ["triton", "reference", "compiled"]
     assert names == (fp32 if precision == "fp32" else ["triton", "compiled"])
 
 
 def test_plain_pytorch_is_measured_where_triton_cannot_run(monkeypatch):
-    monkeypatch.setitem(backends.BACKENDS, "triton", lambda problem: "D = 96 is not one of ...")
+    monkeypatch.setitem(backends.UNSUPPORTED, "triton", lambda problem: "D = 96 is not one of ...")
     clock = Clock(reference=14.0, compiled=12.0)
-    assert "reference 14 ms, compiled 12 ms" in clock.measure(replace(STEP, n_embd=96))
-    assert backends.explain(replace(STEP, n_embd=96)).chosen == "compiled"
+    assert "reference 14 ms, compiled 12 ms" in clock.measure(changed(STEP, n_embd=96))
+    assert backends.select(changed(STEP, n_embd=96)).chosen == "compiled"
 
 
 @pytest.mark.parametrize("failing", ["triton", "compiled"])
@@ -150,7 +149,7 @@ def test_of_one_that_fails_it_is_said_and_the_other_runs(failing):
     other = "compiled" if failing == "triton" else "triton"
     line = clock.measure()
     assert f": {other}; {failing} failed, RuntimeError: ptxas: no; remembered in" in line
-    explanation = backends.explain(STEP)
+    explanation = backends.select(STEP)
     assert explanation.chosen == other
     assert "failed when it was measured: RuntimeError: ptxas: no" in explanation.reasons[failing]
     assert clock.measure() is None  # not again in this process
@@ -158,9 +157,9 @@ def test_of_one_that_fails_it_is_said_and_the_other_runs(failing):
 
 def test_where_all_fail_the_reference_runs():
     error = RuntimeError("no")
-    fp32 = replace(STEP, precision="fp32")
+    fp32 = changed(STEP, precision="fp32")
     Clock(triton=error, compiled=error, reference=error).measure(fp32)
-    assert backends.explain(fp32).chosen == "reference"
+    assert backends.select(fp32).chosen == "reference"
 
 
 def test_a_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
@@ -168,7 +167,7 @@ def test_a_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     line = Clock(triton=2.1, compiled=1.4).measure()
     assert f"not remembered, {backend_times.path()} can't be written: Not a directory" in line
-    assert backends.explain(STEP).chosen == "compiled"
+    assert backends.select(STEP).chosen == "compiled"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"x": {"triton": "fast"}, "y": 3}'])
@@ -224,33 +223,33 @@ def test_a_time_is_that_of_a_warm_replay(monkeypatch):
 )  # fmt: skip
 def test_times_hold_for_one_kind_of_call(changes):
     Clock(triton=2.1, compiled=1.4).measure()
-    assert backends.explain(replace(STEP, **changes)).chosen == "triton"
-    assert backends.explain(replace(STEP, n_loops=20, window=5)).chosen == "compiled"
+    assert backends.select(changed(STEP, **changes)).chosen == "triton"
+    assert backends.select(changed(STEP, n_loops=20, window=5)).chosen == "compiled"
 
 
 def test_times_do_not_hold_in_tf32(monkeypatch):
-    fp32 = replace(STEP, precision="fp32", n_embd=64)
+    fp32 = changed(STEP, precision="fp32", n_embd=64)
     Clock(triton=2.1, compiled=1.4, reference=2.0).measure(fp32)
-    assert backends.explain(fp32).chosen == "compiled"
+    assert backends.select(fp32).chosen == "compiled"
     monkeypatch.setattr(backend_times, "operand_precision", lambda dtype: "tf32")
-    assert backends.explain(fp32).chosen == "triton"
+    assert backends.select(fp32).chosen == "triton"
 
 
 def test_deterministic_mode_does_not_depend_on_times():
     Clock(triton=2.1, compiled=1.4).measure()
     torch.use_deterministic_algorithms(True)
-    assert backends.explain(STEP).chosen == "triton"
+    assert backends.select(STEP).chosen == "triton"
 
 
 def test_a_forced_provider_of_attention_is_kept():
     Clock(triton=2.1, compiled=1.4).measure()
-    assert backends.explain(replace(STEP, attention="triton")).chosen == "triton"
+    assert backends.select(changed(STEP, attention="triton")).chosen == "triton"
 
 
 def test_a_backend_that_was_fastest_but_cannot_run_is_passed_over(monkeypatch):
     Clock(triton=2.1, compiled=1.4).measure()
-    monkeypatch.setitem(backends.BACKENDS, "compiled", lambda problem: "inside torch.compile")
-    explanation = backends.explain(STEP)
+    monkeypatch.setitem(backends.UNSUPPORTED, "compiled", lambda problem: "inside torch.compile")
+    explanation = backends.select(STEP)
     assert explanation.chosen == "triton"
     assert explanation.reasons["compiled"] == "inside torch.compile"
 

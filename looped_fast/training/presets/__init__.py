@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from looped_fast.errors import unknown_name
+from looped_fast.errors import check_name, unknown_name
 from looped_fast.tasks import TASKS
 from looped_fast.training.config import MODELS, TrainConfig, config_from_dict
 
@@ -161,8 +161,7 @@ def preset_config(preset: str, task: str = "lr", model: str = "looped") -> Train
         ("task", task, TASKS),
         ("model", model, MODELS),
     ):
-        if name not in valid:
-            raise unknown_name(kind, name, valid)
+        check_name(kind, name, valid)
     size = _PRESETS[preset]
     settings: Settings = {"task": task, "model": model, "preset": preset}
     for layer in (size["all"], size["task"][task], _model_settings(size, task, model)):

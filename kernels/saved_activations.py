@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-class History(NamedTuple):
+class SavedActivations(NamedTuple):
     """In the order of the op's outputs; ``folded_*`` are what ``fold.fold`` makes."""
 
     folded_weights: Tensor  # [L, 12 D D] operand
@@ -32,7 +32,7 @@ class History(NamedTuple):
     rstdf: Tensor  # [W, N] fp32
 
 
-def empty_history(
+def empty_saved(
     embeddings: Tensor,
     n_layer: int,
     n_heads: int,
@@ -41,8 +41,8 @@ def empty_history(
     save_activations: bool,
     save_start: bool,
     save_states: bool,
-) -> History:
-    """Room for a history beside ``embeddings`` [B, S, D] fp32, which may be a fake tensor.
+) -> SavedActivations:
+    """Room for saved activations beside ``embeddings`` [B, S, D] fp32, which may be a fake tensor.
 
     Args:
         embeddings: gives B, S, D and the device.
@@ -56,7 +56,7 @@ def empty_history(
     """
     D, empty = embeddings.shape[-1], embeddings.new_empty
     n_steps = window if save_activations else 0
-    return History(
+    return SavedActivations(
         folded_weights=empty((n_layer, 12 * D * D), dtype=operand),
         folded_biases=empty((n_layer, 9 * D)),
         start=empty(embeddings.shape if save_start else (0,)),
@@ -65,10 +65,12 @@ def empty_history(
     )
 
 
-def with_scratch(history: History, embeddings: Tensor, n_heads: int, n_layer: int = 1) -> History:
-    """``history`` with room for one step of ``n_layer`` blocks, to be written over and over."""
-    operand = history.folded_weights.dtype
-    return history._replace(**_activations(embeddings, n_layer, n_heads, 1, operand))
+def with_scratch(
+    saved: SavedActivations, embeddings: Tensor, n_heads: int, n_layer: int = 1
+) -> SavedActivations:
+    """``saved`` with room for one step of ``n_layer`` blocks, to be written over and over."""
+    operand = saved.folded_weights.dtype
+    return saved._replace(**_activations(embeddings, n_layer, n_heads, 1, operand))
 
 
 def _activations(

@@ -1,0 +1,96 @@
+"""One call of the loop: its settings, and all that the choice of a backend may depend on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import NamedTuple, get_type_hints
+
+import torch
+
+from looped_fast.config import ATTENTION, INJECTIONS, PRECISIONS, check_window
+from looped_fast.errors import check_name
+
+
+class LoopSettings(NamedTuple):
+    """Settings of one call of the loop; the ops take them one by one, in this order.
+
+    Attributes:
+        n_heads: attention heads; D is a multiple of it.
+        n_loops: loop steps b.
+        window: last steps W that carry gradient and are returned.
+        injection: ``add``, ``mul``, ``none`` or ``every_block``; see ``ModelConfig``.
+        precision: operands of matrix products: ``fp32`` (as given), ``bf16`` or ``fp16``.
+        recompute: keep the states alone for the backward, and compute a step's activations from
+            the state before it again.
+        backend: ``auto``, or one of ``config.BACKENDS`` to force it.
+        attention: who computes it on the triton backend: ``auto``, or ``flash_attn``, ``sdpa``
+            (PyTorch's flash attention) or ``triton`` (this project's kernel) to force it.
+    """
+
+    n_heads: int
+    n_loops: int
+    window: int
+    injection: str = "add"
+    precision: str = "fp32"
+    recompute: bool = False
+    backend: str = "auto"
+    attention: str = "auto"
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise ValueError for a setting out of range, or one that tensors of ``dtype`` rule out.
+
+        The backend is checked where it is selected.
+        """
+        check_window(self.n_loops, self.window)
+        check_name("injection", self.injection, INJECTIONS)
+        check_name("precision", self.precision, PRECISIONS)
+        check_name("attention", self.attention, ("auto", *ATTENTION))
+        if self.precision != "fp32" and dtype != torch.float32:
+            raise ValueError(
+                f"precision {self.precision!r} needs float32 tensors, not {dtype}; "
+                f"use precision='fp32', which computes in the dtype of the tensors"
+            )
+
+
+# The settings in the schema of an op, which takes no records.
+SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(LoopSettings).items())
+
+
+class Call(NamedTuple):
+    """What ``backends.select`` decides by, and the key that it remembers a decision under."""
+
+    settings: LoopSettings
+    device: str  # device type: "cpu", "cuda", ...
+    dtype: torch.dtype  # of embeddings and weights
+    batch: int  # B
+    seq_len: int  # S, tokens
+    n_embd: int  # D
+    n_layer: int
+    device_index: int = 0
+    replayed: bool = False  # as a CUDA graph
+    training: bool = False  # with gradients; told apart where calls are replayed only
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.n_embd // self.settings.n_heads
+
+
+_replayed: ContextVar[bool] = ContextVar("looped_fast_replayed", default=False)
+
+
+@contextlib.contextmanager
+def replaying(on: bool = True) -> Iterator[None]:
+    """Inside, calls are those that a CUDA graph replays: ``auto`` goes by times of replays."""
+    token = _replayed.set(on)
+    try:
+        yield
+    finally:
+        _replayed.reset(token)
+
+
+def is_replayed() -> bool:
+    """True inside ``replaying``."""
+    return _replayed.get()

@@ -1,0 +1,83 @@
+"""The weights that ship, and checkpoints by name or path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from looped_fast.errors import check_name
+from looped_fast.model import LoopedTransformer
+from looped_fast.training import checkpoint
+from looped_fast.training.config import TrainConfig, config_from_dict
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """What ``from_pretrained`` takes."""
+    return sorted(index.parent.name for index in _FOLDER.glob(f"*/{checkpoint.INDEX}"))
+
+
+def path(name: str) -> Path:
+    """The folder of those weights, which ``looped_fast.train --init-from`` takes.
+
+    Raises:
+        ValueError: an unknown name; the message holds the nearest valid one.
+    """
+    check_name("pretrained model", name, names())
+    return _FOLDER / name
+
+
+def train_config(name: str) -> TrainConfig:
+    """The settings of the run that made them; ``.make_task()`` is what the model has learned.
+
+    >>> config = train_config("lr-small")
+    >>> config.make_task(), config.n_points
+    (LinearRegression(n_dims=5), 16)
+
+    Raises:
+        ValueError: an unknown name; the message holds the nearest valid one.
+    """
+    return config_from_dict(checkpoint.load(path(name)).config, TrainConfig())
+
+
+def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
+    """A trained model, float32 on the CPU. ``train_config(name)`` says for which task.
+
+    >>> model = from_pretrained("lr-small")
+    >>> model.config.n_dims, model.config.n_loops
+    (5, 12)
+
+    Args:
+        name: one of ``pretrained.names()``, such as ``lr-small`` or ``lr-standard-small``.
+        backend: as of ``LoopedTransformer``.
+
+    Raises:
+        ValueError: an unknown name; the message holds the nearest valid one.
+        CheckpointError: the installed weights are damaged.
+    """
+    weights = checkpoint.load(path(name))
+    config = config_from_dict(weights.config, TrainConfig())
+    model = LoopedTransformer(config.model_config(), backend)
+    checkpoint.restore_into(weights, model)
+    return model
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The checkpoint of a run's folder (its newest), one checkpoint, or a name; a path goes first.
+
+    Raises:
+        FileNotFoundError: ``source`` is none of these.
+    """
+    folder = Path(source)
+    if (folder / checkpoint.INDEX).exists():
+        return folder
+    latest = checkpoint.latest(folder)
+    if latest is not None:
+        return latest
+    if not folder.exists() and str(source) in names():
+        return path(str(source))
+    what = "holds no checkpoint" if folder.exists() else "does not exist"
+    raise FileNotFoundError(
+        f"{source} {what}; give the folder of a run, such as runs/lr-looped-tiny-..., or of one "
+        f"of its checkpoints, or a pretrained model: {', '.join(names())}"
+    )
