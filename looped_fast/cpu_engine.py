@@ -1,8 +1,7 @@
 """The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
 
-``looped_fast::cpu_loop_forward``, ``cpu_loop_backward``, ``cpu_loop_mse`` and
-``cpu_evaluate_trees`` are defined by the extension ``looped_fast._C``; this adds shapes for
-torch.compile, and autograd.
+``looped_fast::cpu_loop_forward``, ``cpu_loop_backward`` and ``cpu_loop_mse`` are defined by the
+extension ``looped_fast._C``; this adds shapes for torch.compile, and autograd.
 """
 
 from __future__ import annotations
@@ -160,12 +159,7 @@ def _gradients(grad, outputs, history, inputs, settings):
     return torch.ops.looped_fast.cpu_loop_backward(grad, outputs, *history, *inputs, *settings)
 
 
-def _evaluate_trees_fake(xs, coordinates, leaf_values):
-    return leaf_values.new_empty(xs.shape[:2])
-
-
 def _register() -> None:
-    torch.library.register_fake("looped_fast::cpu_evaluate_trees")(_evaluate_trees_fake)
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)
