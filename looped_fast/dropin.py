@@ -18,7 +18,7 @@ from looped_fast import architectures, probe
 from looped_fast.architectures import ARCHITECTURES, Architecture, Model
 from looped_fast.backends import ATTENTION, BACKENDS
 from looped_fast.errors import unknown_name
-from looped_fast.graphs import GraphedLoop
+from looped_fast.graphed_loop import GraphedLoop
 from looped_fast.model import LoopedTransformer, ambient_precision
 from looped_fast.reference import AUTOCAST_DTYPES, PRECISIONS
 
@@ -60,7 +60,7 @@ def accelerate(
         precision: operands of matrix products: ``fp32``, ``bf16``, ``fp16``; None follows
             ``torch.autocast`` around the call.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the third with a shape; see ``graphs.GraphedLoop``.
+            as a CUDA graph from the third with a shape; see ``graphed_loop.GraphedLoop``.
         attention: who computes it on the triton backend: ``auto``, ``triton``, ``flash_attn`` or
             ``sdpa``; see ``ops.loop``.
 

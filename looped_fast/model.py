@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from looped_fast import ops
 from looped_fast.config import LAYER_NORM_EPS, ModelConfig, check_window
-from looped_fast.graphs import GraphedLoop
+from looped_fast.graphed_loop import GraphedLoop
 from looped_fast.reference import AUTOCAST_DTYPES, PRECISIONS
 
 
@@ -111,7 +111,7 @@ class LoopedTransformer(nn.Module):
         attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
             ``triton``. See ``ops.loop``.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the third with a shape; see ``graphs.GraphedLoop``.
+            as a CUDA graph from the third with a shape; see ``graphed_loop.GraphedLoop``.
     """
 
     def __init__(
