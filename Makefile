@@ -11,8 +11,9 @@ PARTS ?=
 OTHER_PYTHON ?= $(lastword python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3))
 OTHER_VENV ?= .venv-versions
 OTHER ?= torch==2.11.0 triton==3.6.0 "numpy<2.4"
-OTHER_TESTS ?= $(wildcard tests/test_kernels_*.py tests/test_triton_*.py) $(addprefix tests/test_, \
-	backends.py benchmarks_gpu.py collection.py compare.py graphs.py loop_mse.py trainer_graphs.py)
+OTHER_TESTS ?= tests/kernels $(wildcard tests/ops/test_triton_*.py) $(addprefix tests/, \
+	ops/test_backends.py ops/test_graphs.py ops/test_loop_mse.py training/test_trainer_graphs.py \
+	benchmarks/test_benchmarks_gpu.py benchmarks/test_compare.py test_collection.py)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

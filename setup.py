@@ -12,7 +12,7 @@ import tempfile
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 SOURCES = ["ops.cpp", "memory.cpp", "threads.cpp"]
 # Kernels are compiled once per instruction set. Never -march=native: the wheel would not travel.
@@ -90,7 +90,7 @@ def engine_build():
             return objects
 
     extension = CppExtension(
-        "looped_fast._C",
+        "looped_fast.ops._C",
         [f"csrc/{name}" for name in (*SOURCES, *ISA_FLAGS)],
         depends=[str(header) for header in Path("csrc").glob("*.h")],
         extra_compile_args=[
@@ -106,7 +106,7 @@ def engine_build():
 
 
 setup(
-    packages=["looped_fast", "looped_fast.kernels", "looped_fast.pretrained"],
+    packages=[*find_packages(include=["looped_fast*"]), "looped_fast.kernels", "looped_fast.moved"],
     package_dir={"looped_fast": "looped_fast", "looped_fast.kernels": "kernels"},
     **engine_build(),
 )

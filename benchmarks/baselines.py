@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from benchmarks.baseline_loops import LOOPS, one_by_one
 from benchmarks.provenance import provenance
-from looped_fast.baselines import BASELINES
+from looped_fast.evaluation.baselines import BASELINES
 from looped_fast.tasks import Batch, Task, make_task, sample_batch
 
 _FIGURE_PROMPTS = 1280

@@ -6,12 +6,12 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-from looped_fast import triton_backend
 from looped_fast.kernels.few_rows import MAX_ROWS
 from looped_fast.kernels.launch import Launch, recording
 from looped_fast.kernels.read_in import read_in
+from torch import Tensor
+
+from looped_fast.ops import triton_backend
 
 WIDTHS = (64, 128, 256, 512)
 HEAD_DIMS = (16, 32, 64)

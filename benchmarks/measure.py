@@ -22,7 +22,7 @@ import torch
 from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops
 from benchmarks.correctness import WrongResult, check, check_results, error_limits
 from benchmarks.workload import Workload, forget_compiled
-from looped_fast import cpu_engine
+from looped_fast.ops import cpu_engine
 
 # Between two looks at the clock. Steps of a training on a GPU are enqueued ahead of it; a user of
 # inference waits for each result.

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from looped_fast.kernels import backward, few_rows, forward, tuning
+from looped_fast.kernels.launch import Launch, recording
+from looped_fast.kernels.tuning import Config
 from tabulate import tabulate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,10 +30,7 @@ from benchmarks.compile_store import Group, Report, candidates, load
 from benchmarks.kernel_launches import form_of, weights_of
 from benchmarks.predicted_time import GRAPH_START, H100, Gpu
 from benchmarks.work import CountingOps, Op, compiled, is_product
-from looped_fast import reference
-from looped_fast.kernels import backward, few_rows, forward, tuning
-from looped_fast.kernels.launch import Launch, recording
-from looped_fast.kernels.tuning import Config
+from looped_fast.ops import reference
 
 # The best tiles without wgmma, which take 64 rows or more; ours are held against them.
 SHORT = {

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.baseline_loops import LOOPS, one_by_one
 from benchmarks.baselines import figure_prompts, warm_up
-from looped_fast.baselines import BASELINES
+from looped_fast.evaluation.baselines import BASELINES
 
 POINTS, DIMS = 41, 20
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Contender
-from looped_fast import LoopedTransformer, compiled_backend
-from looped_fast.graphs import graphs_on
+from looped_fast import LoopedTransformer
+from looped_fast.ops import compiled_backend
+from looped_fast.ops.graphs import graphs_on
 
 
 class Workload:

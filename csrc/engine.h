@@ -1,7 +1,7 @@
 // What the CPU engine computes, in plain C++: no torch types, so that kernels compile fast.
 //
 // The engine runs `states = loop(embeddings, positions, state, weights)` (see
-// looped_fast/reference.py), then a read-out of the states if there is one, and their gradient.
+// looped_fast/ops/reference.py), then a read-out of the states if there is one, and their gradient.
 // Its kernels are templates over the operand type of matrix products (float or at::BFloat16),
 // compiled once per instruction set (kernels_*.cpp) and reached through the function table
 // `Engine`.

@@ -1,5 +1,5 @@
 // The torch side: ops, checks, memory. Autograd and shape inference are in
-// looped_fast/cpu_engine.py.
+// looped_fast/ops/cpu_engine.py.
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import triton
 
-from looped_fast.kernels import tuning
-from looped_fast.kernels.launch import Call, intercepting, is_intercepted
+from . import tuning
+from .launch import Call, intercepting, is_intercepted
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from looped_fast.kernels import tuning
-from looped_fast.kernels.launch import launch
-from looped_fast.kernels.numerics import cast, dot
+from . import tuning
+from .launch import launch
+from .numerics import cast, dot
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

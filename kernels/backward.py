@@ -14,20 +14,21 @@ import torch
 import triton
 from torch import Tensor
 
-from looped_fast.kernels.forward import injected, run_steps
-from looped_fast.kernels.history import History, with_scratch
-from looped_fast.kernels.launch import launch
-from looped_fast.kernels.providers import PROVIDERS
-from looped_fast.kernels.row_backward import row_backward_kernel
-from looped_fast.kernels.tuning import Config, choose, operand_precision
-from looped_fast.kernels.weight_gradients import (
+from looped_fast.ops.reference import split_weights
+
+from .forward import injected, run_steps
+from .history import History, with_scratch
+from .launch import launch
+from .providers import PROVIDERS
+from .row_backward import row_backward_kernel
+from .tuning import Config, choose, operand_precision
+from .weight_gradients import (
     Outputs,
     empty_outputs,
     folded_gradients,
     steps_per_chunk,
     unfold,
 )
-from looped_fast.reference import split_weights
 
 
 def loop_backward(

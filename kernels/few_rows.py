@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from looped_fast.kernels.launch import launch
-from looped_fast.kernels.numerics import cast, statistics
-from looped_fast.kernels.row_forward import (
+from .launch import launch
+from .numerics import cast, statistics
+from .row_forward import (
     add_bias,
     add_product,
     end_step,
@@ -32,7 +32,7 @@ from looped_fast.kernels.row_forward import (
     inject,
     linear,
 )
-from looped_fast.kernels.tuning import Config, operand_precision
+from .tuning import Config, operand_precision
 
 # Predicted times are equal near 500 rows; the prediction is kind to many short launches.
 MAX_ROWS = 256

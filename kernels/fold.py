@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from looped_fast.kernels.launch import launch
-from looped_fast.kernels.numerics import cast
-from looped_fast.kernels.tuning import Config
-from looped_fast.reference import Block
+from looped_fast.ops.reference import Block
+
+from .launch import launch
+from .numerics import cast
+from .tuning import Config
 
 
 @triton.jit

@@ -9,14 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-from looped_fast.kernels import few_rows
-from looped_fast.kernels.few_rows import Arguments, FewRows
-from looped_fast.kernels.fold import fold
-from looped_fast.kernels.history import History, empty_history, with_scratch
-from looped_fast.kernels.launch import launch
-from looped_fast.kernels.providers import PROVIDERS
-from looped_fast.kernels.row_forward import row_forward_kernel
-from looped_fast.kernels.tuning import Config, choose, operand_precision
+from . import few_rows
+from .few_rows import Arguments, FewRows
+from .fold import fold
+from .history import History, empty_history, with_scratch
+from .launch import launch
+from .providers import PROVIDERS
+from .row_forward import row_forward_kernel
+from .tuning import Config, choose, operand_precision
 
 
 class Injected(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from looped_fast.kernels.tuning import Config
+from .tuning import Config
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from looped_fast.choice import Choice, choose
-from looped_fast.kernels import attention
+from looped_fast.ops.choice import Choice, choose
+
+from . import attention
 
 if TYPE_CHECKING:
-    from looped_fast.backends import Problem
+    from looped_fast.ops.backends import Problem
 
 SHORT = 256  # tokens: 49152 scores in FlashAttention's tiles, 36864 in tiles of 32, 32896 needed
 MIN_FLASH_ATTN = "2.7"  # since then its inner functions take window_size_left and _right

@@ -22,8 +22,8 @@ leaves out, it gets None for.
 import triton
 import triton.language as tl
 
-from looped_fast.kernels.numerics import cast, dot, gelu_and_slope, normalise_backward
-from looped_fast.kernels.row_forward import tile
+from .numerics import cast, dot, gelu_and_slope, normalise_backward
+from .row_forward import tile
 
 
 @triton.jit

@@ -17,7 +17,7 @@ use for is None. ``Wfc'`` and ``Wqkv'`` carry the LayerNorms' scale and shift, s
 import triton
 import triton.language as tl
 
-from looped_fast.kernels.numerics import cast, dot, gelu, statistics
+from .numerics import cast, dot, gelu, statistics
 
 
 @triton.jit

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looped_fast.kernels.ahead import compiling_together
-from looped_fast.kernels.launch import Call, intercepting
-from looped_fast.kernels.tuning import Config
+from .ahead import compiling_together
+from .launch import Call, intercepting
+from .tuning import Config
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def _fault(results: dict[str, Tensor], right: dict[str, Tensor], tolerance: floa
 
 def milliseconds(calls: Sequence[Call]) -> list[float]:
     """Of one launch of each call, in the median."""
-    from looped_fast.graphs import CudaGraph  # which imports the loop, and that the kernels
+    from looped_fast.ops.graphs import CudaGraph  # which imports the loop, and that the kernels
 
     def launches(call: Call) -> None:
         for _ in range(LAUNCHES):

@@ -186,7 +186,7 @@ def _size(n_rows: int) -> int:
 def _fastest(
     key: str, options: Sequence[Config], run: Callable[[Config], None], precision: str
 ) -> Config:
-    from looped_fast.kernels import trial  # which imports this module
+    from . import trial  # which imports this module
 
     try:
         config = trial.fastest(options, run, precision)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from looped_fast.kernels.history import History
-from looped_fast.reference import Block
+from looped_fast.ops.reference import Block
+
+from .history import History
 
 # Of the gradients kept for the matrix products. At this size they are long enough to run at the
 # library's full speed.

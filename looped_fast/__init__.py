@@ -1,16 +1,28 @@
 """Looped transformers, fast. See README.md; importing this has no side effects."""
 
-from looped_fast.config import ModelConfig
-from looped_fast.dropin import UnsupportedModel, accelerate, restore
-from looped_fast.explain import explain_backend
-from looped_fast.model import LoopedTransformer
-from looped_fast.pretrained import from_pretrained
+from pathlib import Path
 
-__version__ = "0.1.0"
+_HERE = Path(__file__).parent
+__path__.append(str(_HERE / "moved"))  # modules that also import from where they were
+if (_HERE.parent / "csrc").is_dir():  # a source tree, where kernels/ lies beside this folder
+    __path__.append(str(_HERE.parent))
+
+from looped_fast.config import VERSION as __version__  # noqa: E402
+from looped_fast.config import ModelConfig  # noqa: E402
+from looped_fast.dropin import (  # noqa: E402
+    UnsupportedModel,
+    accelerate,
+    explain_backend,
+    restore,
+)
+from looped_fast.model import LoopedTransformer  # noqa: E402
+from looped_fast.pretrained import from_pretrained  # noqa: E402
+
 __all__ = [
     "LoopedTransformer",
     "ModelConfig",
     "UnsupportedModel",
+    "__version__",
     "accelerate",
     "explain_backend",
     "from_pretrained",

@@ -11,6 +11,7 @@ from typing import Any
 
 from looped_fast.errors import unknown_name
 
+VERSION = "0.1.0"  # as in pyproject.toml; a test holds them together
 INJECTIONS = ("add", "mul", "none", "every_block")
 PRED_TYPES = ("regression", "classification")
 N_CLASSES = 2  # official scripts/models.py: MAX_NUM_CLASS

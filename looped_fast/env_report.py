@@ -7,8 +7,9 @@ import platform
 import torch
 from torch.utils.collect_env import get_pretty_env_info
 
-import looped_fast
-from looped_fast import LoopedTransformer, ModelConfig, explain_backend
+from looped_fast.config import VERSION, ModelConfig
+from looped_fast.dropin import explain_backend
+from looped_fast.model import LoopedTransformer
 
 
 def report() -> str:
@@ -16,7 +17,7 @@ def report() -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LoopedTransformer(ModelConfig()).to(device)
     lines = [
-        f"looped_fast {looped_fast.__version__}, Python {platform.python_version()}",
+        f"looped_fast {VERSION}, Python {platform.python_version()}",
         f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads",
     ]

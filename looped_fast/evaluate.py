@@ -19,23 +19,24 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from looped_fast import figures, published
-from looped_fast.baselines import QUICK_BASELINES, Baseline, figure_baselines
-from looped_fast.checkpoint import CheckpointError
-from looped_fast.distributions import SHIFTS, shifted_prompts
 from looped_fast.evaluation import (
     MIN_PROMPTS,
     Curve,
     bootstrap_curve,
     evaluation_batches,
+    figures,
     loop_errors,
     model_predictor,
     prompt_errors,
 )
-from looped_fast.provenance import versions
-from looped_fast.report import error_table
-from looped_fast.runs import Run, load_run
+from looped_fast.evaluation.baselines import QUICK_BASELINES, Baseline, figure_baselines
+from looped_fast.evaluation.report import error_table
+from looped_fast.evaluation.shifts import SHIFTS, shifted_prompts
+from looped_fast.paper import published
+from looped_fast.pretrained.provenance import versions
+from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import Batch, DecisionTree, Task
+from looped_fast.training.checkpoint import CheckpointError
 
 
 @dataclass(frozen=True)

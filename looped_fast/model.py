@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from looped_fast import ops
 from looped_fast.config import LAYER_NORM_EPS, ModelConfig, check_window
-from looped_fast.graphed_loop import GraphedLoop
-from looped_fast.reference import AUTOCAST_DTYPES, PRECISIONS
+from looped_fast.ops.graphed_loop import GraphedLoop
+from looped_fast.ops.reference import AUTOCAST_DTYPES, PRECISIONS
 
 
 class _Attention(nn.Module):

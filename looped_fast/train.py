@@ -20,18 +20,18 @@ import torch
 import tyro
 import yaml
 
-import looped_fast
-from looped_fast import checkpoint, distributed
-from looped_fast.baselines import QUICK_BASELINES
-from looped_fast.config_files import load_config
-from looped_fast.distributed import resolve_device
+from looped_fast.compat.config_files import load_config
+from looped_fast.config import VERSION
+from looped_fast.dropin.explain import explain_backend
 from looped_fast.evaluation import evaluation_batches, position_errors
-from looped_fast.explain import explain_backend
-from looped_fast.metrics import METRICS_FILE, read_metrics
-from looped_fast.presets import describe, preset_config
-from looped_fast.report import error_table, plot
-from looped_fast.settings import TrainConfig, config_from_dict
-from looped_fast.trainer import Interrupted, Trainer
+from looped_fast.evaluation.baselines import QUICK_BASELINES
+from looped_fast.evaluation.report import error_table, plot
+from looped_fast.training import checkpoint, distributed
+from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.distributed import resolve_device
+from looped_fast.training.log import METRICS_FILE, read_metrics
+from looped_fast.training.presets import describe, preset_config
+from looped_fast.training.trainer import Interrupted, Trainer
 
 CONFIG_FILE = "config.yaml"
 
@@ -225,7 +225,7 @@ def run(
     processes: distributed.Processes,
 ) -> int:
     """Train, then report; returns the exit status."""
-    print(f"looped_fast {looped_fast.__version__}, task {config.task}, {origin}")
+    print(f"looped_fast {VERSION}, task {config.task}, {origin}")
     try:
         with processes.together():
             trainer = Trainer(config, run_dir, resumed, processes)
@@ -317,7 +317,7 @@ def report(trainer: Trainer, summary: str) -> None:
         "prompts": n_prompts,
         "seed": config.seed,
         "torch": torch.__version__,
-        "looped_fast": looped_fast.__version__,
+        "looped_fast": VERSION,
         "errors": {name: error.tolist() for name, error in errors.items()},
     }
     (run_dir / "results.json").write_text(json.dumps(results, indent=1))

@@ -18,11 +18,32 @@ import torch
 from torch import Tensor
 
 from looped_fast import LoopedTransformer, ModelConfig
+from looped_fast.ops import backends, cpu_engine
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
 
 FP32_EPS = torch.finfo(torch.float32).eps
+
+needs_engine = pytest.mark.skipif(
+    cpu_engine.why_not_precision("fp32") is not None,
+    reason=f"no CPU engine: {cpu_engine.why_not_precision('fp32')}",
+)
+
+# A call of the paper's model, as the choice of a backend sees it.
+PROBLEM = backends.Problem(
+    device="cpu",
+    dtype=torch.float32,
+    precision="fp32",
+    batch=64,
+    seq_len=82,
+    n_embd=256,
+    n_heads=8,
+    n_layer=1,
+    n_loops=30,
+    window=15,
+    injection="add",
+)
 
 
 # They start first, so that no core waits at the end for a file that another one has just begun.

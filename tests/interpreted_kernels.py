@@ -13,7 +13,7 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from without_coverage import untraced
 
-from looped_fast import triton_backend
+from looped_fast.ops import triton_backend
 
 
 def make_fast() -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 
-from looped_fast import LoopedTransformer, checkpoint, figures, pretrained
-from looped_fast.distributions import SHIFTS
+from looped_fast import LoopedTransformer, pretrained
 from looped_fast.evaluate import main
-from looped_fast.evaluation import model_errors
-from looped_fast.runs import load_run
-from looped_fast.settings import TrainConfig
+from looped_fast.evaluation import figures, model_errors
+from looped_fast.evaluation.shifts import SHIFTS
+from looped_fast.pretrained.runs import load_run
+from looped_fast.training import checkpoint
+from looped_fast.training.config import TrainConfig
 
 SIZE = {"n_dims": 3, "n_points": 5, "n_positions": 7, "n_embd": 16, "n_head": 2}
 LOOPED = {"n_loops": 4, "window": 2}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from looped_fast import triton_backend
+from looped_fast.ops import triton_backend
 from looped_fast.train import parse
 
 ROOT = Path(__file__).parent.parent

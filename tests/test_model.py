@@ -10,7 +10,7 @@ from conftest import naive_loop, prompt, relative_error, small_model
 
 from looped_fast import LoopedTransformer, ModelConfig
 from looped_fast.model import ambient_precision
-from looped_fast.reference import interleave
+from looped_fast.ops.reference import interleave
 
 OFFICIAL_BLOCK = (
     "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight",

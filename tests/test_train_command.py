@@ -16,12 +16,14 @@ import yaml
 from safetensors.torch import load_file
 
 import looped_fast
-from looped_fast import backends, checkpoint, compat, cpu_engine
-from looped_fast.metrics import read_metrics
-from looped_fast.presets import preset_config
-from looped_fast.report import plot
+from looped_fast import compat
+from looped_fast.evaluation.report import plot
+from looped_fast.ops import backends, cpu_engine
 from looped_fast.train import main
-from looped_fast.trainer import Trainer
+from looped_fast.training import checkpoint
+from looped_fast.training.log import read_metrics
+from looped_fast.training.presets import preset_config
+from looped_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
@@ -158,7 +160,7 @@ KILLED_AND_RESUMED = textwrap.dedent("""
     import matplotlib.figure, torch._dynamo, torch.utils.tensorboard  # as a run would
     from looped_fast import checkpoint
     from looped_fast.train import main
-    from looped_fast.trainer import Trainer
+    from looped_fast.training.trainer import Trainer
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)

@@ -25,7 +25,7 @@ def first_launch(part: str) -> str | None:
     """Name of the kernel that a part launches first; None if it ends without a launch."""
     from benchmarks.gpu.fake_driver import Launched, pretend
     from benchmarks.gpu.visit import Visit
-    from looped_fast import triton_backend
+    from looped_fast.ops import triton_backend
 
     pretend()
     module = importlib.import_module(f"benchmarks.gpu.{PARTS[part].module}")

@@ -51,6 +51,6 @@ def _device_problem() -> str | None:
 def _interpreter_problem(missing: list[str]) -> str | None:
     if missing:  # importing looped_fast may fail
         return None
-    from looped_fast.triton_backend import why_not_interpreted
+    from looped_fast.ops.triton_backend import why_not_interpreted
 
     return why_not_interpreted()

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from looped_fast.graphs import CudaGraph
+from looped_fast.ops.graphs import CudaGraph
 
 Result = TypeVar("Result")
 

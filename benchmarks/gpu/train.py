@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.gpu.visit import Visit, say
 from benchmarks.processes import ROOT
-from looped_fast.metrics import METRICS_FILE, read_metrics
-from looped_fast.presets import preset_config
+from looped_fast.training.log import METRICS_FILE, read_metrics
+from looped_fast.training.presets import preset_config
 
 SECONDS = 60
 FASTER = 10

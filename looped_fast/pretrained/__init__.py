@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from looped_fast import checkpoint
 from looped_fast.errors import unknown_name
 from looped_fast.model import LoopedTransformer
-from looped_fast.settings import TrainConfig, config_from_dict
+from looped_fast.training import checkpoint
+from looped_fast.training.config import TrainConfig, config_from_dict
 
 _FOLDER = Path(__file__).parent
 

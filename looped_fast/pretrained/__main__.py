@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-import looped_fast
-from looped_fast import checkpoint, pretrained
+from looped_fast import pretrained
 from looped_fast.evaluation import model_errors
-from looped_fast.metrics import METRICS_FILE, read_metrics
-from looped_fast.presets import preset_config
-from looped_fast.settings import TrainConfig, config_from_dict
+from looped_fast.model import LoopedTransformer
+from looped_fast.training import checkpoint
+from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.log import METRICS_FILE, read_metrics
+from looped_fast.training.presets import preset_config
 
 _PROMPTS = 1280  # of the evaluation, as in the paper
 
@@ -150,7 +151,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _errors(source: checkpoint.Checkpoint, config: TrainConfig) -> dict[str, list[float]]:
     """Relative error by position, {loop count: [n]}; far beyond the trained b if looped."""
-    model = looped_fast.LoopedTransformer(config.model_config())
+    model = LoopedTransformer(config.model_config())
     checkpoint.restore_into(source, model)
     b = config.n_loops
     counts = [config.window, b, 2 * b, 10 * b] if config.model == "looped" else [b]

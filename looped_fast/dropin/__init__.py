@@ -1,0 +1,6 @@
+"""Speed up a model that was not written for this library, where it stands."""
+
+from looped_fast.dropin.explain import explain_backend
+from looped_fast.dropin.replacement import UnsupportedModel, accelerate, restore
+
+__all__ = ["UnsupportedModel", "accelerate", "explain_backend", "restore"]

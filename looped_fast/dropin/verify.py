@@ -1,0 +1,242 @@
+"""Whether a model that looks like a known architecture also computes the same function.
+
+Attributes do not tell: an activation, a mask or a scale can sit anywhere in a forward. So tiny
+random inputs go through the original and through its replacement, with random parameters in
+place of the model's own (which may be zero, and hide a difference), in float64 on the CPU (where
+neither TF32 nor a missing GPU matters), and outputs and gradients are compared. The model, the
+random number generators and standard output are left as they were; hooks on modules that stay in
+use (read-in, read-out) do run. Attention, which may look back a limited way only, is compared at
+the model's full length too. Of one core's time, a looped model of the paper's size takes a second,
+a standard one 2, GPT-2 40; and all take the memory of parameters and gradients in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from looped_fast.config import LAYER_NORM_EPS
+from looped_fast.dropin.architectures import (
+    Architecture,
+    Loop,
+    Model,
+    block_weights,
+    weight_and_bias,
+)
+from looped_fast.ops import reference
+
+Function = Callable[..., Any]  # (module, *inputs) -> a Tensor, or a sequence of Tensor or None
+
+TOLERANCE = 1e-6  # of float64 results, relative; a lookalike that rounds to float32 passes
+MAX_TOKENS = 1024  # of the check of attention at full length
+
+
+class _Call(nn.Module):
+    """Calls ``function(module, ...)``, so that ``functional_call`` can swap the parameters.
+
+    The module's own hooks do not run, and a forward that was replaced on the instance neither.
+    """
+
+    def __init__(self, module: nn.Module, function: Function) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self.module, *inputs)
+
+
+def differences(
+    model: Model, architecture: Architecture, loop: Loop, *, outputs_only: bool = False
+) -> list[str]:
+    """Each way in which ``model`` is not ``architecture``, as far as found; none if it is.
+
+    Args:
+        model: has all the attributes of ``architecture``.
+        architecture: what it looks like.
+        loop: the loop op on the model's own blocks, on the reference backend.
+        outputs_only: on short inputs, without gradients; for a model that was checked before.
+    """
+    generator = torch.Generator().manual_seed(0)
+    stack = architecture.stack(model)
+
+    def replacement(model: Model, *inputs: Any) -> Any:
+        return architecture.forward(model, loop, *inputs)
+
+    with _no_trace(model), torch.set_grad_enabled(not outputs_only):
+        found = list(_different_norms(stack, generator))
+        for inputs in architecture.example_calls(model, generator):
+            why = _mismatch(model, type(model).forward, replacement, inputs, generator)
+            if why is not None:
+                found += _different_layers(stack, generator)
+                return found or [f"its forward is not {architecture.name}'s: {why}"]
+        if not (found or outputs_only):
+            found += _different_far_back(stack, generator)
+    return found
+
+
+@contextlib.contextmanager
+def in_mode(model: Model, training: bool) -> Iterator[None]:
+    """Every module in that mode, without the dropout that ``dropout_of`` sees."""
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        for module in model.modules():
+            module.training = training
+            if dropout_of(module) > 0:
+                setattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", 0.0)
+        yield
+    finally:
+        for module, attributes in kept:
+            vars(module).update(attributes)
+
+
+def dropout_of(module: Model) -> float:
+    """The probability with which ``module`` itself drops out while training, as far as it tells."""
+    p = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+    return p if isinstance(p, int | float) else 0.0
+
+
+@contextlib.contextmanager
+def _no_trace(model: Model) -> Iterator[None]:
+    """Undo what the original forward does besides computing (the official one prints, once)."""
+    attributes = dict(model.__dict__)
+    with (
+        torch.random.fork_rng(devices=[]),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        try:
+            yield
+        finally:
+            model.__dict__.clear()
+            model.__dict__.update(attributes)
+
+
+def _different_norms(stack: Model, generator: torch.Generator) -> Iterator[str]:
+    """Inputs have a variance of about eps: larger ones hide it."""
+    D = stack.wpe.weight.shape[1]
+    x = LAYER_NORM_EPS**0.5 * _randn((2, 5, D), generator)
+
+    def replacement(norm: Model, x: Tensor) -> Tensor:
+        weight, bias = weight_and_bias(norm)
+        return nn.functional.layer_norm(x, (D,), weight, bias, LAYER_NORM_EPS)
+
+    norms: dict[str, Model] = {}
+    for i, block in enumerate(stack.h):
+        norms |= {f"h.{i}.ln_1": block.ln_1, f"h.{i}.ln_2": block.ln_2}
+    for name, norm in [*norms.items(), ("ln_f", stack.ln_f)]:
+        why = _mismatch(norm, lambda norm, x: norm(x), replacement, (x,), generator)
+        if why is not None:
+            yield f"{name} is not LayerNorm over {D} elements with eps {LAYER_NORM_EPS}: {why}"
+
+
+def _different_far_back(stack: Model, generator: torch.Generator) -> Iterator[str]:
+    """Attention that is like ours on short inputs, as with a sliding window. Without gradients."""
+    n_positions, D = stack.wpe.weight.shape
+    x = _randn((1, min(n_positions, MAX_TOKENS), D), generator)
+    with torch.no_grad():
+        for i, block in enumerate(stack.h):
+            why = _mismatch(block, _their_attention, _our_attention(stack), (x,), generator)
+            if why is not None:
+                yield f"h.{i}.attn does not see all earlier of {x.shape[1]} tokens: {why}"
+
+
+def _their_attention(block: Model, x: Tensor) -> Tensor:
+    return block.attn(x)
+
+
+def _our_attention(stack: Model) -> Function:
+    n_heads = stack.h[0].attn.n_head
+
+    def attention(block: Model, x: Tensor) -> Tensor:
+        return reference.attention(x, reference.Block(*block_weights(block)), n_heads)
+
+    return attention
+
+
+def _different_layers(stack: Model, generator: torch.Generator) -> Iterator[str]:
+    x = 2 * _randn((2, 5, stack.wpe.weight.shape[1]), generator)  # GELU's forms differ most at 2
+    n_heads = stack.h[0].attn.n_head
+
+    def mlp(block: Model, x: Tensor) -> Tensor:
+        return reference.mlp(x, reference.Block(*block_weights(block)))
+
+    for i, block in enumerate(stack.h):
+        why = _mismatch(block, _their_attention, _our_attention(stack), (x,), generator)
+        if why is not None:
+            yield f"h.{i}.attn is not causal attention with {n_heads} heads, or drops out: {why}"
+        why = _mismatch(block, lambda block, x: block.mlp(x), mlp, (x,), generator)
+        if why is not None:
+            yield f"h.{i}.mlp is not Linear, GELU in its tanh form (not exact), Linear: {why}"
+
+
+def _mismatch(
+    module: nn.Module,
+    original: Function,
+    replacement: Function,
+    inputs: tuple[Any, ...],
+    generator: torch.Generator,
+) -> str | None:
+    """How the two differ, as functions of ``inputs`` and of the parameters; None if nowhere."""
+    parameters = _random_parameters(module, generator)
+    buffers = {f"module.{name}": buffer.cpu() for name, buffer in module.named_buffers()}
+    cotangents: list[Tensor] = []
+    results = []
+    for function in (original, replacement):
+        try:
+            returned = torch.func.functional_call(
+                _Call(module, function), {**parameters, **buffers}, inputs
+            )
+            outputs = _tensors(returned)
+            if not cotangents:
+                cotangents = [_randn(o.shape, generator) for o in outputs]
+            gradients: Sequence[Tensor] = ()
+            if torch.is_grad_enabled():
+                gradients = torch.autograd.grad(
+                    outputs, list(parameters.values()), cotangents, materialize_grads=True
+                )
+        except Exception as error:  # the original is unknown code, and may raise anything
+            return f"it raises {type(error).__name__}: {error}"
+        results.append((outputs, gradients))
+    (expected, expected_gradients), (actual, actual_gradients) = results
+    for kind, right, wrong in (
+        ("outputs", expected, actual),
+        ("gradients", expected_gradients, actual_gradients),
+    ):
+        errors = [_relative_error(a, b) for a, b in zip(right, wrong, strict=True)]
+        distance = max(errors, default=0.0)
+        if not distance <= TOLERANCE:
+            return f"{kind} differ by {distance:.1e} of their size"
+    return None
+
+
+def _random_parameters(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Under their names in ``_Call``; weight matrices keep the scale of what they multiply."""
+    return {
+        f"module.{name}": (
+            _randn(p.shape, generator) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1)
+        ).requires_grad_()
+        for name, p in module.named_parameters()
+    }
+
+
+def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _tensors(returned: Any) -> list[Tensor]:
+    several = returned if isinstance(returned, list | tuple) else [returned]
+    return [tensor for tensor in several if tensor is not None]
+
+
+def _relative_error(expected: Tensor, actual: Tensor) -> float:
+    scale = expected.norm().clamp_min(1e-6)  # all are of order 1, or zero: of unused positions
+    return ((actual - expected).norm() / scale).item()

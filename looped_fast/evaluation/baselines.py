@@ -1,0 +1,277 @@
+"""What a trained model is compared with: predictors that see the same prompts.
+
+Each takes xs [B, n, d], ys [B, n] and queries [B, n, d] (xs unless given), and returns
+predictions [B, n]: the one at position i is for query i, from the i points before it, and is 0
+where there are none. Source: official ``jupyter_notebooks/utils.py``, which fits prompt by prompt
+and position by position. Trees are in ``tree_baselines.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from looped_fast.evaluation.tree_baselines import boosted_trees, greedy_tree, needs_extra
+from looped_fast.tasks import (
+    DecisionTree,
+    NoisyLinearRegression,
+    Relu2LayerNetwork,
+    SparseLinearRegression,
+    Task,
+)
+
+Baseline = Callable[..., Tensor]  # (xs, ys, queries=None) -> predictions
+
+
+def zero(xs: Tensor, ys: Tensor, queries: Tensor | None = None) -> Tensor:
+    """Predict 0, the mean of every task."""
+    return torch.zeros_like(ys)
+
+
+def least_squares(xs: Tensor, ys: Tensor, queries: Tensor | None = None) -> Tensor:
+    """The least-squares solution of minimum norm, in float64 on the CPU.
+
+    gelsd (an SVD) also solves the rank-deficient systems of the first positions and of
+    truncated prompts; the GPU's solver does not.
+    """
+    queries = xs if queries is None else queries
+    xs64, ys64, queries64 = xs.cpu().double(), ys.cpu().double(), queries.cpu().double()
+    predictions = torch.zeros_like(ys64)
+    for i in range(1, xs.shape[1]):
+        fit = torch.linalg.lstsq(xs64[:, :i], ys64[:, :i, None], driver="gelsd")  # [B, d, 1]
+        predictions[:, i] = (queries64[:, i, None] @ fit.solution)[:, 0, 0]
+    return predictions.to(ys)
+
+
+def ridge(xs: Tensor, ys: Tensor, queries: Tensor | None = None, alpha: float = 0.01) -> Tensor:
+    """Ridge regression without intercept: the w of least |y - X w|^2 + alpha |w|^2.
+
+    The best predictor of noisy linear data with w ~ N(0, I) where alpha is the noise's variance.
+    X^T X grows by one point a position; float64.
+
+    Raises:
+        ValueError: alpha is not positive.
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha = {alpha}: more than 0 is needed; without it, least_squares")
+    queries = xs if queries is None else queries
+    xs64, ys64, queries64 = xs.double(), ys.double(), queries.double()
+    B, n, d = xs.shape
+    gram = alpha * torch.eye(d, dtype=torch.float64, device=xs.device).repeat(B, 1, 1)
+    moment = torch.zeros(B, d, 1, dtype=torch.float64, device=xs.device)  # X^T y
+    predictions = torch.zeros_like(ys64)
+    for i in range(n):
+        w = torch.cholesky_solve(moment, torch.linalg.cholesky(gram))
+        predictions[:, i] = (queries64[:, i, None] @ w)[:, 0, 0]
+        x = xs64[:, i, :, None]  # [B, d, 1]
+        gram += x @ x.mT
+        moment += x * ys64[:, i, None, None]
+    return predictions.to(ys)
+
+
+def averaging(xs: Tensor, ys: Tensor, queries: Tensor | None = None) -> Tensor:
+    """x·w with w the mean of y_j x_j over the points seen."""
+    queries = xs if queries is None else queries
+    sums = (xs * ys[..., None]).double().cumsum(1)  # [B, n, d]
+    seen = torch.arange(1, xs.shape[1], device=xs.device)
+    predictions = torch.zeros_like(ys)
+    predictions[:, 1:] = ((sums[:, :-1] * queries[:, 1:]).sum(2) / seen).to(ys)
+    return predictions
+
+
+def nearest_neighbours(xs: Tensor, ys: Tensor, queries: Tensor | None = None, k: int = 3) -> Tensor:
+    """The mean y of the k nearest earlier points (of all of them, while fewer than k)."""
+    queries = xs if queries is None else queries
+    n = xs.shape[1]
+    later = torch.ones(n, n, dtype=torch.bool, device=xs.device).triu()
+    distances = torch.cdist(queries, xs).masked_fill(later, torch.inf)  # [B, n, n]
+    nearest = distances.topk(min(k, n), dim=2, largest=False)
+    seen = nearest.values.isfinite()  # [B, n, k]
+    values = ys[:, None, :].expand_as(distances).gather(2, nearest.indices)
+    return (values * seen).sum(2) / seen.sum(2).clamp(min=1)
+
+
+def lasso(
+    xs: Tensor,
+    ys: Tensor,
+    queries: Tensor | None = None,
+    alpha: float = 0.01,
+    tolerance: float = 1e-6,
+    max_sweeps: int = 10_000_000,
+) -> Tensor:
+    """Lasso without intercept: the w of least |y - X w|^2 / 2i + alpha |w|_1, in float64.
+
+    Args:
+        xs: [B, n, d].
+        ys: [B, n].
+        queries: [B, n, d]; xs by default.
+        alpha: weight of the penalty, scikit-learn's; the official figure has 0.01.
+        tolerance: largest violation of the optimality conditions, relative to the penalty.
+        max_sweeps: of coordinate descent at one position; hundreds do but for rare prompts that
+            need a million.
+
+    Raises:
+        ValueError: alpha is not positive.
+        RuntimeError: it did not converge, or Numba is not installed.
+    """
+    if not alpha > 0:
+        raise ValueError(f"alpha = {alpha}: more than 0 is needed; without it, least_squares")
+    kernels = _kernels()
+    queries = xs if queries is None else queries
+    points, values, asked = (t.double().cpu().numpy() for t in (xs, ys, queries))
+    predictions = np.empty_like(values)
+    converged = np.empty(values.shape, np.bool_)
+    kernels.lasso_predictions(
+        points, values, asked, alpha, tolerance, max_sweeps, predictions, converged
+    )
+    if not converged.all():
+        raise RuntimeError(
+            f"lasso: {np.count_nonzero(~converged)} of {converged.size} fits did not converge in "
+            f"{max_sweeps} sweeps; raise max_sweeps, tolerance or alpha"
+        )
+    return torch.from_numpy(predictions).to(ys)
+
+
+def two_layer_network(
+    xs: Tensor,
+    ys: Tensor,
+    queries: Tensor | None = None,
+    hidden: int = 100,
+    steps: int = 1000,
+    batch_size: int = 10,
+    lr: float = 5e-3,
+    seed: int = 0,
+) -> Tensor:
+    """A ReLU network of one hidden layer, trained by Adam on the points seen; float32.
+
+    Settings are those of the official figure. Initial weights are drawn for every prompt and
+    position as ``torch.nn.Linear`` draws them; the minibatches of a position, without replacement,
+    are those of all prompts, as in the official code.
+
+    Args:
+        xs: [B, n, d].
+        ys: [B, n].
+        queries: [B, n, d]; xs by default.
+        hidden: units.
+        steps: of Adam.
+        batch_size: of a step, or all points where there are fewer.
+        lr: learning rate.
+        seed: of weights and minibatches.
+
+    Raises:
+        RuntimeError: Numba is not installed.
+    """
+    kernels = _kernels()
+    queries = xs if queries is None else queries
+    generator = np.random.default_rng(seed)
+    B, n, d = xs.shape
+    width = -(-(d + 1) // kernels.INPUTS) * kernels.INPUTS  # a constant input, and zeros
+    values = ys.float().cpu().numpy()
+    points, asked = (_with_constant(t.float().cpu().numpy(), width) for t in (xs, queries))
+    predictions = np.zeros((B, n), np.float32)
+    for i in range(1, n):
+        weights = initial_network(generator, B, d, width, hidden)
+        batches = minibatches(generator, i, steps, batch_size)
+        kernels.fit_networks(points, values, batches, lr, *weights)
+        inner, output, bias = weights
+        activation = np.maximum(np.einsum("bk,bkh->bh", asked[:, i], inner), 0)
+        predictions[:, i] = np.einsum("bh,bh->b", activation, output) + bias
+    return torch.from_numpy(predictions).to(ys)
+
+
+def initial_network(
+    generator: np.random.Generator, n_networks: int, d: int, width: int, hidden: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``torch.nn.Linear`` starts: uniform within 1 / sqrt(inputs), biases too.
+
+    Returns:
+        hidden [P, width, h], whose row d is the bias and later ones are 0; output [P, h];
+        bias [P].
+    """
+
+    def uniform(*shape: int, inputs: int) -> np.ndarray:
+        return (2 * generator.random(shape, np.float32) - 1) / np.float32(math.sqrt(inputs))
+
+    inner = np.zeros((n_networks, width, hidden), np.float32)
+    inner[:, : d + 1] = uniform(n_networks, d + 1, hidden, inputs=d)
+    output = uniform(n_networks, hidden, inputs=hidden)
+    return inner, output, uniform(n_networks, inputs=hidden)
+
+
+def minibatches(generator: np.random.Generator, n_points: int, steps: int, size: int) -> np.ndarray:
+    """[steps, min(size, n_points)] of points below n_points, different ones in each step."""
+    return generator.random((steps, n_points)).argsort(1)[:, :size]
+
+
+def _with_constant(points: np.ndarray, width: int) -> np.ndarray:
+    """[B, n, d] -> [B, n, width]: a coordinate that is 1, then zeros."""
+    d = points.shape[2]
+    wide = np.zeros((*points.shape[:2], width), np.float32)
+    wide[..., :d], wide[..., d] = points, 1
+    return wide
+
+
+def _kernels() -> ModuleType:
+    """Numba's kernels, imported on first use: it takes a second."""
+    try:
+        from looped_fast.evaluation import baseline_kernels
+    except ImportError as error:
+        raise needs_extra("lasso and the 2-layer network need", "numba") from error
+    return baseline_kernels
+
+
+def on_signs(baseline: Baseline) -> Baseline:
+    """``baseline`` that sees the signs of coordinates alone (paper, figure on decision trees)."""
+    return partial(_predict_on_signs, baseline)
+
+
+def _predict_on_signs(
+    baseline: Baseline, xs: Tensor, ys: Tensor, queries: Tensor | None = None
+) -> Tensor:
+    return baseline(xs.sign(), ys, None if queries is None else queries.sign())
+
+
+# What a training run ends with: quick, and without optional packages.
+QUICK_BASELINES: dict[str, Baseline] = {
+    "zero": zero,
+    "least squares": least_squares,
+    "3-nearest neighbours": nearest_neighbours,
+}
+
+BASELINES: dict[str, Baseline] = {
+    **QUICK_BASELINES,
+    "averaging": averaging,
+    "ridge": ridge,
+    "lasso": lasso,
+    "greedy tree": partial(greedy_tree, max_depth=2),
+    "greedy tree, signs": on_signs(partial(greedy_tree, max_depth=4)),
+    "XGBoost": boosted_trees,
+    "XGBoost, signs": on_signs(partial(boosted_trees, tree_method="hist")),
+    "2-layer network": two_layer_network,
+}
+
+
+def figure_baselines(task: Task) -> dict[str, Baseline]:
+    """Those of the task's official figure, by name, with its settings (notebooks ``Figures_*``).
+
+    Noisy regression has no figure there: ridge is added, with the best penalty for the noise.
+    """
+    if isinstance(task, DecisionTree):
+        names = ["3-nearest neighbours", "greedy tree", "greedy tree, signs"]
+        names += ["XGBoost", "XGBoost, signs"]
+    elif isinstance(task, Relu2LayerNetwork):
+        names = ["least squares", "3-nearest neighbours", "2-layer network"]
+    else:
+        names = ["least squares", "3-nearest neighbours", "averaging"]
+    if isinstance(task, SparseLinearRegression):
+        names.append("lasso")
+    chosen = {name: BASELINES[name] for name in names}
+    if isinstance(task, NoisyLinearRegression) and task.noise_std > 0:
+        chosen["ridge"] = partial(ridge, alpha=task.noise_std**2)
+    return chosen

@@ -1,0 +1,121 @@
+"""The ``compiled`` backend: the reference's loop, with its step compiled by ``torch.compile``.
+
+AOTAutograd differentiates the step, so gradients, the window and ``checkpoint="state"`` work as
+in ``reference``. A step is compiled for one shape, which takes seconds to half a minute.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import types
+from collections.abc import Callable, Hashable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from looped_fast.ops import loop_autograd, reference
+
+if TYPE_CHECKING:
+    from looped_fast.ops.backends import Problem
+
+# Compiled steps kept at once. The paper's curricula have 16 shapes, with gradients and without.
+MAX_STEPS = 128
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Reason that ``torch.compile`` can't run ``problem`` here, or None."""
+    if reason := loop_autograd.why_not():
+        return reason
+    # torch.compile around the call traces it under a mode; a FLOP counter is a mode, too.
+    if _get_current_dispatch_mode() is not None:
+        return (
+            "inside torch.compile or another TorchDispatchMode, which sees single operations; "
+            "the reference backend has them"
+        )
+    if _is_switched_off():
+        return "torch.compile is switched off (TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE)"
+    return _missing_compiler(problem.device)
+
+
+def _is_switched_off() -> bool:
+    """True where ``torch.compile`` would return the function as it is, without a word."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return True
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second
+    if dynamo is not None:
+        return dynamo.config.disable
+    return os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+
+
+@functools.cache
+def _missing_compiler(device: str) -> str | None:
+    if device == "cuda":
+        return None if find_spec("triton") else "torch.compile needs Triton, not installed here"
+    if device != "cpu":
+        return f"tensors are on {device}; it compiles for CPUs and CUDA devices"
+    # As torch._inductor.config.cpp.cxx has it, without the second that importing it takes.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler.split()[0]) is None:
+        return (
+            f"torch.compile needs a C++ compiler, and there is no {compiler}; install it or set CXX"
+        )
+    return None
+
+
+def loop(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    n_heads: int,
+    n_loops: int,
+    window: int,
+    injection: str,
+    precision: str,
+    checkpoint: str = "none",
+) -> Tensor:
+    """Run ``reference.loop`` with a compiled step (same arguments and result)."""
+    tensors = (embeddings, positions, *weights)
+    detached = embeddings.detach(), positions.detach(), [w.detach() for w in weights]
+    kind = (
+        embeddings.shape, embeddings.dtype, embeddings.device, len(weights), n_heads, injection,
+        precision,
+    )  # fmt: skip
+
+    def step(state: Tensor, *arguments: Any) -> Tensor:
+        # torch.compile specialises on which tensors require gradients, and on a first state that
+        # is the embeddings. Made alike, all steps of a kind share one compiled step.
+        recorded = loop_autograd.needs_grad((state, *tensors))
+        if not recorded:
+            state, arguments = state.detach(), (*detached, n_heads, injection)
+        elif not state.requires_grad:
+            state = state.detach().requires_grad_()  # a gradient that nobody reads
+        return _compiled_step((*kind, recorded))(state, *arguments)
+
+    return reference.loop(
+        embeddings, positions, state, weights, n_heads, n_loops, window, injection, precision,
+        checkpoint, step,
+    )  # fmt: skip
+
+
+def empty_cache() -> None:
+    """Drop the compiled steps."""
+    _compiled_step.cache_clear()
+
+
+@functools.lru_cache(MAX_STEPS)
+def _compiled_step(kind: Hashable) -> Callable[..., Tensor]:
+    """Compile the reference's step for calls of one ``kind``: shapes, settings, gradients or not.
+
+    ``torch.compile`` counts recompilations per code object, and fails at the ninth shape. So each
+    kind gets a copy of the code, which also frees what was compiled when the cache drops it.
+    """
+    step = reference.step
+    copied = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+    return torch.compile(copied, dynamic=False, fullgraph=True)

@@ -1,0 +1,39 @@
+"""What results depend on, to be written beside them: versions of packages, hashes of weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from looped_fast import pretrained
+from looped_fast.config import VERSION
+from looped_fast.training import checkpoint
+
+PACKAGES = ("python", "torch", "numpy", "scikit-learn", "xgboost", "numba")
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The versions of looped_fast and of ``packages``; ``not installed`` is one too."""
+    return {"looped_fast": VERSION, **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str:
+    if package == "python":
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def weights_sha256(source: str | Path) -> str:
+    """Of the weights of a run (its newest checkpoint), one checkpoint, or a model we ship.
+
+    Raises:
+        FileNotFoundError: ``source`` is none of these.
+    """
+    weights = pretrained.find_checkpoint(source) / checkpoint.MODEL
+    return hashlib.sha256(weights.read_bytes()).hexdigest()

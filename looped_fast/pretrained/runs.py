@@ -1,0 +1,78 @@
+"""Trained models by name: a run's folder, one of its checkpoints, or a model shipped with us."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from looped_fast import pretrained
+from looped_fast.model import LoopedTransformer
+from looped_fast.pretrained.provenance import weights_sha256
+from looped_fast.tasks import Task
+from looped_fast.training import checkpoint
+from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.distributed import resolve_device
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model and what it was trained on.
+
+    Attributes:
+        name: for legends and file names.
+        path: what was loaded.
+        sha256: of the weights' file.
+        step: training steps finished.
+        config: the run's settings.
+        task: what it was trained on.
+        model: with the trained weights, in evaluation mode.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    step: int
+    config: TrainConfig
+    task: Task
+    model: LoopedTransformer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def load_run(source: str | Path, device: str = "auto") -> Run:
+    """The model of a run's folder (its newest checkpoint), of one checkpoint, or shipped with us.
+
+    Raises:
+        FileNotFoundError: ``source`` is none of these.
+        CheckpointError: the checkpoint is damaged or of another model.
+        ValueError: a classifier of tabular sets, or a device that can't be used.
+    """
+    path = pretrained.find_checkpoint(Path(source))
+    loaded = checkpoint.load(path)
+    if "held_out" in loaded.config:  # a setting of ``openml.TabularConfig``
+        raise ValueError(
+            f"{source} is a classifier of tabular sets; python -m looped_fast.openml evaluates it"
+        )
+    config = config_from_dict(loaded.config, TrainConfig())
+    model = LoopedTransformer(config.model_config())
+    checkpoint.restore_into(loaded, model)
+    is_named = path != Path(source)  # by its run's folder, or as a pretrained model
+    return Run(
+        name=Path(source).resolve().name if is_named else _checkpoint_name(path.resolve()),
+        path=path,
+        sha256=weights_sha256(path),
+        step=loaded.step,
+        config=config,
+        task=config.make_task(),
+        model=model.to(resolve_device(device)).eval(),
+    )
+
+
+def _checkpoint_name(path: Path) -> str:
+    """``<run>-<step>`` of ``<run>/checkpoints/<step>``."""
+    return f"{path.parents[1].name}-{path.name}"

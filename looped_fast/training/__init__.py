@@ -1,0 +1,1 @@
+"""Training: settings and presets, curriculum, the loop over steps, checkpoints, processes, log."""

@@ -1,0 +1,299 @@
+"""Everything that defines a training run, in one record: ``TrainConfig``.
+
+The record is what the command line sets, what ``config.yaml`` of a run holds, and what a
+checkpoint carries. ``presets.py`` has ready ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from looped_fast.config import ModelConfig
+from looped_fast.errors import unknown_name
+from looped_fast.ops.backends import BACKENDS
+from looped_fast.tasks import TASKS, Task, make_task, task_options
+from looped_fast.training.curriculum import Curriculum, Schedule
+
+MODELS = ("looped", "standard", "tied")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A curriculum schedule: ``start``, plus ``inc`` every ``interval`` steps, up to ``end``."""
+
+    start: int | None = None  # first value; none: no growth, the final value at once
+    inc: int = 1  # added every interval
+    interval: int = 1  # training steps
+    end: int | None = None  # last value; none: n_dims, n_points or n_loops
+
+    def schedule(self, final: int) -> Schedule:
+        """As a ``Schedule`` that ends at ``end``, or at ``final`` where that is not set."""
+        end = final if self.end is None else self.end
+        start = end if self.start is None else min(self.start, end)
+        return Schedule(start, end, self.inc, self.interval)
+
+
+@dataclass(frozen=True)
+class Growths:
+    """The curriculum of a run (official ``training.curriculum``)."""
+
+    dims: Growth = field(default_factory=Growth)  # active coordinates of x
+    points: Growth = field(default_factory=Growth)  # in-context points
+    loops: Growth = field(default_factory=Growth)  # loop steps
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run. The defaults are the paper's, where it has them."""
+
+    task: str = "lr"
+    """Function class: lr, noisy_lr, sparse_lr, dt, relu_2nn."""
+    model: Literal["looped", "standard", "tied"] = "looped"
+    """looped: a block run n_loops times on the injected prompt; standard: n_layer blocks;
+    tied: a block run n_loops times, without injection."""
+    preset: str = "paper"
+    """Where the other settings came from: tiny, small, paper, or a file."""
+
+    n_dims: int = 20
+    """Width d of x."""
+    n_points: int = 41
+    """In-context points n of a prompt, at the end of the curriculum."""
+    n_positions: int = 101
+    """Most points that the model can take."""
+    n_embd: int = 256
+    """Residual width D."""
+    n_head: int = 8
+    """Attention heads."""
+    n_layer: int = 1
+    """Blocks in one loop step."""
+    injection: Literal["add", "mul", "none", "every_block"] = "add"
+    """How the prompt enters a loop step; see ModelConfig."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights."""
+    n_loops: int = 30
+    """Loop steps b, at the end of the curriculum."""
+    window: int = 15
+    """Last steps T that carry gradient and loss."""
+
+    sparsity: int | None = None
+    """sparse_lr: non-zero weights (3)."""
+    noise_std: float | None = None
+    """noisy_lr: standard deviation of the noise (0.1)."""
+    depth: int | None = None
+    """dt: depth of the trees (4)."""
+    hidden: int | None = None
+    """relu_2nn: hidden units (100)."""
+    train_prompts: int | None = None
+    """Train on a fixed set of that many prompts; none: fresh prompts every step."""
+
+    curriculum: Growths = field(default_factory=Growths)
+    """Schedules of dims, points and loops."""
+    steps: int = 500_000
+    """Training steps."""
+    batch_size: int = 64
+    """Prompts of a step; of each process, if torchrun starts several."""
+    lr: float = 1e-4
+    """Adam's learning rate."""
+    beta2: float = 0.999
+    """Adam's decay rate of squared gradients."""
+    weight_decay: float = 0.0
+    """Adam's weight decay."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    lr_decay: Literal["none", "cosine"] = "none"
+    """cosine: the learning rate falls to 0 at the last step."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the gradient; none: no clipping."""
+    seed: int = 42
+    """Of initial weights and data."""
+    init_from: str | None = None
+    """Start from this checkpoint: a folder of ours (weights alone), or an official state.pt or
+    model_N.pt (which also carries on at its step)."""
+
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Operands of matrix products; all else stays float32. fp16 scales the loss."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU where there is one."""
+    backend: str = "auto"
+    """What runs the loop: auto, reference, compiled, cpu, triton."""
+    attention: Literal["auto", "triton", "flash_attn", "sdpa"] = "auto"
+    """Who computes attention on the triton backend: this project, flash-attn, PyTorch."""
+
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay a training step as one CUDA graph, captured once for each stage of the curriculum.
+    auto: on a GPU, if it can be captured; on: or else it is an error."""
+    recompute: bool = False
+    """Recompute activations in the backward: less memory, more time. Without effect on the cpu
+    backend, which keeps those of one prompt per thread, unless the task is a classification."""
+
+    out: str | None = None
+    """Folder of the run; none: runs/<task>-<model>-<preset>-<time>."""
+    log_every: int = 100
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 5000
+    """Steps between evaluations."""
+    eval_prompts: int = 256
+    """Prompts of an evaluation while training; the last one uses five times as many."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints kept."""
+    wandb: str | None = None
+    """Weights & Biases project to log to."""
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise unknown_name("task", self.task, TASKS)
+        whole = (
+            "steps",
+            "batch_size",
+            "log_every",
+            "eval_every",
+            "eval_prompts",
+            "save_every",
+            "keep",
+        )
+        for name in whole:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
+        for name in ("lr", "weight_decay", "warmup_steps", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: at least 0 is needed")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 = {self.beta2}: at least 0 and less than 1 is needed")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm = {self.clip_grad_norm}: more than 0, or None")
+        if self.backend not in ("auto", *BACKENDS):
+            raise unknown_name("backend", self.backend, ["auto", *BACKENDS])
+        if self.n_points > self.n_positions:
+            raise ValueError(
+                f"n_points = {self.n_points} exceeds n_positions = {self.n_positions}; "
+                f"lower n_points or raise n_positions"
+            )
+        self._check_model()
+        # Each of these checks its own part.
+        self.make_task()
+        self.model_config()
+        self.make_curriculum()
+
+    def _check_model(self) -> None:
+        loops, window, injection = self.n_loops, self.window, self.injection
+        if self.model == "standard" and (loops, window) != (1, 1):
+            raise ValueError(
+                f"a standard model makes one pass, but n_loops = {loops}, window = {window}; "
+                f"set both to 1 and choose n_layer, or use --model looped"
+            )
+        if self.model == "tied" and window != loops:
+            raise ValueError(
+                f"a tied model is trained through all its steps, but window = {window} and "
+                f"n_loops = {loops}; set both to the same"
+            )
+        valid = {
+            "looped": ("add", "mul", "none"),
+            "standard": ("none", "every_block"),
+            "tied": ("none",),
+        }
+        if self.model not in MODELS:
+            raise unknown_name("model", self.model, MODELS)
+        if injection not in valid[self.model]:
+            raise ValueError(
+                f"injection = {injection!r} does not go with model = {self.model!r}; "
+                f"valid: {', '.join(valid[self.model])}"
+            )
+
+    def make_task(self) -> Task:
+        """The task; raises ValueError for a setting that belongs to another one."""
+        options = {
+            name: getattr(self, name)
+            for name in ("sparsity", "noise_std", "depth", "hidden")
+            if getattr(self, name) is not None
+        }
+        for name in options:
+            if name not in task_options(self.task):
+                raise ValueError(f"{name} = {options[name]} is no setting of task {self.task!r}")
+        return make_task(self.task, self.n_dims, **options)
+
+    def model_config(self) -> ModelConfig:
+        """The model's part of the settings."""
+        names = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "pred_type"]
+        return ModelConfig(**{name: getattr(self, name) for name in names})
+
+    def make_curriculum(self) -> Curriculum:
+        """The three schedules; each ends at its final value unless the settings say otherwise."""
+        growths = self.curriculum
+        finals = {"dims": self.n_dims, "points": self.n_points, "loops": self.n_loops}
+        schedules = {}
+        for name, final in finals.items():
+            if final < 1:
+                raise ValueError(f"n_{name} = {final}: at least 1 is needed")
+            try:
+                schedules[name] = getattr(growths, name).schedule(final)
+            except ValueError as error:
+                raise ValueError(f"curriculum.{name}: {error}") from None
+            if schedules[name].end > final:
+                raise ValueError(
+                    f"curriculum.{name}.end = {schedules[name].end} exceeds its final value "
+                    f"{final} (n_{name})"
+                )
+        return Curriculum(**schedules)
+
+    @property
+    def supervised_window(self) -> int:
+        """Predictions that the loss averages: the window, but one for standard and tied."""
+        return self.window if self.model == "looped" else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, for YAML and JSON."""
+        return dataclasses.asdict(self)
+
+
+def config_from_dict(settings: dict[str, Any], base: TrainConfig) -> TrainConfig:
+    """``base`` with the given settings replaced; nested dicts replace in part.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest valid name) or a value of a wrong type.
+    """
+    return _replace(base, settings, prefix="")
+
+
+def _replace(record: Any, settings: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(type(record))
+    changes = {}
+    for name, value in settings.items():
+        if name not in hints:
+            raise unknown_name("setting", prefix + name, [prefix + n for n in hints])
+        current = getattr(record, name)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ValueError(f"setting {prefix}{name} = {value!r}: a mapping is needed")
+            changes[name] = _replace(current, value, f"{prefix}{name}.")
+        else:
+            changes[name] = _coerce(prefix + name, value, hints[name])
+    return dataclasses.replace(record, **changes)
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the annotated type; YAML reads 1e-4 as text, and a float may be whole."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if typing.get_origin(kind) is Literal:
+        # YAML reads a bare off as False, and on as True.
+        if isinstance(value, bool):
+            value = {False: "off", True: "on"}[value]
+        if value not in typing.get_args(kind):
+            raise unknown_name(f"value of setting {name},", value, typing.get_args(kind))
+        return value
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    raise ValueError(f"setting {name} = {value!r}: {kind.__name__} is needed")

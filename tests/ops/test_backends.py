@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import PROBLEM, small_model
+
+from looped_fast import explain_backend
+from looped_fast.ops import backend_times, backends
+from looped_fast.ops.choice import Choice
+
+
+@pytest.fixture
+def three_backends(monkeypatch):
+    """A fast backend for float32 only, one that never runs, and the reference."""
+    table = {
+        "triton": lambda problem: "no GPU here",
+        "cpu": lambda problem: None if problem.dtype == torch.float32 else "float32 only",
+        "reference": lambda problem: None,
+    }
+    monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_there_is_always_a_backend(dtype):
+    explanation = backends.explain(replace(PROBLEM, dtype=dtype))
+    others = set(backends.BACKENDS) - {explanation.chosen}
+    assert explanation.chosen in backends.BACKENDS
+    assert set(explanation.reasons) == others
+    assert all(explanation.reasons.values())
+
+
+def test_the_reference_can_always_be_forced():
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32), ("mps", torch.float16)):
+        problem = replace(PROBLEM, device=device, dtype=dtype)
+        assert backends.explain(problem, "reference").chosen == "reference"
+
+
+def test_the_first_able_backend_is_chosen(three_backends):
+    explanation = backends.explain(PROBLEM)
+    assert explanation.chosen == "cpu"
+    assert explanation.reasons == {"triton": "no GPU here", "reference": "cpu comes first"}
+
+
+def test_an_unable_backend_is_passed_over(three_backends):
+    explanation = backends.explain(replace(PROBLEM, dtype=torch.float64))
+    assert explanation.chosen == "reference"
+    assert explanation.reasons == {"triton": "no GPU here", "cpu": "float32 only"}
+
+
+def test_a_forced_backend_is_taken_over_an_earlier_one(three_backends):
+    explanation = backends.explain(PROBLEM, "reference")
+    assert explanation.chosen == "reference"
+    assert explanation.reasons["cpu"] == "reference was asked for"
+
+
+def test_forcing_an_unable_backend_says_why(three_backends):
+    with pytest.raises(ValueError, match=r"'triton' can't run this: no GPU here.*'auto'"):
+        backends.explain(PROBLEM, "triton")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """That every backend but the CPU's can run on."""
+    providers = pytest.importorskip("looped_fast.kernels.providers", exc_type=ImportError)
+    monkeypatch.setattr(providers, "explain", lambda problem: Choice("attention", "triton", {}))
+    table = {name: lambda problem: None for name in ("triton", "compiled", "reference")}
+    monkeypatch.setattr(backends, "BACKENDS", table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, "reference"),
+        ({"n_embd": 512}, "reference"),
+        ({"n_embd": 128}, "triton"),
+        ({"precision": "bf16"}, "triton"),
+        ({"attention": "triton"}, "triton"),
+    ],
+    ids=str,
+)
+def test_wide_fp32_products_on_a_gpu_are_left_to_cublas(a_gpu, changes, chosen):
+    explanation = backends.explain(replace(PROBLEM, device="cuda", **changes))
+    assert explanation.chosen == chosen
+    if chosen == "reference":
+        assert "predicted slower than cuBLAS in fp32" in explanation.reasons["triton"]
+        assert "backend='triton' forces it" in explanation.reasons["triton"]
+
+
+def test_products_in_tf32_are_not(a_gpu, monkeypatch):
+    monkeypatch.setattr(backend_times, "operand_precision", lambda dtype: "tf32")
+    assert backends.explain(replace(PROBLEM, device="cuda")).chosen == "triton"
+
+
+def test_fp32_kernels_can_be_forced(a_gpu):
+    assert backends.explain(replace(PROBLEM, device="cuda"), "triton").chosen == "triton"
+
+
+def test_a_compiled_step_runs_where_it_is_asked_for(a_gpu):
+    bf16 = replace(PROBLEM, device="cuda", precision="bf16")
+    assert "runs when asked for" in backends.explain(bf16).reasons["compiled"]
+    assert backends.explain(bf16, "compiled").chosen == "compiled"
+
+
+def test_an_unknown_backend_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown backend 'tritn'; did you mean 'triton'"):
+        backends.explain(PROBLEM, "tritn")
+
+
+def test_an_explanation_reads_as_text():
+    text = str(backends.Explanation("backend", "reference", {"cpu": "float32 only"}))
+    assert text == "backend: reference\n  not cpu: float32 only"
+
+
+def test_explain_backend_describes_the_models_problem(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem) or None}
+    )
+    model = small_model(torch.float64, n_layer=2, injection="mul")
+    explanation = explain_backend(model, batch_size=7, n_points=5, precision="bf16")
+    assert str(explanation) == "backend: reference"
+    expected = backends.Problem(
+        device="cpu",
+        dtype=torch.float64,
+        precision="bf16",
+        batch=7,
+        seq_len=10,
+        n_embd=16,
+        n_heads=2,
+        n_layer=2,
+        n_loops=4,
+        window=2,
+        injection="mul",
+    )
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "fp32"}])
+def test_explain_backend_follows_autocast_unless_told_otherwise(monkeypatch, settings):
+    seen = []
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem.precision) or None}
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        explain_backend(small_model(), batch_size=2, n_points=5, **settings)
+    assert seen == [settings.get("precision", "bf16")]
+
+
+def test_explain_backend_tells_training_steps_from_inference(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem) or None}
+    )
+    explain_backend(small_model(), 2, 5)  # not replayed on a CPU
+    explain_backend(small_model(), 2, 5, replayed_training=True)
+    assert [(problem.replayed, problem.training) for problem in seen] == [
+        (False, False),
+        (True, True),
+    ]
+
+
+def test_explain_backend_respects_a_forced_one():
+    model = small_model()
+    model.backend = "reference"
+    assert explain_backend(model, batch_size=2, n_points=5).chosen == "reference"

@@ -1,0 +1,94 @@
+"""The engine under AddressSanitizer: nothing is read or written outside of a buffer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import needs_engine
+from test_cpu_engine_robustness import run_python
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    needs_engine,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs GCC's AddressSanitizer"),
+]
+
+STEPS = """
+    import torch
+    from conftest import leaves, loop_inputs, require_grad
+    from looped_fast import cpu_engine, ops
+
+    shapes = [  # with tails of every kind: odd S, D and 4 D that end inside a panel, S > 256
+        dict(B=1, S=1, D=32, n_heads=4, window=1, injection="none"),
+        dict(B=3, S=23, D=64, n_heads=4, window=2, injection="add"),
+        dict(
+            B=1, S=37, D=96, n_heads=4, window=1, injection="mul", checkpoint="state", n_outputs=1
+        ),
+        dict(B=5, S=7, D=32, n_heads=1, window=2, injection="every_block", n_layer=2),
+        dict(B=1, S=263, D=32, n_heads=2, window=2, injection="add"),
+        dict(B=33, S=5, D=32, n_heads=2, window=2, injection="add", n_outputs=3),
+    ]
+    assert "sanitized" in cpu_engine.__file__
+    precisions = [p for p in ("fp32", "bf16") if cpu_engine.why_not_precision(p) is None]
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        for precision in precisions:
+            for shape in shapes:
+                names = ("B", "S", "D", "n_layer", "n_outputs")
+                made_of = {k: v for k, v in shape.items() if k in names}
+                settings = {k: v for k, v in shape.items() if k not in made_of}
+                inputs = require_grad(loop_inputs(**made_of, dtype=torch.float32))
+                outputs = ops.loop(
+                    **inputs, **settings, n_loops=2, precision=precision, backend="cpu"
+                )
+                outputs.square().sum().backward()
+                for name, leaf in leaves(inputs).items():
+                    assert leaf.grad is None or leaf.grad.isfinite().all(), (name, shape)
+    print(*precisions)
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Arguments of ``run_python`` for an engine that is built with AddressSanitizer."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    for name in ("csrc", "kernels", "looped_fast"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    runtime = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("GCC is here without its AddressSanitizer (libasan)")
+    # -O1 after setup.py's -O3, and checks that are calls: a sixth of the time to compile.
+    flags = "-fsanitize=address --param asan-instrumentation-with-call-threshold=0"
+    compiler = folder / "g++"
+    compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -O1 -fno-omit-frame-pointer {flags}\n')
+    compiler.chmod(0o755)
+    build = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        env={**os.environ, "CC": str(compiler), "CXX": str(compiler)},
+        cwd=folder, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    built = list(folder.glob("looped_fast/_C*.so"))
+    assert built, build.stdout + build.stderr
+    assert b"__asan_store" in built[0].read_bytes(), "the flags did not reach the compiler"
+    return {
+        "cwd": folder,
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",  # CPython's own
+        "PYTHONPATH": f"{folder}:{ROOT / 'tests'}",
+    }
+
+
+@pytest.mark.parametrize("environment", [{}, {"ATEN_CPU_CAPABILITY": "avx2"}])
+def test_training_steps_stay_inside_their_buffers(sanitized, environment):
+    assert "fp32" in run_python(STEPS, **sanitized, **environment)

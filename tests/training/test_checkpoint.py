@@ -1,0 +1,463 @@
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from looped_fast import LoopedTransformer, ModelConfig
+from looped_fast.training import checkpoint
+from looped_fast.training.checkpoint import CheckpointError
+
+CONFIG = ModelConfig(n_dims=3, n_positions=4, n_embd=8, n_head=2, n_loops=3, window=2)
+
+
+def start(config=CONFIG, seed=0, **adam):
+    torch.manual_seed(seed)
+    model = LoopedTransformer(config)
+    return model, torch.optim.Adam(model.parameters(), lr=0.1 / 3, **adam)
+
+
+def train(model, optimizer, n_steps):
+    for _ in range(n_steps):
+        xs, ys = torch.randn(2, 4, 3), torch.randn(2, 4)  # from torch's generator
+        (model(xs, ys) - ys).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(run_dir, step, model, optimizer, **settings):
+    return checkpoint.save(run_dir, step, model, optimizer, config=CONFIG.to_dict(), **settings)
+
+
+def fill(model, value):
+    """A model whose weights all tell the step that it was saved at."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+
+
+def names(run_dir):
+    return sorted(os.listdir(run_dir / "checkpoints"))
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---- saving and resuming
+
+
+@pytest.mark.parametrize("adam", [{}, {"fused": True}, {"foreach": True}], ids=str)
+def test_resumed_training_is_bit_identical(tmp_path, adam):
+    save(tmp_path, 3, *train(*start(**adam), 3))
+    straight, _ = train(*start(**adam), 7)
+
+    model, optimizer = start(seed=1, **adam)
+    optimizer.param_groups[0]["lr"] = 0.5  # the right one comes from the checkpoint
+    saved = checkpoint.load(checkpoint.latest(tmp_path))
+    for _ in range(2):  # the first must not have changed what the second restores
+        checkpoint.restore_into(saved, model, optimizer)
+        train(model, optimizer, 4)
+        assert_same(model.state_dict(), straight.state_dict())
+
+
+def test_everything_comes_back_exactly(tmp_path):
+    model, optimizer = train(*start(), 2)
+    with torch.no_grad():  # bits that arithmetic would lose
+        model._read_in.bias[:4] = torch.tensor([-0.0, float("inf"), 1e-45, 0.1])
+    rng = torch.get_rng_state()
+    meta = {"curriculum": {"n_loops": 3}, "best": 0.1}
+    path = save(tmp_path, 2, model, optimizer, meta=meta)
+    assert path == tmp_path / "checkpoints" / "step-00000002"
+    saved = checkpoint.load(path)
+    assert (saved.path, saved.step, saved.meta) == (path, 2, meta)
+    assert ModelConfig.from_dict(saved.config) == CONFIG
+    bits = {name: t.view(torch.int32) for name, t in model.state_dict().items()}
+    assert_same({name: t.view(torch.int32) for name, t in saved.model_state.items()}, bits)
+    assert torch.equal(saved.rng_state["cpu"], rng)
+    assert saved.scaler_state == {}
+    expected = optimizer.state_dict()
+    assert saved.optimizer_state["param_groups"] == expected["param_groups"]
+    assert saved.optimizer_state["state"].keys() == expected["state"].keys()
+    for i, state in expected["state"].items():
+        assert_same(saved.optimizer_state["state"][i], state)
+
+
+def test_files_are_plain_safetensors_and_json(tmp_path):
+    model, optimizer = train(*start(), 1)
+    path = save(tmp_path, 1, model, optimizer)
+    assert sorted(os.listdir(path)) == [
+        "checkpoint.json",
+        "model.safetensors",
+        "trainer.safetensors",
+    ]
+    assert_same(load_file(path / "model.safetensors"), dict(model.state_dict()))
+    keys = load_file(path / "trainer.safetensors").keys()
+    parameters = dict(model.named_parameters())
+    kinds = ("step", "exp_avg", "exp_avg_sq")
+    assert keys == {f"{kind}/{name}" for kind in kinds for name in parameters} | {"rng/cpu"}
+    index = json.loads((path / "checkpoint.json").read_text())
+    assert index["format_version"] == 1
+    assert index["torch_version"] == torch.__version__
+
+
+def test_gradient_scaler_comes_back(tmp_path):
+    model, optimizer = start()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    path = save(tmp_path, 0, model, optimizer, scaler=scaler)
+    other = torch.amp.GradScaler("cpu")
+    checkpoint.restore_into(checkpoint.load(path), model, optimizer, other)
+    assert other.state_dict() == scaler.state_dict()
+    assert other.get_scale() == 8.0
+
+
+def test_cuda_generator_comes_back_where_cuda_is_in_use(tmp_path, monkeypatch):
+    model, optimizer = start()
+    state, restored = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: state)
+    saved = checkpoint.load(save(tmp_path, 0, model, optimizer))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint.restore_into(saved, model, optimizer)
+    assert restored == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    checkpoint.restore_into(saved, model, optimizer)
+    assert torch.equal(restored[0], state)
+
+
+def test_restoring_the_model_alone_leaves_the_generator(tmp_path):
+    model, optimizer = train(*start(), 1)
+    path = save(tmp_path, 1, model, optimizer)
+    other, _ = start(seed=1)
+    rng = torch.get_rng_state()
+    checkpoint.restore_into(checkpoint.load(path), other)
+    assert_same(other.state_dict(), model.state_dict())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_last_ones_are_kept(tmp_path):
+    model, optimizer = start()
+    assert checkpoint.latest(tmp_path) is None
+    for step in (0, 100, 200, 300):
+        save(tmp_path, step, model, optimizer, keep=2)
+    assert names(tmp_path) == ["step-00000200", "step-00000300"]
+    assert checkpoint.latest(tmp_path).name == "step-00000300"
+    with pytest.raises(ValueError, match="keep = 0"):
+        save(tmp_path, 400, model, optimizer, keep=0)
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    model, optimizer = start()
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step, model, optimizer)
+    assert checkpoint.latest(tmp_path).name == "step-100000000"
+
+
+def test_same_step_is_replaced(tmp_path):
+    model, optimizer = start()
+    for value in (1.0, 2.0):
+        fill(model, value)
+        path = save(tmp_path, 5, model, optimizer)
+    assert checkpoint.load(path).model_state["_read_in.bias"][0] == 2.0
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def test_rewound_run_drops_its_abandoned_future(tmp_path):
+    model, optimizer = start()
+    for step in (100, 200, 300, 150):
+        save(tmp_path, step, model, optimizer, keep=2)
+    assert names(tmp_path) == ["step-00000150"]  # 200 and 300 are of the abandoned run
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    model, optimizer = start()
+    save(tmp_path, 1, model, optimizer)
+    (tmp_path / "checkpoints" / ".tmp-step-00000002").mkdir()
+    (tmp_path / "checkpoints" / ".tmp-step-00000002" / "model.safetensors").write_bytes(b"x")
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    save(tmp_path, 3, model, optimizer)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+# ---- kills
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler for errors runs."""
+
+
+@pytest.mark.parametrize("next_step", [1, 2])  # replacing the only one, and adding one
+def test_a_kill_at_any_system_call_leaves_a_loadable_checkpoint(tmp_path, monkeypatch, next_step):
+    model, optimizer = start()
+    calls = {(os, "fsync"), (os, "rename"), (os, "open"), (shutil, "rmtree")}
+    real = {(module, name): getattr(module, name) for module, name in calls}
+    survived = set()
+    for fatal in range(1000):
+        run_dir = tmp_path / str(fatal)
+        fill(model, 1.0)
+        save(run_dir, 1, model, optimizer, keep=1)
+        fill(model, 2.0)
+        count = 0
+
+        def dying(module, name, fatal=fatal):
+            def call(*args, **kwargs):
+                nonlocal count
+                if count == fatal:
+                    if name == "rmtree":  # dies half-way
+                        os.remove(os.path.join(args[0], "model.safetensors"))
+                    raise Killed
+                count += 1
+                return real[module, name](*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for module, name in calls:
+                patch.setattr(module, name, dying(module, name))
+            try:
+                save(run_dir, next_step, model, optimizer, keep=1)
+                killed = False
+            except Killed:
+                killed = True
+        # All that are visible are whole, and the newest, there always, is of one step.
+        saved = [checkpoint.load(path) for path in checkpoint.checkpoints(run_dir)]
+        values = {t.unique().item() for t in saved[-1].model_state.values()}
+        assert values in ({1.0}, {2.0})
+        survived |= values
+        path = save(run_dir, next_step, model, optimizer, keep=1)  # and training can go on
+        assert names(run_dir) == [path.name]
+        if not killed:
+            break
+    assert values == {2.0}
+    assert survived == {1.0, 2.0}
+    assert fatal >= 9  # 3 files, 2 directories, 2 or 3 renames, a removal: all were tried
+
+
+def save_for_ever(run_dir, finished):
+    torch.set_num_threads(1)
+    model, optimizer = train(*start(), 1)
+    for step in range(1, 1_000_000):
+        for _ in range(2):  # the second replaces the first
+            fill(model, float(step))
+            save(run_dir, step, model, optimizer, keep=2)
+        finished.value = step
+
+
+def test_sigkill_during_writing_leaves_a_loadable_latest(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    # Adam imports the second when it is made, for more than a second.
+    context.set_forkserver_preload(["looped_fast.training.checkpoint", "torch._dynamo"])
+    for trial in range(8):
+        run_dir, finished = tmp_path / str(trial), context.Value("i", 0)
+        writer = context.Process(target=save_for_ever, args=(run_dir, finished))
+        writer.start()
+        deadline = time.monotonic() + 60
+        while finished.value < 2:
+            assert writer.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))
+        writer.kill()
+        writer.join()
+        saved = checkpoint.load(checkpoint.latest(run_dir))
+        assert saved.step >= finished.value
+        assert {t.unique().item() for t in saved.model_state.values()} == {float(saved.step)}
+        model, optimizer = start()
+        checkpoint.restore_into(saved, model, optimizer)
+        save(run_dir, saved.step + 1, model, optimizer, keep=1)
+        assert names(run_dir) == [f"step-{saved.step + 1:08d}"]
+
+
+# ---- what can be wrong
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints of steps 900 and 1000."""
+    model, optimizer = train(*start(), 1)
+    for step in (900, 1000):
+        save(tmp_path, step, model, optimizer)
+    return tmp_path
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+
+def index_with(**changes):
+    def change(file):
+        index = {**json.loads(file.read_text()), **changes}
+        file.write_text(json.dumps({k: v for k, v in index.items() if v is not None}))
+
+    return change
+
+
+DAMAGES = [
+    ("model.safetensors", truncate, "truncated"),
+    ("trainer.safetensors", truncate, "truncated"),
+    ("model.safetensors", flip_a_bit, "is corrupt: its sha256"),
+    ("trainer.safetensors", flip_a_bit, "is corrupt: its sha256"),
+    ("model.safetensors", os.remove, "No such file"),
+    ("checkpoint.json", os.remove, "No such file"),
+    ("checkpoint.json", truncate, "is not JSON"),
+    ("checkpoint.json", lambda file: file.write_bytes(b"\xff\xfe\x80"), "is not JSON"),
+    ("checkpoint.json", lambda file: file.write_text("[]"), "no checkpoint of looped_fast"),
+    ("checkpoint.json", index_with(format_version=None), "no checkpoint of looped_fast"),
+    ("checkpoint.json", index_with(step=None), "is corrupt: KeyError('step')"),
+    ("checkpoint.json", index_with(files=[]), "is corrupt: TypeError"),
+    ("checkpoint.json", index_with(format_version=2), "update it with pip install -U"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "fault"), DAMAGES)
+def test_damage_is_named_with_an_intact_older_checkpoint(run, file, damage, fault):
+    path = checkpoint.latest(run)
+    damage(path / file)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path)
+    message = str(caught.value)
+    assert fault in message
+    assert str(path / file) in message
+    older = run / "checkpoints" / "step-00000900"
+    assert message.endswith(f"An intact older one is {older}")
+    assert checkpoint.load(older).step == 900
+
+
+def test_a_damaged_older_checkpoint_is_not_recommended(run):
+    for path in checkpoint.checkpoints(run):
+        truncate(path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no intact older one"):
+        checkpoint.load(checkpoint.latest(run))
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"step-00000007.*name a directory like"):
+        checkpoint.load(tmp_path / "checkpoints" / "step-00000007")
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults"),
+    [
+        (
+            {"n_dims": 7},
+            ["_read_in.weight is float32 [8, 3] in the checkpoint, float32 [8, 7] in the model"],
+        ),
+        ({"n_layer": 2}, ["h.1.ln_1.weight is missing", "h.1.ln_1.bias is missing", "9 more"]),
+        ({"n_embd": 16}, ["[16, 3] in the model", "more"]),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(run, changes, faults):
+    saved = checkpoint.load(checkpoint.latest(run))
+    model, optimizer = start(replace(CONFIG, **changes))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="is of another model") as caught:
+        checkpoint.restore_into(saved, model, optimizer)
+    for fault in (*faults, "model.safetensors", "checkpoint.json"):
+        assert fault in str(caught.value)
+    assert_same(model.state_dict(), before)
+
+
+def test_unexpected_parameters_and_other_dtypes_are_refused(run):
+    saved = checkpoint.load(checkpoint.latest(run))
+    model, _ = start()
+    extra = replace(saved, model_state={**saved.model_state, "extra": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="extra is unexpected"):
+        checkpoint.restore_into(extra, model)
+    with pytest.raises(CheckpointError, match=r"float32 .* in the checkpoint, float64 "):
+        checkpoint.restore_into(saved, model.double())
+
+
+def test_an_optimizer_over_other_parameters_is_refused(run):
+    saved = checkpoint.load(checkpoint.latest(run))
+    model, _ = start()
+    backwards = torch.optim.Adam(list(model.parameters())[::-1])
+    with pytest.raises(CheckpointError, match=r"other parameters, or in another order"):
+        checkpoint.restore_into(saved, model, backwards)
+
+
+def failing(code):
+    def call(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_full_disk_leaves_the_earlier_checkpoints(run, monkeypatch, call):
+    model, optimizer = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(errno.ENOSPC))
+        with pytest.raises(CheckpointError) as caught:
+            save(run, 1100, model, optimizer)
+    message = str(caught.value)
+    target = run / "checkpoints" / "step-00001100"
+    assert f"can't write {target}" in message
+    assert "No space left" in message
+    assert "MB are free" in message
+    assert f"The last good checkpoint is {checkpoint.latest(run)}" in message
+    assert names(run) == ["step-00000900", "step-00001000"]
+    assert checkpoint.load(checkpoint.latest(run)).step == 1000
+    save(run, 1100, model, optimizer)  # with space again
+
+
+def test_an_unwritable_folder_is_named(tmp_path, monkeypatch):
+    model, optimizer = start()
+    monkeypatch.setattr("pathlib.Path.mkdir", failing(errno.EACCES))  # root may write anywhere
+    with pytest.raises(CheckpointError, match=r"can't write .*Permission denied.*you may write"):
+        save(tmp_path / "run", 1, model, optimizer)
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(CheckpointError, match=r"can't write .*run/checkpoints"):
+        save(tmp_path / "run", 1, *start())
+
+
+# ---- weights to share
+
+
+def exported(tmp_path):
+    model, optimizer = train(*start(), 2)
+    source = checkpoint.load(save(tmp_path / "run", 2, model, optimizer))
+    checkpoint.export_weights(source, tmp_path / "out", config={"a": 1}, meta={"minutes": 3})
+    return model, tmp_path / "out"
+
+
+def test_exported_weights_load_without_what_training_needs(tmp_path):
+    model, folder = exported(tmp_path)
+    assert sorted(os.listdir(folder)) == ["checkpoint.json", "model.safetensors"]
+    loaded = checkpoint.load(folder)
+    assert (loaded.step, loaded.config, loaded.meta) == (2, {"a": 1}, {"minutes": 3})
+    assert loaded.optimizer_state == loaded.rng_state == {}
+    restored, _ = start(seed=1)
+    checkpoint.restore_into(loaded, restored)
+    assert_same(restored.state_dict(), model.state_dict())
+
+
+def test_training_does_not_resume_from_exported_weights(tmp_path):
+    _, folder = exported(tmp_path)
+    model, optimizer = start(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"holds weights alone.*--init-from"):
+        checkpoint.restore_into(checkpoint.load(folder), model, optimizer)
+    assert_same(model.state_dict(), before)
