@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-SOURCES = ["ops.cpp", "memory.cpp", "threads.cpp", "trees.cpp"]
+SOURCES = ["ops.cpp", "memory.cpp", "threads.cpp"]
 # Kernels are compiled once per instruction set. Never -march=native: the wheel would not travel.
 AVX512_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS = {

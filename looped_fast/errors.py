@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
@@ -20,7 +20,7 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {name!r}{hint} Valid: {', '.join(choices)}")
 
 
-def check_name(kind: str, name: object, valid: Iterable[str]) -> None:
+def check_name(kind: str, name: object, valid: Collection[str]) -> None:
     """Raise ``unknown_name`` unless ``name`` is one of ``valid``."""
     if name not in valid:
         raise unknown_name(kind, name, valid)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from looped_fast import ops
 from looped_fast.config import LAYER_NORM_EPS, PRECISIONS, ModelConfig, check_window
 from looped_fast.ops.call import Call, LoopSettings
-from looped_fast.ops.graphs import GraphedLoop
+from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
@@ -112,7 +112,7 @@ class LoopedTransformer(nn.Module):
         attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
             ``triton``. See ``ops.loop``.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the third with a shape; see ``graphs.GraphedLoop``.
+            as a CUDA graph from the third with a shape; see ``graphed_loop.GraphedLoop``.
     """
 
     def __init__(

@@ -272,7 +272,7 @@ def announce(trainer: Trainer) -> None:
         print(measured)
     explanation = explain_backend(
         trainer.model, config.batch_size, config.n_points, precision,
-        replayed_training=trainer.graphs.why_not is None,
+        replayed_training=trainer.graphs.unsupported is None,
     )  # fmt: skip
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -287,7 +287,7 @@ def announce(trainer: Trainer) -> None:
     if config.recompute and explanation.chosen == "cpu":
         print("recompute changes nothing: the cpu backend keeps activations of a prompt per thread")
     if device.type == "cuda":
-        without = trainer.graphs.why_not
+        without = trainer.graphs.unsupported
         print(f"CUDA graphs: off, {without}" if without else "CUDA graphs: one for each stage")
     minutes = trainer.estimate_seconds() / 60
     time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"

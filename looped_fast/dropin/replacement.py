@@ -20,7 +20,7 @@ from looped_fast.dropin.architectures import ARCHITECTURES, Architecture, Model
 from looped_fast.errors import check_name
 from looped_fast.model import LoopedTransformer, ambient_precision
 from looped_fast.ops.call import Call, LoopSettings
-from looped_fast.ops.graphs import GraphedLoop
+from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -61,7 +61,7 @@ def accelerate(
         precision: operands of matrix products: ``fp32``, ``bf16``, ``fp16``; None follows
             ``torch.autocast`` around the call.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the third with a shape; see ``graphs.GraphedLoop``.
+            as a CUDA graph from the third with a shape; see ``graphed_loop.GraphedLoop``.
         attention: who computes it on the triton backend: ``auto``, ``triton``, ``flash_attn`` or
             ``sdpa``; see ``ops.loop``.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from looped_fast.kernels.tuning import operand_precision
 from looped_fast.ops import (
     backend_times,
     compiled_backend,
@@ -80,7 +81,7 @@ def _surroundings() -> tuple[Any, ...]:
     return (
         loop_autograd.unsupported(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.allow_tf32,
+        operand_precision(torch.float32),
         torch.backends.cuda.flash_sdp_enabled(),
         compiled_backend.is_switched_off(),
         environment.get("TRITON_INTERPRET"),

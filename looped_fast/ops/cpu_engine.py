@@ -1,8 +1,7 @@
 """The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
 
-``looped_fast::cpu_loop_forward``, ``cpu_loop_backward``, ``cpu_loop_mse`` and
-``cpu_evaluate_trees`` are defined by the extension ``looped_fast.ops._C``; this adds shapes for
-torch.compile, and autograd.
+``looped_fast::cpu_loop_forward``, ``cpu_loop_backward`` and ``cpu_loop_mse`` are defined by the
+extension ``looped_fast.ops._C``; this adds shapes for torch.compile, and autograd.
 """
 
 from __future__ import annotations
@@ -173,12 +172,7 @@ def _gradients(grad, outputs, saved, inputs, settings):
     return torch.ops.looped_fast.cpu_loop_backward(grad, outputs, *saved, *inputs, *settings)
 
 
-def _evaluate_trees_fake(xs, coordinates, leaf_values):
-    return leaf_values.new_empty(xs.shape[:2])
-
-
 def _register() -> None:
-    torch.library.register_fake("looped_fast::cpu_evaluate_trees")(_evaluate_trees_fake)
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)

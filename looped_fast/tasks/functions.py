@@ -18,7 +18,6 @@ import torch
 from torch import Generator, Tensor
 
 from looped_fast.errors import check_name, unknown_name
-from looped_fast.ops import cpu_engine
 
 
 @dataclass(frozen=True)
@@ -179,11 +178,20 @@ class DecisionTree(Task):
 
     @staticmethod
     def evaluate(xs: Tensor, **function: Tensor) -> Tensor:
-        """The value of the leaf that each x reaches."""
+        """The value of the leaf that each x reaches.
+
+        Raises:
+            ValueError: the numbers of leaves and inner nodes are not those of a complete tree.
+        """
         coordinates, leaf_values = function["coordinates"], function["leaf_values"]
-        if xs.device.type == "cpu" and cpu_engine.load_error() is None:
-            return torch.ops.looped_fast.cpu_evaluate_trees(xs, coordinates, leaf_values)
-        depth = leaf_values.shape[1].bit_length() - 1
+        n_leaves, n_inner = leaf_values.shape[1], coordinates.shape[1]
+        depth = n_leaves.bit_length() - 1
+        if depth < 1 or n_leaves != 2**depth or n_inner != n_leaves - 1:
+            raise ValueError(
+                f"leaf_values of width {n_leaves} and coordinates of width {n_inner} do not make a "
+                "complete binary tree; give 2^depth leaf values (2, 4, 8, ...) and one coordinate "
+                "fewer"
+            )
         root = coordinates[:, :1].expand(-1, xs.shape[1])  # [B, n]
         node = (xs.gather(2, root.unsqueeze(-1)).squeeze(-1) > 0).long()  # number in its level
         for level in range(1, depth):

@@ -136,7 +136,9 @@ class Trainer:
             self.device,
             config.cuda_graphs,
             lambda: self._generator,
-            why_not="several processes train the model" if self.processes.world_size > 1 else None,
+            unsupported=(
+                "several processes train the model" if self.processes.world_size > 1 else None
+            ),
         )
 
     def _model_config(self) -> ModelConfig:
@@ -191,7 +193,7 @@ class Trainer:
         config = self.config
         forced = config.backend != "auto" or config.attention != "auto" or config.recompute
         fixed = forced or torch.are_deterministic_algorithms_enabled()
-        if fixed or self.graphs.why_not is not None or self.step >= config.steps:
+        if fixed or self.graphs.unsupported is not None or self.step >= config.steps:
             return None
         stride = max(1, (config.steps - self.step) // 1000)
         steps = range(self.step, config.steps, stride)

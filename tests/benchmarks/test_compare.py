@@ -301,8 +301,8 @@ def test_replays_are_checked_and_timed(mode, monkeypatch):
     calls = []
 
     def fake_graphs_on(device, mode):
-        why_not = None if mode == "on" else "off"
-        return Graphs(lambda: FakeGraph(calls), budget=10**9, why_not=why_not)
+        unsupported = None if mode == "on" else "off"
+        return Graphs(lambda: FakeGraph(calls), budget=10**9, unsupported=unsupported)
 
     monkeypatch.setattr(workload, "graphs_on", fake_graphs_on)
     monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, xs, ys: None)

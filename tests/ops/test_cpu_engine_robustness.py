@@ -23,6 +23,7 @@ from looped_fast.model import LoopedTransformer, ModelConfig
 from looped_fast.ops import backends, cpu_engine, triton_backend
 
 ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
 ARGUMENTS = {"n_heads": 4, "n_loops": 3, "window": 2, "backend": "cpu"}
 
 
@@ -148,7 +149,7 @@ def run_python(code, cwd=ROOT, **environment):
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'ops'}", **environment},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}:{TESTS}/ops", **environment},
         capture_output=True, text=True, timeout=120, cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -256,7 +256,7 @@ def trained(tmp_path, task: str, cuda_graphs: str, **changes) -> dict[str, Tenso
     trainer = Trainer(dataclasses.replace(config, cuda_graphs=cuda_graphs), tmp_path)
     for _ in range(12):
         trainer.training_step()
-    assert (trainer.graphs.why_not is None) == (cuda_graphs == "on")
+    assert (trainer.graphs.unsupported is None) == (cuda_graphs == "on")
     return dict(trainer.model.named_parameters()) | {"sums": trainer._sums}
 
 

@@ -48,7 +48,7 @@ def train(tmp_path, cuda_graphs: str, **changes) -> Trainer:
 def test_a_compiled_step_is_captured_and_trains_as_an_eager_one_bit_for_bit(tmp_path):
     eager = dict(train(tmp_path, "off", backend="compiled").model.named_parameters())
     replayed = train(tmp_path, "on", backend="compiled")
-    assert replayed.graphs.why_not is None
+    assert replayed.graphs.unsupported is None
     for name, parameter in replayed.model.named_parameters():
         assert torch.equal(parameter, eager[name]), name
 
@@ -83,6 +83,6 @@ def test_a_training_run_measures_and_takes_the_faster(tmp_path, measured_choice,
     assert explanation.chosen == min(times, key=times.__getitem__)
     for _ in range(4):
         trainer.training_step()
-    assert trainer.graphs.why_not is None
+    assert trainer.graphs.unsupported is None
     assert trainer._read_sums()["loss"] > 0
     assert trainer.measure_backends() is None

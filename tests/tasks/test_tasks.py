@@ -9,7 +9,6 @@ import torch
 from conftest import relative_error
 from safetensors import safe_open
 
-from looped_fast.ops import cpu_engine
 from looped_fast.tasks import (
     EVALUATION,
     TASKS,
@@ -39,15 +38,6 @@ def sample(name, B=32, n=12, *, d=D, seed=0, step=0, **other):
     return sample_batch(make_task(name, d), B, n, seed=seed, step=step, **other)
 
 
-@pytest.fixture(params=["torch", "engine"])
-def tree_walk(request, monkeypatch):
-    """Trees are walked by the C++ extension where there is one, by torch elsewhere and on GPUs."""
-    if request.param == "torch":
-        monkeypatch.setattr(cpu_engine, "why_not_loaded", lambda: "a test")
-    elif (reason := cpu_engine.load_error()) is not None:
-        pytest.skip(reason)
-
-
 def draw(task, B, n=1, seed=0):
     return task.draw(B, n, torch.Generator().manual_seed(seed))
 
@@ -60,7 +50,7 @@ def assert_mean(values, expected, spread=None, sigmas=5):
     assert error <= sigmas * spread / math.sqrt(values.numel()), error
 
 
-def test_trees_evaluate_as_the_official_ones(golden, tree_walk):
+def test_trees_evaluate_as_the_official_ones(golden):
     case, t = golden
     inner = 2 ** case["depth"] - 1  # the official arrays span inner nodes and leaves
     ys = DecisionTree.evaluate(
@@ -83,7 +73,7 @@ def test_linear_functions_evaluate_as_the_official_ones(golden):
     assert torch.equal(LinearRegression.evaluate(t["sparse/xs"], w=t["sparse/w"]), t["sparse/ys"])
 
 
-def test_trees_equal_a_walk_node_by_node(tree_walk):
+def test_trees_equal_a_walk_node_by_node():
     task = DecisionTree(n_dims=4, depth=3)
     function = draw(task, 5)
     xs = torch.randn(5, 20, 4)
@@ -97,7 +87,7 @@ def test_trees_equal_a_walk_node_by_node(tree_walk):
             assert ys[b, i] == function["leaf_values"][b, node - 7]
 
 
-def test_a_coordinate_of_zero_goes_left(tree_walk):
+def test_a_coordinate_of_zero_goes_left():
     leaves = torch.tensor([[1.0, 2.0]])
     coordinates = torch.zeros(1, 1, dtype=torch.int64)
     xs = torch.tensor([[[0.0], [-0.0], [1e-30], [-1.0]]])
@@ -105,17 +95,15 @@ def test_a_coordinate_of_zero_goes_left(tree_walk):
     assert ys.tolist() == [[1.0, 1.0, 2.0, 1.0]]
 
 
-def test_the_tree_walk_of_the_engine_is_an_op_and_checks_shapes():
-    if (reason := cpu_engine.load_error()) is not None:
-        pytest.skip(reason)
-    walk = torch.ops.looped_fast.cpu_evaluate_trees.default
-    function = draw(DecisionTree(n_dims=4, depth=3), 5)
-    arguments = (torch.randn(5, 20, 4), function["coordinates"], function["leaf_values"])
-    torch.library.opcheck(walk, arguments)
-    with pytest.raises(ValueError, match=r"shapes do not fit.*\[5, 7\]"):
-        walk(arguments[0], function["coordinates"], function["leaf_values"][:, 1:])
-    with pytest.raises(ValueError, match=r"coordinate 9 of a tree.*0\.\.3"):
-        walk(arguments[0], torch.full((5, 7), 9), function["leaf_values"])
+@pytest.mark.parametrize(("n_leaves", "n_inner"), [(6, 5), (8, 8), (8, 6), (1, 0), (0, 0)])
+def test_a_tree_that_is_not_complete_is_refused(n_leaves, n_inner):
+    """It would be read past its end, or without some of its leaves."""
+    with pytest.raises(ValueError, match=rf"width {n_leaves} .* width {n_inner} .* give 2\^depth"):
+        DecisionTree.evaluate(
+            torch.randn(2, 3, 4),
+            coordinates=torch.zeros(2, n_inner, dtype=torch.int64),
+            leaf_values=torch.randn(2, n_leaves),
+        )
 
 
 @ALL

@@ -270,7 +270,7 @@ def test_graphs_say_to_the_op_that_calls_are_replayed(monkeypatch):
             model(xs, ys)
 
     for off in (None, "they are off"):
-        graphs = Graphs(lambda: FakeGraph([]), budget=1, why_not=off)
+        graphs = Graphs(lambda: FakeGraph([]), budget=1, unsupported=off)
         graphs.run("training", train)
         graphs.run("inference", infer)
     infer()
@@ -399,6 +399,6 @@ def test_a_run_measures_nothing_in_deterministic_mode(make_trainer):
 
 def test_a_run_without_graphs_measures_nothing(make_trainer):
     trainer = make_trainer()
-    trainer.graphs.why_not = "several processes train the model"
+    trainer.graphs.unsupported = "several processes train the model"
     assert trainer.measure_backends() is None
     assert trainer.timed == []

@@ -292,7 +292,7 @@ def test_fixed_prompts_are_shared_out(tmp_path):
 
 def test_several_processes_use_no_graphs_and_say_so(tmp_path):
     several = Processes(0, 2)
-    assert "several processes" in trainer_of(tmp_path, several).graphs.why_not
+    assert "several processes" in trainer_of(tmp_path, several).graphs.unsupported
     with pytest.raises(ValueError, match="cuda_graphs = 'on', but several processes"):
         trainer_of(tmp_path, several, cuda_graphs="on")
 

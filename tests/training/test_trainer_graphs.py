@@ -181,7 +181,7 @@ def test_a_stage_without_memory_takes_that_of_the_others_and_trains_exactly(tmp_
     calls = graphed(trainer, OutOfMemory)
     assert_same(train(trainer), expected)
     assert calls[5:8] == ["warm up", "out of memory", "capture"]
-    assert trainer.graphs.why_not is None
+    assert trainer.graphs.unsupported is None
 
 
 def test_a_run_resumed_from_the_other_kind_of_step_is_the_same(tmp_path):

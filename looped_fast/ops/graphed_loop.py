@@ -1,0 +1,137 @@
+"""The loop as a CUDA graph, for calls without gradient.
+
+``GraphedLoop`` finds out which calls of ``ops.loop`` are alike (shapes, settings, addresses of the
+weights) and leaves capture and replay to ``graphs.Graphs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from looped_fast import ops
+from looped_fast.errors import check_name
+from looped_fast.ops import loop_autograd
+from looped_fast.ops.graphs import MODES, Graphs, graphs_on
+
+
+class GraphedLoop:
+    """``ops.loop``, replayed on a GPU from the third call with the same shapes and settings on.
+
+    The second call does not capture yet: a capture waits for the device and empties the
+    allocator's cache, and many shapes come only once or twice (the last batch of a data set, a
+    trial at the prompt).
+
+    Calls that need a gradient run as usual. Parameters may change in place between calls (an
+    optimizer's step, ``load_state_dict``); parameters at new addresses need a new graph. The
+    caller owns the results. A copy, by ``copy`` or ``pickle``, starts without graphs.
+
+    Args:
+        mode: ``auto``, ``on`` or ``off``; see ``graphs_on``.
+
+    Raises:
+        ValueError: an unknown mode; when called, ``on`` with tensors that are not on a GPU.
+    """
+
+    def __init__(self, mode: str = "auto") -> None:
+        check_name("cuda_graphs", mode, MODES)
+        self.mode = mode
+        self._graphs: dict[torch.device, Graphs] = {}
+
+    def __reduce__(self) -> tuple[type[GraphedLoop], tuple[str]]:
+        return GraphedLoop, (self.mode,)
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        state: Tensor | None,
+        weights: Sequence[Tensor],
+        **settings: Any,
+    ) -> Tensor:
+        """Run ``ops.loop`` (same arguments and result)."""
+
+        def run(embeddings: Tensor, state: Tensor | None = None) -> Tensor:
+            return ops.loop(embeddings, positions, state, weights, **settings)
+
+        inputs = (embeddings,) if state is None else (embeddings, state)
+        parameters = (positions, *weights, settings)
+        if not self._applies((*inputs, *parameters)):
+            return run(*inputs)
+        device = embeddings.device
+        if device not in self._graphs:
+            self._graphs[device] = graphs_on(device, self.mode, capture_at=3)
+        key = (
+            *(tensor.shape for tensor in inputs), embeddings.dtype, _identity(parameters),
+            _tf32_allowed(), _stream(device),
+        )  # fmt: skip
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            result = self._graphs[device].run(key, run, *inputs)
+        assert result is not None
+        return result
+
+    def replays_on(self, device: torch.device) -> bool:
+        """True where calls without gradient are replayed, once there are enough of a kind."""
+        return device.type == "cuda" and self.mode != "off"
+
+    def _applies(self, arguments: Sequence[Any]) -> bool:
+        if self.mode == "off" or torch.compiler.is_compiling() or _watched():
+            return False
+        if not _is_on_gpu(arguments[0]):
+            return self.mode == "on"  # so that ``graphs_on`` refuses
+        tensors = list(_tensors(arguments))
+        if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):  # fake tensors, say
+            return False
+        if loop_autograd.needs_grad(tensors):
+            return False
+        return _stream(tensors[0].device) is not None
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _stream(device: torch.device) -> int | None:
+    """The current CUDA stream, or None if the caller is capturing it."""
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        return torch.cuda.current_stream().cuda_stream
+
+
+def _watched() -> bool:
+    """True under a TorchDispatchMode (a FLOP counter, say), which a graph replay would bypass."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _identity(value: Any) -> Hashable:
+    """A key that is equal for equal settings and for tensors in the same memory."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    if isinstance(value, dict):
+        return tuple((name, _identity(item)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_identity, value))
+    return value
+
+
+def _tf32_allowed() -> bool:
+    """True if PyTorch's own matrix products may use TF32; the switch has two names."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9; follows the older switch, too
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
