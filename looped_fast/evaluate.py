@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from looped_fast.errors import CheckpointError
 from looped_fast.evaluation import (
     MIN_PROMPTS,
     Curve,
@@ -36,7 +37,6 @@ from looped_fast.paper import published
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import Batch, DecisionTree, Task
-from looped_fast.training.checkpoint import CheckpointError
 
 
 @dataclass(frozen=True)
