@@ -34,7 +34,7 @@ def greedy_tree(
     except ImportError as error:
         raise needs_extra("greedy trees need", "scikit-learn") from error
 
-    random = np.random.RandomState(0)  # noqa: NPY002, which scikit-learn takes
+    random = np.random.RandomState(0)
     start = random.get_state()
 
     def fit(points: np.ndarray, values: np.ndarray, query: np.ndarray) -> float:
