@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 BLOCK = """
     from importlib.machinery import PathFinder
     find_spec = PathFinder.find_spec
-    absent = ("xgboost", "sklearn", "numba", "pandas")
+    absent = ("xgboost", "sklearn", "pandas")
     PathFinder.find_spec = classmethod(
         lambda cls, name, *args: None if name.split(".")[0] in absent else find_spec(name, *args)
     )
