@@ -57,18 +57,18 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("looped_fast").setLevel(logging.INFO)  # what takes long: compiling kernels
     try:
-        with distributed.join(explain) as processes:
-            return run(*processes.on_main(lambda: prepare(args, processes)), processes)
+        with distributed.join(report_error) as processes:
+            return run(*processes.broadcast(lambda: prepare(args, processes)), processes)
     except EXPECTED_ERRORS as error:
-        return explain(error)
+        return report_error(error)
 
 
-# Of settings, files, and numbers; others are a fault of this software.
+# User errors: bad settings, unreadable files, divergence. Anything else is a bug and gets a traceback.
 EXPECTED_ERRORS = (ValueError, OSError, RuntimeError)
 
 
-def explain(error: BaseException) -> int:
-    """Tell of an error, and return the exit status: 2 if other arguments would help."""
+def report_error(error: BaseException) -> int:
+    """Print an error, and return the exit status: 2 if other arguments would help."""
     if not isinstance(error, EXPECTED_ERRORS):
         return distributed.print_traceback(error)
     print(f"error: {error}", file=sys.stderr)
@@ -78,7 +78,7 @@ def explain(error: BaseException) -> int:
 def prepare(
     args: list[str], processes: distributed.Processes
 ) -> tuple[TrainConfig, str, Path, checkpoint.Checkpoint | None]:
-    """What ``run`` takes."""
+    """Arguments of ``run``, from the command line."""
     command, origin, resumed = parse(args, processes.world_size)
     return command.settings, origin, make_run_dir(command.settings, command.resume), resumed
 
@@ -126,7 +126,7 @@ def parse(
 
 
 def _check_resume(command: Command, resumed: checkpoint.Checkpoint, before: TrainConfig) -> None:
-    """Raise ValueError for what a run that goes on can't take."""
+    """Raise ValueError for settings that a resumed run can't change."""
     settings = command.settings
     if command.config is not None:
         raise ValueError(
@@ -173,7 +173,7 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
 
 
 def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
-    """The folder of the run, which is there then. Without ``--out`` a new one, of this run alone.
+    """Make the folder of the run; without ``--out``, a new one of its own.
 
     Raises:
         ValueError: the folder already holds a run.
@@ -187,10 +187,10 @@ def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
         run_dir = Path(config.out)
         saved = checkpoint.latest(run_dir) is not None
         if saved or (run_dir / CONFIG_FILE).exists():
-            way_on = (
+            remedy = (
                 f"continue it with --resume {run_dir}" if saved else "it saved nothing: delete it"
             )
-            raise ValueError(f"{run_dir} already holds a run; {way_on}, or choose another --out")
+            raise ValueError(f"{run_dir} already holds a run; {remedy}, or choose another --out")
         run_dir.mkdir(parents=True, exist_ok=True)
         return run_dir
     except OSError as error:
@@ -198,7 +198,7 @@ def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    """Of several runs that start in one second, each gets its own."""
+    """A fresh folder, even for several runs that start within one second."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     stem = f"{config.task}-{config.model}-{Path(config.preset).stem}-{stamp}"
     run_dir, tried = Path("runs") / stem, 1
@@ -228,7 +228,7 @@ def run(
     """Train, then report; returns the exit status."""
     print(f"looped_fast {VERSION}, task {config.task}, {origin}")
     try:
-        with processes.together():
+        with processes.failing_together():
             start = None
             if config.init_from is not None and resumed is None:
                 start = load_start(config.init_from)
@@ -236,9 +236,9 @@ def run(
     except (Exception, SystemExit):
         if processes.is_main:
             with contextlib.suppress(OSError):  # it is not empty
-                run_dir.rmdir()  # a start that failed does not stand in the way of the next
+                run_dir.rmdir()  # or the next start would find it taken
         raise
-    with processes.together():
+    with processes.failing_together():
         if processes.is_main:
             _write_config(config, run_dir)
         announce(trainer)
@@ -247,7 +247,7 @@ def run(
         trainer.fit()
     except Interrupted as stop:
         launcher = "python" if processes.world_size == 1 else "torchrun ..."
-        with processes.together():
+        with processes.failing_together():
             print(
                 f"\n{stop}: step {trainer.step} is finished and saved. Continue with\n"
                 f"  {launcher} -m looped_fast.train --resume {run_dir}",
@@ -256,7 +256,7 @@ def run(
         return 128 + stop.signum
     minutes = (time.perf_counter() - started) / 60
     summary = f"{trainer.step} steps, {minutes:.1f} minutes in this sitting"
-    processes.on_main(lambda: report(trainer, summary))
+    processes.broadcast(lambda: report(trainer, summary))
     return 0
 
 
@@ -268,14 +268,13 @@ def _write_config(config: TrainConfig, run_dir: Path) -> None:
 
 
 def announce(trainer: Trainer) -> None:
-    """Say what is about to run, with its estimated time."""
+    """Print what is about to run, with its estimated time."""
     config, device = trainer.config, trainer.device
     print("\n" + describe(config))
-    precision = "fp32" if trainer.amp == "off" else trainer.amp
     if measured := trainer.measure_backends():
         print(measured)
     explanation = explain_backend(
-        trainer.model, config.batch_size, config.n_points, precision,
+        trainer.model, config.batch_size, config.n_points, trainer.precision,
         replayed_training=trainer.graphs.unsupported is None,
     )  # fmt: skip
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -286,8 +285,8 @@ def announce(trainer: Trainer) -> None:
     if n_processes > 1:
         total = n_processes * config.batch_size
         print(f"{n_processes} processes, {config.batch_size} prompts each: {total} in a step")
-    if trainer.amp_note:
-        print(trainer.amp_note)
+    if trainer.precision_note:
+        print(trainer.precision_note)
     if config.recompute and explanation.chosen == "cpu":
         print("recompute changes nothing: the cpu backend keeps activations of a prompt per thread")
     if device.type == "cuda":

@@ -111,8 +111,8 @@ def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch
     monkeypatch.setitem(backends.UNSUPPORTED, "cpu", cpu_unsupported)
     config = preset_config("tiny")
     trainer = Trainer(dataclasses.replace(config, amp="bf16"), tmp_path)
-    assert trainer.amp == "off"
-    assert "this CPU has no bf16" in trainer.amp_note
+    assert trainer.precision == "fp32"
+    assert "this CPU has no bf16" in trainer.precision_note
     with trainer.autocast():
         assert not torch.is_autocast_enabled("cpu")
 

@@ -7,6 +7,7 @@ there, so PyTorch differentiates it and Inductor may fuse it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -264,7 +265,9 @@ def _check(embeddings, positions, state, weights, read_out, settings: LoopSettin
     _check_tensor("positions", positions, (S, D), embeddings)
     if state is not None:
         _check_tensor("state", state, (B, S, D), embeddings)
-    for (name, shape), tensor in zip(_expected(D, len(weights)), weights, strict=True):
+    expected = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
+    names, shapes = expected(D, len(weights))
+    for name, tensor, shape in zip(names, weights, shapes, strict=True):
         _check_tensor(name, tensor, shape, embeddings)
     if read_out:
         if len(read_out) != 2:
@@ -274,7 +277,8 @@ def _check(embeddings, positions, state, weights, read_out, settings: LoopSettin
         _check_tensor("read_out bias", bias, (len(bias),), embeddings)
 
 
-def _expected(D: int, n_weights: int) -> list[tuple[str, tuple[int, ...]]]:
+@functools.lru_cache
+def _expected(D: int, n_weights: int) -> tuple[list[str], list[tuple[int, ...]]]:
     """Names and shapes of the loop's weights."""
     matrices = {
         "c_attn_weight": (3 * D, D), "c_attn_bias": (3 * D,), "attn_c_proj_weight": (D, D),
@@ -282,9 +286,9 @@ def _expected(D: int, n_weights: int) -> list[tuple[str, tuple[int, ...]]]:
     }  # fmt: skip  # all others are [D]
     fields = reference.Block._fields
     n_layer = (n_weights - 2) // len(fields)
-    names = [(f"block {i} {name}", name) for i in range(n_layer) for name in fields]
-    names += [("ln_f weight", ""), ("ln_f bias", "")]
-    return [(label, matrices.get(name, (D,))) for label, name in names]
+    names = [f"block {i} {name}" for i in range(n_layer) for name in fields]
+    shapes = [matrices.get(name, (D,)) for name in fields] * n_layer
+    return [*names, "ln_f weight", "ln_f bias"], [*shapes, (D,), (D,)]
 
 
 def _check_tensor(name, tensor, shape, embeddings) -> None:

@@ -37,7 +37,7 @@ from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import sample_batch
 from looped_fast.training import checkpoint
-from looped_fast.training.distributed import alone, resolve_device
+from looped_fast.training.distributed import resolve_device, single_process
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import step_flops
 
@@ -83,7 +83,7 @@ def main(args: list[str] | None = None) -> int:
     """The command; returns the exit status: 3 if something was missing."""
     command = tyro.cli(Command, args=args, prog="python -m looped_fast.reproduce")
     try:
-        alone()  # several would all do all of it
+        single_process()  # several would all do all of it
         for name in command.figures:
             check_name("figure", name, FIGURES)
         (command.out / "results").mkdir(parents=True, exist_ok=True)

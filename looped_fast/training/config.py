@@ -238,6 +238,11 @@ class TrainConfig:
         return Curriculum(**schedules)
 
     @property
+    def precision(self) -> str:
+        """Operands of matrix products: ``amp``, by the library's name for none: fp32."""
+        return "fp32" if self.amp == "off" else self.amp
+
+    @property
     def supervised_window(self) -> int:
         """Predictions that the loss averages: the window, but one for standard and tied."""
         return self.window if self.model == "looped" else 1

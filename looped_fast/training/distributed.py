@@ -1,7 +1,7 @@
-"""The processes that train one model, as torchrun starts them or one by itself; their devices.
+"""Processes that train one model together, started by torchrun, or a single one; their devices.
 
-Each process draws its own batch, and DistributedDataParallel averages their gradients. Whatever
-decides how training goes on is agreed on here, so that no process waits for one that has left.
+Each process draws its own batch, and DistributedDataParallel averages their gradients. Errors and
+stops are agreed on here, so that no process waits in a collective for one that has left.
 
 Source: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def print_traceback(error: BaseException) -> int:
-    """Tell of an error that nobody expected; returns the exit status."""
+    """Print an unexpected error with its traceback, and return the exit status."""
     traceback.print_exception(error)
     return 1
 
@@ -37,21 +37,21 @@ class Processes:
         rank: its number, from 0.
         world_size: how many there are, on all machines.
         local_rank: its number on this machine.
-        explain: prints an error, and returns the exit status; see ``together``.
+        report_error: prints an error, and returns the exit status; see ``failing_together``.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    explain: Callable[[BaseException], int] = print_traceback
+    report_error: Callable[[BaseException], int] = print_traceback
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints and writes files."""
+        """True in the process that prints and writes files."""
         return self.rank == 0
 
     def gather(self, *numbers: float) -> list[list[float]]:
-        """The numbers of every process, by rank. All processes must call it, at one place."""
+        """The numbers of every process, by rank. A collective: every process must call it."""
         if self.world_size == 1:
             return [list(numbers)]
         own = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: a GPU's stream goes on
@@ -60,18 +60,19 @@ class Processes:
         return [each.tolist() for each in everyones]
 
     def mean(self, *numbers: float) -> list[float]:
-        """The mean over processes of each number, the same bits on all; as ``gather``."""
+        """The mean over processes of each number, the same bits on all. A collective."""
         return [
             sum(column) / self.world_size for column in zip(*self.gather(*numbers), strict=True)
         ]
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What all processes must get through: where one fails, all end. Takes no collectives.
+    def failing_together(self) -> Iterator[None]:
+        """End every process if one of them raises in the block, which holds no collectives.
 
         Raises:
-            SystemExit: with several processes, on each of them, if a process raised in here. The
-                first that did has then told why, by ``explain``. A process alone gets its error.
+            SystemExit: with several processes, on each of them, if one raised in the block. The
+                first that did has printed its error by ``report_error``. A single process gets the
+                error itself.
         """
         if self.world_size == 1:
             yield
@@ -85,17 +86,20 @@ class Processes:
         if not failed:
             return
         status = 1
-        if isinstance(failure, SystemExit):  # of a parser, which has said what it has to
+        if isinstance(failure, SystemExit):  # from a parser, which has printed its message
             status = failure.code if isinstance(failure.code, int) else 1
         elif failure is not None and self.rank == failed[0]:
-            status = self.explain(failure)
-        # Not before it is told: torchrun kills the others as soon as one has gone.
+            status = self.report_error(failure)
+        # After the message is out: torchrun kills the others as soon as one has gone.
         raise SystemExit(int(self.gather(status)[failed[0]][0])) from failure
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """``work()``, done by the main process for all; it must pickle. Raises as ``together``."""
+    def broadcast(self, work: Callable[[], T]) -> T:
+        """The result of ``work()``, done by the main process for all; it must pickle.
+
+        Raises as ``failing_together``.
+        """
         result: list[T | None] = [None]
-        with self.together():
+        with self.failing_together():
             if self.is_main:
                 result = [work()]
         if self.world_size > 1:
@@ -103,7 +107,7 @@ class Processes:
         return result[0]  # type: ignore[return-value]
 
     def own_device(self, device: torch.device) -> torch.device:
-        """``device``, or of several GPUs the one of this process, which is current from then on.
+        """``device``, or this process's own among several GPUs, which becomes the current one.
 
         Raises:
             ValueError: one GPU is asked for by number, or there are fewer than processes.
@@ -140,7 +144,7 @@ class Processes:
         return nn.parallel.DistributedDataParallel(module, find_unused_parameters=some_unused)
 
 
-def alone() -> Processes:
+def single_process() -> Processes:
     """This process, for work that is not shared.
 
     Raises:
@@ -175,14 +179,16 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def join(explain: Callable[[BaseException], int] = print_traceback) -> Iterator[Processes]:
-    """Join the processes that torchrun started, or be alone where it did not.
+def join(
+    report_error: Callable[[BaseException], int] = print_traceback,
+) -> Iterator[Processes]:
+    """Join the processes that torchrun started, or go on as a single one where it did not.
 
     Within, the standard output of all but the main process goes nowhere. The process group
     has gloo for tensors on CPUs and NCCL for those on GPUs.
 
     Args:
-        explain: prints an error, and returns the exit status.
+        report_error: prints an error, and returns the exit status.
 
     Raises:
         ValueError: there are several processes, but the environment does not say how to meet.
@@ -206,16 +212,16 @@ def join(explain: Callable[[BaseException], int] = print_traceback) -> Iterator[
             if rank != 0:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
-            processes = Processes(rank, world_size, local_rank, explain)
+            processes = Processes(rank, world_size, local_rank, report_error)
             try:
                 yield processes
-            except SystemExit:  # which all have agreed on: see ``together``
+            except SystemExit:  # on all processes: see ``failing_together``
                 processes.gather(0)
                 raise
             processes.gather(0)  # files are closed: torchrun kills the others once one has failed
     finally:
         dist.destroy_process_group()
-        # A moment after a collective gloo's threads, which nobody joins, let go of its tensors.
+        # A moment after a collective gloo's threads, which are not joined, release its tensors.
         # They take Python's lock for that, and abort the process if Python is ending by then.
         time.sleep(0.1)
 

@@ -81,7 +81,7 @@ class Stepper:
         processes: distributed.Processes | None = None,
         start: Start | None = None,
     ) -> None:
-        self.processes = distributed.alone() if processes is None else processes
+        self.processes = distributed.single_process() if processes is None else processes
         self.config = config
         self.device = self.processes.own_device(distributed.resolve_device(config.device))
         self.task = config.make_task()
@@ -108,7 +108,7 @@ class Stepper:
             "capturable": self.device.type == "cuda",
         }
         self.optimizer = torch.optim.Adam(self.model.parameters(), **settings)
-        self.amp, self.amp_note = self._available_amp()
+        self.precision, self.precision_note = self._available_precision()
         self.scaler = self._make_scaler()
         self.step = 0  # completed steps
         if resume is not None:
@@ -149,17 +149,16 @@ class Stepper:
     def _model_config(self) -> ModelConfig:
         return self.config.model_config()
 
-    def _available_amp(self) -> tuple[str, str]:
-        """``config.amp``, or "off" on a CPU where fp32 is the faster choice; and a note if so."""
-        if self.device.type != "cpu" or self.config.amp == "off":
-            return self.config.amp, ""
-        size = (self.config.batch_size, self.config.n_points)
-        asked = backends.select(self.model.describe_call(*size, self.config.amp))
-        if self.config.amp == "bf16" and asked.chosen != "cpu":
+    def _available_precision(self) -> tuple[str, str]:
+        """That of the settings, or fp32 on a CPU where it is faster than bf16; and a note if so."""
+        wanted = self.config.precision
+        if self.device.type == "cpu" and wanted == "bf16":
+            size = (self.config.batch_size, self.config.n_points)
+            bf16 = backends.select(self.model.describe_call(*size, "bf16"))
             fp32 = backends.select(self.model.describe_call(*size, "fp32"))
-            if fp32.chosen == "cpu":
-                return "off", f"amp bf16 runs in fp32 here: {asked.reasons['cpu']}"
-        return self.config.amp, ""
+            if bf16.chosen != "cpu" and fp32.chosen == "cpu":
+                return "fp32", f"amp bf16 runs in fp32 here: {bf16.reasons['cpu']}"
+        return wanted, ""
 
     def _start_from(self, start: Start) -> None:
         try:
@@ -174,8 +173,8 @@ class Stepper:
         self.step = start.step
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of matrix products: what the settings ask for, if this machine has it."""
-        dtype = AUTOCAST_DTYPES["fp32" if self.amp == "off" else self.amp]
+        """Autocast to ``self.precision``."""
+        dtype = AUTOCAST_DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def training_step(self) -> None:
@@ -204,7 +203,7 @@ class Stepper:
             self._rows.copy_(rows, non_blocking=True)
 
     def _update(self, n_points: int, n_loops: int) -> None:
-        """The device's part of a step: no look at values here, all shapes from the arguments."""
+        """The device's part of a step: reads no values on the host, shapes follow from arguments."""
         config = self.config
         loss, zero = self._loss(n_points, n_loops, self._averaging_objective)
         self.scaler.scale(loss).backward()
@@ -237,7 +236,7 @@ class Stepper:
         return averaging
 
     def _drop_half_step(self) -> None:
-        """After a capture that failed: gradients, scaler, and generator as before the step."""
+        """Put gradients, scaler and generator as they were before the step, for a failed capture."""
         self.optimizer.zero_grad(set_to_none=True)
         scaler = self._make_scaler()
         if self.scaler.is_enabled():
@@ -247,10 +246,10 @@ class Stepper:
         self._set_inputs()
 
     def _make_scaler(self) -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
+        return torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
 
     def learning_rate(self, step: int) -> float:
-        """Of training step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
+        """Learning rate of step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
         config = self.config
         warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))

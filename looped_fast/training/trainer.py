@@ -102,8 +102,7 @@ class Trainer(Stepper):
                 self._drop_half_step()
                 raise
 
-        precision = "fp32" if self.amp == "off" else self.amp
-        call = self.model.describe_call(config.batch_size, n_points, precision, True)
+        call = self.model.describe_call(config.batch_size, n_points, self.precision, True)
         works = {True: training_step, False: inference}
         return backend_autotune.measure(call, count * stride, self.model, works, milliseconds)
 
@@ -112,14 +111,14 @@ class Trainer(Stepper):
 
         Raises:
             NonFiniteError: the loss or gradient is NaN or Inf; no checkpoint is written of it.
-                (SystemExit with several processes, see ``Processes.together``.)
+                (SystemExit with several processes, see ``Processes.failing_together``.)
             Interrupted: SIGINT or SIGTERM came; the step was finished and checkpointed. With
                 several processes all stop after the same step, whichever got the signal.
         """
         config = self.config
         if measured := self.measure_backends():
             print(measured)
-        with self.processes.together():
+        with self.processes.failing_together():
             log = (
                 MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
                 if self.processes.is_main
@@ -146,15 +145,15 @@ class Trainer(Stepper):
             self.training_step()
             bar.update()
             # Reading the loss stalls a GPU's stream, and costs nothing on a CPU.
-            looks = self.device.type == "cpu" or self._is_due(config.log_every)
-            if looks:
+            reads = self.device.type == "cpu" or self._is_due(config.log_every)
+            if reads:
                 values = self._read_sums()
                 if self._is_due(config.log_every):
                     now = time.perf_counter()
                     rate = (self.step - logged_step) / (now - logged_at)
                     logged_at, logged_step = now, self.step
                     values |= self._describe_step(rate)
-                    with self.processes.together():
+                    with self.processes.failing_together():
                         log.write(self.step, values)
                     self._reset_sums()
                     relative = values.get("relative_error", math.nan)
@@ -164,11 +163,11 @@ class Trainer(Stepper):
                         refresh=False,
                     )
             if self._is_due(config.eval_every):
-                self.processes.on_main(
+                self.processes.broadcast(
                     lambda: log.write(self.step, {"errors": self.evaluate(config.eval_prompts)})
                 )
             signum = 0
-            if looks or self.processes.world_size == 1:  # others would wait for the slowest
+            if reads or self.processes.world_size == 1:  # others would wait for the slowest
                 signum = int(max(self.processes.gather(self._signal))[0])
             if self._is_due(config.save_every) or signum:
                 self.save()
@@ -194,7 +193,7 @@ class Trainer(Stepper):
             return
         self._read_sums()  # raises when not finite
         stage, n_processes = self.curriculum.at(self.step), self.processes.world_size
-        self.processes.on_main(
+        self.processes.broadcast(
             lambda: checkpoint.save(
                 self.run_dir,
                 self.step,
@@ -241,7 +240,7 @@ class Trainer(Stepper):
         if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
             norm = math.inf
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            with self.processes.together():
+            with self.processes.failing_together():
                 raise NonFiniteError(self._explain_non_finite(loss, norm))
         values = {"loss": loss, "grad_norm": norm}
         # With few dimensions at the start, sparse weights may all be 0, and y with them.
@@ -256,7 +255,7 @@ class Trainer(Stepper):
         when = f"step {self.step}" if first == self.step else f"steps {first} to {self.step}"
         good = checkpoint.latest(self.run_dir)
         remedies = ["a lower --lr", "--clip-grad-norm 1", "--warmup-steps 1000"]
-        if self.amp != "off":
+        if self.precision != "fp32":
             remedies.append("--amp off")
         return (
             f"loss {loss}, gradient norm {norm} at {when}. No checkpoint was written of it; "

@@ -271,8 +271,8 @@ def test_a_process_alone_goes_through_the_same_motions():
     assert alone.is_main
     assert alone.gather(1, 2) == [[1, 2]]
     assert alone.mean(1, float("inf")) == [1, float("inf")]
-    assert alone.on_main(lambda: "done") == "done"
-    with pytest.raises(ValueError, match="its own"), alone.together():
+    assert alone.broadcast(lambda: "done") == "done"
+    with pytest.raises(ValueError, match="its own"), alone.failing_together():
         raise ValueError("its own")
 
 
