@@ -1,4 +1,4 @@
-"""Experiments of several training runs: each resumes where it was stopped, at any length."""
+"""Shorten and resume the training runs of an experiment."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def shortened(config: TrainConfig, steps: int) -> TrainConfig:
 
 
 def last_checkpoint(config: TrainConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """Where a run of ``config`` in ``run_dir`` goes on; None for a new one, whose folder is made.
+    """Latest checkpoint to resume from, or None. Creates ``run_dir`` for a new run.
 
     Raises:
         ValueError: the folder holds a run with other settings.
-        CheckpointError: its checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     latest = checkpoint.latest(run_dir)
@@ -43,7 +43,7 @@ def last_checkpoint(config: TrainConfig, run_dir: Path) -> checkpoint.Checkpoint
         (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         return None
     saved = checkpoint.load(latest)
-    before = config_from_dict(saved.config, type(config)())  # a setting newer than it: the default
+    before = config_from_dict(saved.config, type(config)())  # defaults for newer settings
     changes = changed_settings(before.to_dict(), config.to_dict())
     if changes:
         raise ValueError(

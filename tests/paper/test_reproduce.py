@@ -1,4 +1,4 @@
-"""``python -m looped_fast.reproduce``: figures from what there is; the rest is named."""
+"""``python -m looped_fast.reproduce``: figures from the models that exist; others are named."""
 
 import dataclasses
 import importlib.metadata
@@ -40,7 +40,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """For tests of what is computed, several times each."""
+    """Skip the drawing, in tests that compute a figure several times."""
     monkeypatch.setattr(reproduce, "draw", lambda *_: None)
 
 
@@ -53,7 +53,7 @@ def page(work):
     return (work / "docs" / "results.md").read_text()
 
 
-def test_a_figure_is_made_of_the_models_there_are_and_names_the_others(quick, tmp_path, capsys):
+def test_a_figure_is_made_of_existing_models_and_names_the_others(quick, tmp_path, capsys):
     save_run(tmp_path)
     assert run(tmp_path, "lr") == 3
     how = f"--task lr --model standard --preset tiny --out {tmp_path}/runs/lr-standard-tiny"
@@ -188,7 +188,7 @@ def test_openml_results_are_set_beside_the_published_ones(tmp_path):
     document = {"settings": settings, "versions": {"torch": "2"}, "sets": sets}
     (folder / openml.RESULTS_FILE).write_text(json.dumps(document))
     assert run(tmp_path, "openml") == 0
-    # That is not the paper's experiment, on the paper's sets.
+    # These are not the paper's sets, so its experiment is still missing.
     line = ["openml", "--preset", "paper", "--work", str(tmp_path), "--out", str(tmp_path / "docs")]
     assert reproduce.main(line) == 3
     how = f"looped_fast.openml --data openml --preset paper --out {tmp_path}/openml/openml-paper"
@@ -209,7 +209,7 @@ def test_hours_are_predicted_from_the_measured_step(tmp_path, monkeypatch):
         "lr, looped"
     ]
     assert 0 < row["seconds"] < 60
-    # The curriculum only grows dims here, which costs nothing: all steps but the first are alike.
+    # The curriculum grows only dims here, which costs nothing: all steps but the first are equal.
     assert row["total_flops"] == pytest.approx(row["steps"] * row["flops"], rel=0.1)
     assert "**predictions**" in page(tmp_path)
 
