@@ -108,7 +108,7 @@ class LoopedTransformer(nn.Module):
         backend: ``auto``, ``reference``, ``compiled``, ``cpu`` or ``triton``; see
             ``explain_backend``.
         recompute: save only states for the backward and recompute activations: slower, with less
-            memory. ``loss`` on the ``cpu`` backend needs little memory without it.
+            memory. ``loss`` on the ``cpu`` backend needs little memory either way.
         attention: implementation on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
             ``triton``. See ``ops.loop``.
         cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay a CUDA
@@ -247,7 +247,7 @@ class LoopedTransformer(nn.Module):
         precision: str | None = None,
         replayed_training: bool = False,
     ) -> Call:
-        """Describe a call of this model to the selection of a backend: see ``explain_backend``."""
+        """Describe a call of this model for the choice of a backend; see ``explain_backend``."""
         config, weight = self.config, self._read_in.weight
         precision = precision or ambient_precision(weight.device.type)
         settings = self._settings(config.n_loops, config.window, config.injection, precision)

@@ -188,7 +188,7 @@ class FastForward:
         precision: str | None = None,
         replayed_training: bool = False,
     ) -> Call:
-        """Describe a call of the model to the selection of a backend: see ``explain_backend``."""
+        """Describe a call of the model for the choice of a backend; see ``explain_backend``."""
         stack, weight = self.stack, self.stack.wpe.weight
         # The loop count, an argument of the model's calls, does not affect the selection.
         precision = precision or ambient_precision(weight.device.type)

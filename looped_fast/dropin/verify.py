@@ -55,7 +55,7 @@ class _Call(nn.Module):
 def differences(
     model: Model, architecture: Architecture, loop: Loop, *, outputs_only: bool = False
 ) -> list[str]:
-    """Differences found between ``model`` and ``architecture``; empty if it is one.
+    """Differences found between ``model`` and ``architecture``; empty if there are none.
 
     Args:
         model: has all the attributes of ``architecture``.

@@ -27,9 +27,9 @@ _SIGNAL_TO_NOISE = 20  # Garg et al.: noise of variance 1 where y has variance d
 class ShiftedPrompts(NamedTuple):
     """Prompts, with a query and its target at each position.
 
-    A predictor sees xs [B, n, d] and ys [B, n] before the position of its query, one of queries
-    [B, n, d] (None: xs). Targets [B, n] are the function's values at the queries: without the noise
-    of a shift, with that of ``noisy_lr`` itself.
+    At each position a predictor sees the earlier points, xs [B, n, d] with ys [B, n], and a query
+    from queries [B, n, d] (None: xs). Targets [B, n] are the function's values at the queries,
+    without the noise of a shift but with that of ``noisy_lr`` itself.
     """
 
     xs: Tensor

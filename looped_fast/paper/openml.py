@@ -50,7 +50,7 @@ MODELS = ("looped", "standard")
 
 @dataclass(frozen=True)
 class TabularConfig(TrainConfig):
-    """Settings of a run on tabular sets: those of ``lr``, as officially, plus its data."""
+    """Settings of a run on tabular sets: those of ``lr``, as officially, and the sets."""
 
     data: str = "offline"
     """Collection of sets: offline or openml."""
@@ -139,7 +139,7 @@ _CHUNK = 256  # prompts in memory at once
 def tabular_config(
     preset: str, model: str, data: str, held_out: str, *, steps: int | None = None, seed: int = 42
 ) -> TabularConfig:
-    """The settings of one run: 20 columns, 40 prompts a step, a curriculum only of loops.
+    """The settings of one run: 20 columns, 40 prompts a step, a curriculum of loops only.
 
     Raises:
         ValueError: an unknown preset or model, or a value out of range.

@@ -46,7 +46,7 @@ def _draw(name: str, numbers: Numbers, folder: Path) -> Iterator[Path]:
 
 
 def _shrink(path: Path) -> None:
-    """Rewrite a PNG with 64 colours: a third of the size, in a repository that keeps it forever."""
+    """Rewrite a PNG with 64 colours: the repository keeps a third of the size."""
     from PIL import Image  # comes with matplotlib
 
     with Image.open(path) as image:

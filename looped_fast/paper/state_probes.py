@@ -162,13 +162,13 @@ def probe(run: Run, settings: Settings, *, control: bool = False) -> dict[str, d
 
     Returns:
         Target -> ``mse`` (mean squared error over prompts, coordinates and the vectors of the
-        target; the official figures show it over d), ``relative`` (that over the target's mean
-        square, which is what always predicting zero scores): each a list of one number for the
-        embedded prompt and one for each layer or loop step.
+        target; the official figures show it over d) and ``relative`` (``mse`` over that of
+        predicting zero), each a list with one number for the embedded prompt and one for each layer
+        or loop step.
 
     Raises:
         ValueError: a run of another task, fewer points than dimensions or more than the model
-            takes, or a setting below 1.
+            takes, or ``steps``, ``batch_size`` or ``test_prompts`` below 1.
     """
     if type(run.task) is not LinearRegression:
         raise ValueError(

@@ -62,6 +62,7 @@ def sample_batch(
     Raises:
         ValueError: ``n_dims`` is outside 1..d.
 
+    >>> from looped_fast.tasks import make_task
     >>> xs, ys = sample_batch(make_task("dt", n_dims=4, depth=2), 64, 32, seed=0, step=7)
     >>> xs.shape, ys.shape
     (torch.Size([64, 32, 4]), torch.Size([64, 32]))
