@@ -39,10 +39,11 @@ test-versions: $(OTHER_READY)  ## kernel tests with the other supported PyTorch 
 	$(OTHER_VENV)/bin/python -m pytest -n auto --dist loadfile -p no:cacheprovider \
 		$(OTHER_TESTS) $(ARGS)
 
-lint: $(READY)  ## ruff, and types of the public API
+lint: $(READY)  ## style, types, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -84,8 +84,9 @@ def figure_prompts(name: str, n_prompts: int, n_points: int, n_dims: int) -> Bat
 
 
 def warm_up(name: str, prompts: Batch) -> None:
-    """Imports, compilation (kept in Numba's cache) and worker processes are not timed."""
-    few = math.ceil(2000 / prompts.ys.shape[1]) if "tree" in name or "XGBoost" in name else 2
+    """Imports and worker processes are not timed; the network's start within its minutes."""
+    shared = "tree" in name or "XGBoost" in name or name == "lasso"
+    few = math.ceil(2000 / prompts.ys.shape[1]) if shared else 2
     BASELINES[name](prompts.xs[:few], prompts.ys[:few])
     one_by_one(LOOPS[name], prompts.xs[:1], prompts.ys[:1], [1])
 

@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Collection, Iterable
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be written, read or used; the message names file, fault and remedy."""
+
+
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     """A ValueError for a name outside ``valid``, which suggests the nearest valid one.
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from looped_fast.errors import CheckpointError
 from looped_fast.evaluation import (
     MIN_PROMPTS,
     Curve,
@@ -30,13 +31,12 @@ from looped_fast.evaluation import (
     prompt_errors,
 )
 from looped_fast.evaluation.baselines import QUICK_BASELINES, Baseline, figure_baselines
+from looped_fast.evaluation.figures import OFFICIAL_LOOPS
 from looped_fast.evaluation.report import error_table
 from looped_fast.evaluation.shifts import SHIFTS, shifted_prompts
-from looped_fast.paper import published
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import Batch, DecisionTree, Task
-from looped_fast.training.checkpoint import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def loop_counts(command: Command, run: Run) -> list[int]:
     config = run.config
     if config.model != "looped":
         return [config.n_loops]
-    official = published.LOOPS.get(config.task, published.LOOPS["lr"])  # noisy_lr has no figure
+    official = OFFICIAL_LOOPS.get(config.task, OFFICIAL_LOOPS["lr"])  # noisy_lr has no figure
     default = [config.n_loops] if command.ood else [config.n_loops, official]
     return list(dict.fromkeys(command.loops or default))
 

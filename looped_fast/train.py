@@ -26,6 +26,7 @@ from looped_fast.dropin.explain import explain_backend
 from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.evaluation.baselines import QUICK_BASELINES
 from looped_fast.evaluation.report import error_table, plot
+from looped_fast.pretrained import load_start
 from looped_fast.training import checkpoint, distributed
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.distributed import resolve_device
@@ -228,7 +229,10 @@ def run(
     print(f"looped_fast {VERSION}, task {config.task}, {origin}")
     try:
         with processes.together():
-            trainer = Trainer(config, run_dir, resumed, processes)
+            start = None
+            if config.init_from is not None and resumed is None:
+                start = load_start(config.init_from)
+            trainer = Trainer(config, run_dir, resumed, processes, start)
     except (Exception, SystemExit):
         if processes.is_main:
             with contextlib.suppress(OSError):  # it is not empty

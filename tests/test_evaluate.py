@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from looped_fast import LoopedTransformer, pretrained
+from looped_fast import LoopedTransformer
 from looped_fast.evaluate import main
 from looped_fast.evaluation import figures, model_errors
 from looped_fast.evaluation.shifts import SHIFTS
@@ -164,7 +164,7 @@ def test_a_checkpoint_is_named_by_its_run_from_within_its_folder_too(
 def test_a_pretrained_model_is_evaluated_by_its_name(
     run, tmp_path, out, monkeypatch, capsys, no_figures
 ):
-    monkeypatch.setattr(pretrained, "_FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr("looped_fast.pretrained.weights._FOLDER", tmp_path / "shipped")
     shutil.copytree(checkpoint.latest(run), tmp_path / "shipped" / "lr-mini")
     assert evaluate("lr-mini", *QUICK, out=out) == 0
     assert "lr-mini" in results(out)["positions"]

@@ -158,7 +158,7 @@ def start(*args, script=None):
 KILLED_AND_RESUMED = textwrap.dedent("""
     import json, os, signal, sys
     import matplotlib.figure, torch._dynamo, torch.utils.tensorboard  # as a run would
-    from looped_fast import checkpoint
+    from looped_fast.training import checkpoint
     from looped_fast.train import main
     from looped_fast.training.trainer import Trainer
 

@@ -14,7 +14,6 @@ from typing import Any
 
 ENTRIES = (  # module, class, function
     ("torch._dynamo.convert_frame", "CatchErrorsWrapper", "__call__"),  # torch.compile of a frame
-    ("numba.core.dispatcher", "Dispatcher", "compile"),
     ("matplotlib.figure", "Figure", "savefig"),
 )
 

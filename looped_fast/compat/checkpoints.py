@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from looped_fast.config import ModelConfig
-from looped_fast.training.checkpoint import CheckpointError
+from looped_fast.errors import CheckpointError
 
 
 @dataclass(frozen=True)

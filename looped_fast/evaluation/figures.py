@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Loops after which the official notebooks read a looped model at every position: published looped
+# values are after that many, not after the b of training. Source: ``T`` of Figures_*.ipynb, whose
+# ``eval_looped_model(model, xs, ys, loop_max=T)`` keeps the last prediction.
+OFFICIAL_LOOPS = {"lr": 500, "sparse_lr": 500, "dt": 200, "relu_2nn": 500}
 FORMATS = ("png", "pdf")
 _TOP = 1.25  # upper limit of linear error axes
 _PANELS = 6  # panels in a row of the grid

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,14 +34,19 @@ def greedy_tree(
     except ImportError as error:
         raise needs_extra("greedy trees need", "scikit-learn") from error
 
+    random = np.random.RandomState(0)
+    start = random.get_state()
+
     def fit(points: np.ndarray, values: np.ndarray, query: np.ndarray) -> float:
-        # Splits that tie are chosen at random: fixed here. Checks are most of the time: left out.
-        tree = DecisionTreeRegressor(max_depth=max_depth, random_state=0)
+        # Splits that tie are chosen at random: fixed here, by a state that is set sooner than one
+        # is made. Checks take most of the time: left out.
+        random.set_state(start)
+        tree = DecisionTreeRegressor(max_depth=max_depth, random_state=random)
         with config_context(assume_finite=True, skip_parameter_validation=True):
             tree.fit(points, values, check_input=False)
         return tree.tree_.predict(query).item()
 
-    return _fit_everywhere(fit, xs, ys, queries)
+    return fit_everywhere(fit, xs, ys, queries)
 
 
 def boosted_trees(
@@ -83,39 +89,42 @@ def boosted_trees(
         "verbosity": 0,
     }
 
-    class Booster(xgboost.Booster):
-        def _assign_dmatrix_features(self, data: xgboost.DMatrix) -> None:
-            """Each round would compare names of features, for a tenth of its time."""
-
     def fit(points: np.ndarray, values: np.ndarray, query: np.ndarray) -> float:
-        # Half the time of XGBRegressor, which wraps the same calls.
+        # Half the time of XGBRegressor, which wraps the same calls; xgboost.train takes longer too.
         data = xgboost.DMatrix(points, values, nthread=1)
-        booster = Booster(settings, [data])
+        booster = xgboost.Booster(settings, [data])
         for i in range(n_estimators):
             booster.update(data, i)
         return booster.inplace_predict(query).item()
 
-    return _fit_everywhere(fit, xs, ys, queries)
+    return fit_everywhere(fit, xs, ys, queries)
 
 
-def _fit_everywhere(fit: Fit, xs: Tensor, ys: Tensor, queries: Tensor | None) -> Tensor:
+def fit_everywhere(
+    fit: Fit, xs: Tensor, ys: Tensor, queries: Tensor | None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """``fit`` at every position of every prompt, prompts shared among processes."""
+    queries = xs if queries is None else queries
+
+    def predict(x: np.ndarray, y: np.ndarray, q: np.ndarray) -> list[float]:
+        return [0.0] + [fit(x[:i], y[:i], q[i : i + 1]) for i in range(1, len(y))]
+
+    prompts = zip(*(t.to("cpu", dtype).numpy() for t in (xs, ys, queries)), strict=True)
+    return torch.tensor(in_processes(predict, prompts, ys.numel())).to(ys)
+
+
+def in_processes(work: Callable[..., Any], arguments: Iterable[tuple], n_fits: int) -> list:
+    """``work(*a)`` for each of ``arguments``, which together are ``n_fits`` fits.
+
+    Raises:
+        RuntimeError: joblib is not installed.
+    """
     try:
         import joblib  # scikit-learn depends on it
     except ImportError as error:
-        raise needs_extra("trees need", "scikit-learn") from error
-    queries = xs if queries is None else queries
-    points, values, asked = (t.float().cpu().numpy() for t in (xs, ys, queries))
-
-    def predict(prompt: int) -> list[float]:
-        x, y, q = points[prompt], values[prompt], asked[prompt]
-        return [0.0] + [fit(x[:i], y[:i], q[i : i + 1]) for i in range(1, len(y))]
-
-    n_workers = min(joblib.cpu_count(), 1 + values.size // _FITS_PER_WORKER)
-    predictions = joblib.Parallel(n_jobs=n_workers)(
-        joblib.delayed(predict)(prompt) for prompt in range(len(values))
-    )
-    return torch.tensor(predictions).to(ys)
+        raise needs_extra("lasso, trees and the 2-layer network need", "scikit-learn") from error
+    n_workers = min(joblib.cpu_count(), 1 + n_fits // _FITS_PER_WORKER)
+    return joblib.Parallel(n_jobs=n_workers)(joblib.delayed(work)(*a) for a in arguments)
 
 
 def needs_extra(what: str, package: str) -> RuntimeError:

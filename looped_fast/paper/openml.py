@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from looped_fast.config import ModelConfig
-from looped_fast.errors import check_name
+from looped_fast.errors import CheckpointError, check_name
 from looped_fast.evaluation.baselines import nearest_neighbours
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.paper.tabular_data import (
@@ -98,10 +98,10 @@ class TabularTrainer(Trainer):
         self._xs.copy_(xs)
         self._ys.copy_(ys)
 
-    def _loss(self, n_points: int, n_loops: int, loss: object = None) -> tuple[Tensor, Tensor]:
+    def _loss(self, n_points: int, n_loops: int, objective: object = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy over positions and the window's predictions, and that of a coin flip.
 
-        ``loss``, the model's own, is a squared error and not used.
+        ``objective`` is a squared error, which does not suit classes, and is not used.
         """
         xs, ys = self._xs[:, :n_points], self._ys[:, :n_points]
         with self.autocast():
@@ -195,7 +195,7 @@ def main(args: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (checkpoint.CheckpointError, RuntimeError, OSError) as error:
+    except (CheckpointError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     write(command, results, out)

@@ -6,11 +6,6 @@ licence); values in no output were read off the paper's figures, and are marked 
 
 from __future__ import annotations
 
-# Loops after which the official notebooks read a looped model, at every position: all published
-# looped values are after that many loops, not the trained b. Source: ``T`` of
-# Figures_*.ipynb, whose ``eval_looped_model(model, xs, ys, loop_max=T)`` keeps the last prediction.
-LOOPS = {"lr": 500, "sparse_lr": 500, "dt": 200, "relu_2nn": 500}
-
 # Squared error over d = 20 (sparse_lr: over its 3 non-zero weights) after 0, 1, 2, ... examples, of
 # 1280 prompts. Standard: 12 layers. Looped: one block; lr b = 20, T = 15; sparse_lr b = 20, T = 10;
 # relu_2nn b = 12, T = 5. Source: outputs of Figures_LR.ipynb, Figures_Sparse_LR.ipynb and

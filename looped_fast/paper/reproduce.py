@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from looped_fast import evaluate, pretrained, train
-from looped_fast.errors import check_name
+from looped_fast.errors import CheckpointError, check_name
 from looped_fast.evaluation import Curve
 from looped_fast.evaluation.baselines import figure_baselines
 from looped_fast.model import LoopedTransformer
@@ -92,7 +92,7 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (checkpoint.CheckpointError, RuntimeError, OSError) as error:
+    except (CheckpointError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"page: {command.out / 'results.md'}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from looped_fast.evaluation import Curve, figures
+from looped_fast.evaluation.figures import OFFICIAL_LOOPS
 from looped_fast.paper import openml, published, state_probes, sweep
 from looped_fast.paper.results_page import Numbers, read_numbers, scale
 
@@ -59,7 +60,7 @@ def _draw_task(path: Path, task: str, numbers: Numbers) -> None:
     panels: list[tuple[str, str, dict[str, Numbers]]] = []
     if task in published.CURVES:
         curves = {who: {"mean": mean} for who, mean in published.CURVES[task].items()}
-        title = f"published, d = 20, looped {published.LOOPS[task]} times"
+        title = f"published, d = 20, looped {OFFICIAL_LOOPS[task]} times"
         panels.append((title, "in-context examples", curves))
     panels.append((f"here, {scale(numbers)}", "in-context examples", numbers["positions"]))
     if "loops" in numbers:

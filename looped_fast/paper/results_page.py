@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from looped_fast.evaluation.figures import OFFICIAL_LOOPS
 from looped_fast.paper import openml, published, state_probes, sweep
 from looped_fast.paper.tabular_data import OPENML_IDS
 
@@ -120,7 +121,7 @@ def _claims(out: Path) -> str:
 
 def _far(numbers: Numbers, task: str, position: int = -1) -> float | None:
     """Error of the looped model at the loop count of the published one, if there."""
-    curve = numbers["positions"].get(f"looped, {published.LOOPS[task]} loops")
+    curve = numbers["positions"].get(f"looped, {OFFICIAL_LOOPS[task]} loops")
     return curve and curve["mean"][position]
 
 
@@ -197,7 +198,7 @@ def _published(task: str) -> str:
             f"Read off the published figure, after 100 examples (d = 20, "
             f"{published.READ_OFF_SCALE[task]}): {'; '.join(read)}."
         )
-    parts.append(f"Published errors of looped models are after {published.LOOPS[task]} loops.")
+    parts.append(f"Published errors of looped models are after {OFFICIAL_LOOPS[task]} loops.")
     return "\n\n".join(parts)
 
 
@@ -221,7 +222,7 @@ def _order(task: str, numbers: Numbers) -> str:
     if len(both) < 2:
         return ""
     first, order = (" < ".join(sorted(both, key=errors.__getitem__)) for errors in (theirs, ours))
-    loops = f", looped after {published.LOOPS[task]} loops" if far is not None else ""
+    loops = f", looped after {OFFICIAL_LOOPS[task]} loops" if far is not None else ""
     here = "the same" if order == first else f"**another**, {order}"
     return f"Order at the last position{loops}: published {first}; here {here}."
 

@@ -29,13 +29,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from looped_fast.config import LAYER_NORM_EPS
+from looped_fast.errors import CheckpointError
 from looped_fast.evaluation import evaluation_batches
 from looped_fast.model import LoopedTransformer
 from looped_fast.ops import reference
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import Batch, LinearRegression, sample_batch
-from looped_fast.training import checkpoint
 
 HIDDEN = 64  # units of a probe, as in the official code
 
@@ -264,7 +264,7 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     command.out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 import tyro
 from tabulate import tabulate
 
-from looped_fast.errors import check_name
+from looped_fast.errors import CheckpointError, check_name
 from looped_fast.evaluation import (
     MIN_PROMPTS,
     bootstrap_curve,
@@ -28,7 +28,6 @@ from looped_fast.evaluation import (
 from looped_fast.paper.ablations import SWEEPS
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.pretrained.provenance import versions, weights_sha256
-from looped_fast.training import checkpoint
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Interrupted, NonFiniteError, Trainer
@@ -84,7 +83,7 @@ def main(args: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteError, checkpoint.CheckpointError, OSError) as error:
+    except (NonFiniteError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"\n{results_table(results)}\n\nplot: {out / 'sweep.png'}")

@@ -9,6 +9,7 @@ from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.pretrained.weights import (
     find_checkpoint,
     from_pretrained,
+    load_start,
     names,
     path,
     train_config,
@@ -19,6 +20,7 @@ __all__ = [
     "find_checkpoint",
     "from_pretrained",
     "load_run",
+    "load_start",
     "names",
     "path",
     "train_config",

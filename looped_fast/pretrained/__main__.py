@@ -17,6 +17,7 @@ import torch
 from tabulate import tabulate
 
 from looped_fast import pretrained
+from looped_fast.errors import CheckpointError
 from looped_fast.evaluation import model_errors
 from looped_fast.model import LoopedTransformer
 from looped_fast.training import checkpoint
@@ -36,7 +37,7 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         folder = release(options.run, options.cpu_minutes, options.how)
-    except (ValueError, FileNotFoundError, checkpoint.CheckpointError) as error:
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print((folder / "README.md").read_text())

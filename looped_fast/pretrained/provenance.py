@@ -12,7 +12,7 @@ from looped_fast.config import VERSION
 from looped_fast.pretrained.weights import find_checkpoint
 from looped_fast.training import checkpoint
 
-PACKAGES = ("python", "torch", "numpy", "scikit-learn", "xgboost", "numba")
+PACKAGES = ("python", "torch", "numpy", "scikit-learn", "xgboost")
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
@@ -23,10 +23,12 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 def _version(package: str) -> str:
     if package == "python":
         return platform.python_version()
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    for distribution in (package, f"{package}-cpu"):  # XGBoost is in xgboost or xgboost-cpu
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return "not installed"
 
 
 def weights_sha256(source: str | Path) -> str:

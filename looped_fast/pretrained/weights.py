@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from looped_fast.compat import load_official_checkpoint
 from looped_fast.errors import check_name
 from looped_fast.model import LoopedTransformer
 from looped_fast.training import checkpoint
 from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.step import Start
 
 _FOLDER = Path(__file__).parent
 
@@ -81,3 +83,23 @@ def find_checkpoint(source: str | Path) -> Path:
         f"{source} {what}; give the folder of a run, such as runs/lr-looped-tiny-..., or of one "
         f"of its checkpoints, or a pretrained model: {', '.join(names())}"
     )
+
+
+def load_start(source: str | Path) -> Start:
+    """Load what a run with ``init_from = source`` starts from, for ``Trainer``.
+
+    Args:
+        source: whatever ``find_checkpoint`` takes, for its weights only; or an official
+            ``.pt``, for its optimizer state and step too.
+
+    Raises:
+        FileNotFoundError: ``source`` is none of these.
+        CheckpointError: the file is damaged, or not a checkpoint.
+    """
+    path = Path(source)
+    if path.suffix != ".pt":
+        path = find_checkpoint(path)
+        return Start(path, checkpoint.load(path).model_state)
+    official = load_official_checkpoint(path)
+    step = 0 if official.train_step is None else official.train_step + 1
+    return Start(path, official.model_state, official.optimizer_state, step)

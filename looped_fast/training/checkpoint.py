@@ -31,14 +31,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from looped_fast.config import VERSION
+from looped_fast.errors import CheckpointError
 
 FORMAT_VERSION = 1
 INDEX, MODEL, TRAINER = "checkpoint.json", "model.safetensors", "trainer.safetensors"
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint can't be written, read or used; the message names file, fault and remedy."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-from looped_fast.model import LoopedTransformer
+from torch import nn
 
 T = TypeVar("T")
 
@@ -29,17 +27,6 @@ def print_traceback(error: BaseException) -> int:
     """Tell of an error that nobody expected; returns the exit status."""
     traceback.print_exception(error)
     return 1
-
-
-class _Loss(nn.Module):
-    """``model.loss`` as a forward: DistributedDataParallel takes no other method."""
-
-    def __init__(self, model: LoopedTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.model.loss(*args)
 
 
 @dataclass(frozen=True)
@@ -138,34 +125,19 @@ class Processes:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    def averaging(
-        self,
-        model: LoopedTransformer,
-        trial: Callable[[Callable[..., Tensor]], Tensor],
-        *,
-        some_unused: bool,
-    ) -> Callable[..., Tensor]:
-        """``model.loss``, with gradients that are means over the processes.
+    def average_gradients(self, module: nn.Module, *, some_unused: bool) -> nn.Module:
+        """``module``, whose backward from now on gives means of gradients over the processes.
 
-        Parameters become those of the main process. All must call it, at one place.
+        Parameters become those of the main process. All must call it, at one place. A process by
+        itself gets ``module`` back.
 
         Args:
-            model: without gradients yet.
-            trial: the value of the loss given to it, on any batch, by the same operations in
-                every run.
+            module: with a scalar loss as its forward's result, and no gradients yet.
             some_unused: whether parameters may get no gradient.
         """
         if self.world_size == 1:
-            return model.loss
-        averaging = nn.parallel.DistributedDataParallel(
-            _Loss(model), find_unused_parameters=some_unused
-        )
-        # DDP sorts its buckets by the first backward, and the order in which three or more
-        # processes are summed depends on them: so a resumed run has the same bits from its first
-        # step on, which then is not the first here.
-        trial(averaging).backward()
-        model.zero_grad(set_to_none=True)
-        return averaging
+            return module
+        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=some_unused)
 
 
 def alone() -> Processes:

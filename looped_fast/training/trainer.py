@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from looped_fast import pretrained
-from looped_fast.compat import load_official_checkpoint
-from looped_fast.config import ModelConfig
 from looped_fast.evaluation import model_errors
-from looped_fast.model import LoopedTransformer
-from looped_fast.ops import backends, graphs
-from looped_fast.ops.reference import AUTOCAST_DTYPES
-from looped_fast.tasks import Batch, FixedPrompts, batch_seed, draw_batch
 from looped_fast.training import backend_autotune, checkpoint, distributed
 from looped_fast.training.config import TrainConfig
 from looped_fast.training.curriculum import Stage
-from looped_fast.training.distributed import resolve_device
 from looped_fast.training.log import MetricsLog, NoLog
+from looped_fast.training.step import Start, Stepper
 
 _LEAST_SCALE = 2.0**-10  # of the fp16 loss; reached by 26 overflows in a row, from 2^16
 
@@ -47,29 +37,19 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-class Trainer:
+class Trainer(Stepper):
     """Trains ``config`` in ``run_dir``, from the start or from a checkpoint.
 
-    The data of step i is a pure function of (seed, i, rank), so a resumed run ends bit-identical
-    to an uninterrupted one on the same machine with as many threads and processes.
-
-    Several processes each make a trainer and call the same methods. A step then takes the mean
-    gradient over a batch of each; the main process alone evaluates and writes.
-
-    On a GPU the first step of a curriculum stage (n_points, n_loops) runs as usual, the second
-    is captured as a CUDA graph, and later ones are replays of it. What else changes from step to
-    step (n_dims, learning rate, random numbers) is therefore kept on the device.
+    A resumed run ends bit-identical to an uninterrupted one on the same machine with as many
+    threads and processes. Of several processes the main one alone evaluates and writes.
 
     Args:
         config: all settings.
         run_dir: an existing folder for checkpoints and metrics.
-        resume: a checkpoint of this run to continue from.
-        processes: those that train the model, from ``distributed.join``; this one by default.
+        resume, processes, start: as in ``Stepper``.
 
     Raises:
-        CheckpointError: ``resume`` is damaged or of another model.
-        ValueError: a device or backend that can't be used, CUDA graphs required of several
-            processes, or torchrun started several and ``processes`` is not given.
+        CheckpointError, ValueError: as in ``Stepper``.
     """
 
     def __init__(
@@ -78,107 +58,12 @@ class Trainer:
         run_dir: Path,
         resume: checkpoint.Checkpoint | None = None,
         processes: distributed.Processes | None = None,
+        start: Start | None = None,
     ) -> None:
-        self.processes = distributed.alone() if processes is None else processes
-        self.config = config
+        super().__init__(config, resume, processes, start)
         self.run_dir = run_dir
-        self.device = self.processes.own_device(resolve_device(config.device))
-        self.task = config.make_task()
-        self.curriculum = config.make_curriculum()
-        torch.manual_seed(config.seed)
-        model = LoopedTransformer(
-            self._model_config(),
-            config.backend,
-            recompute=config.recompute,
-            attention=config.attention,
-            cuda_graphs="off",  # of inference, that is: evaluations are too rare for them
-        )
-        self.model = model.to(self.device)
-        on_cpu = self.device.type == "cpu"  # where the fused Adam reads a double
-        self._lr = torch.tensor(
-            config.lr, dtype=torch.float64 if on_cpu else torch.float32, device=self.device
-        )
-        settings: dict[str, Any] = {
-            "lr": self._lr,
-            "betas": (0.9, config.beta2),
-            "weight_decay": config.weight_decay,
-            "fused": self.device.type in ("cpu", "cuda"),
-            "capturable": self.device.type == "cuda",
-        }
-        self.optimizer = torch.optim.Adam(self.model.parameters(), **settings)
-        self.amp, self.amp_note = self._available_amp()
-        self.scaler = self._make_scaler()
-        self.step = 0  # completed steps
-        if resume is not None:
-            checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler)
-            self.step = resume.step
-        elif config.init_from is not None:
-            self._init_from(Path(config.init_from))
-        for group in self.optimizer.param_groups:
-            group.update(settings)  # a checkpoint brought its own
-        self._fixed_prompts = (
-            FixedPrompts(
-                self.task, config.train_prompts, config.n_points, config.batch_size,
-                seed=config.seed, device=self.device, world_size=self.processes.world_size,
-            )
-            if config.train_prompts is not None
-            else None
-        )  # fmt: skip
         self._saved_step: int | None = self.step if resume is not None else None
         self._signal = 0  # the one that came
-        self._sums = torch.zeros(3, device=self.device)  # of loss, mean y^2, gradient norm
-        self._steps_in_sums = 0
-        # With the learning rate, all that differs from step to step within a stage.
-        self._generator = torch.Generator(self.device)
-        self._n_dims = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._rows = torch.zeros(config.batch_size, dtype=torch.int64, device=self.device)
-        self.graphs = graphs.graphs_on(
-            self.device,
-            config.cuda_graphs,
-            lambda: self._generator,
-            unsupported=(
-                "several processes train the model" if self.processes.world_size > 1 else None
-            ),
-        )
-
-    def _model_config(self) -> ModelConfig:
-        return self.config.model_config()
-
-    def _available_amp(self) -> tuple[str, str]:
-        """``config.amp``, or "off" on a CPU where fp32 is the faster choice; and a note if so."""
-        if self.device.type != "cpu" or self.config.amp == "off":
-            return self.config.amp, ""
-        size = (self.config.batch_size, self.config.n_points)
-        asked = backends.select(self.model.describe_call(*size, self.config.amp))
-        if self.config.amp == "bf16" and asked.chosen != "cpu":
-            fp32 = backends.select(self.model.describe_call(*size, "fp32"))
-            if fp32.chosen == "cpu":
-                return "off", f"amp bf16 runs in fp32 here: {asked.reasons['cpu']}"
-        return self.config.amp, ""
-
-    def _init_from(self, path: Path) -> None:
-        """Start from a checkpoint of ours (weights) or an official one (and where it stopped)."""
-        if path.suffix != ".pt":
-            found = pretrained.find_checkpoint(path)
-            checkpoint.restore_into(checkpoint.load(found), self.model)
-            return
-        official = load_official_checkpoint(path)
-        try:
-            self.model.load_state_dict(official.model_state)
-        except RuntimeError as error:
-            raise checkpoint.CheckpointError(f"{path} is of another model: {error}") from None
-        if official.optimizer_state is not None:
-            # Adam's moments carry on; the settings of this run stay.
-            groups = self.optimizer.state_dict()["param_groups"]
-            state = official.optimizer_state["state"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if official.train_step is not None:
-            self.step = official.train_step + 1
-
-    def autocast(self) -> AbstractContextManager:
-        """The precision of matrix products: what the settings ask for, if this machine has it."""
-        dtype = AUTOCAST_DTYPES["fp32" if self.amp == "off" else self.amp]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def measure_backends(self) -> str | None:
         """Time the backends on this GPU, unless their times are known; ``auto`` goes by them.
@@ -290,79 +175,6 @@ class Trainer:
             if signum:
                 raise Interrupted(signum)
 
-    def training_step(self) -> None:
-        """One optimizer step on the next batch."""
-        self._set_inputs()
-        _, n_points, n_loops = self.curriculum.at(self.step)
-        self.graphs.run(
-            (n_points, n_loops),
-            functools.partial(self._update, n_points, n_loops),
-            clean_up=self._drop_half_step,
-        )
-        self._steps_in_sums += 1
-        self.step += 1
-
-    def _set_inputs(self) -> None:
-        """Put what the next step needs where ``_update`` and its graph read it."""
-        self._lr.fill_(self.learning_rate(self.step))
-        self._n_dims.fill_(self.curriculum.at(self.step).n_dims)
-        rank = self.processes.rank
-        if self._fixed_prompts is None:
-            self._generator.manual_seed(batch_seed(self.config.seed, self.step, rank))
-        else:
-            rows = self._fixed_prompts.rows(self.step, rank)
-            if self.device.type == "cuda":  # else the copy would wait for the step before
-                rows = rows.pin_memory()
-            self._rows.copy_(rows, non_blocking=True)
-
-    def _update(self, n_points: int, n_loops: int) -> None:
-        """The device's part of a step: no look at values here, all shapes from the arguments."""
-        config = self.config
-        loss, zero = self._loss(n_points, n_loops, self._averaging_loss)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled():  # it skipped this step if the gradient overflowed
-            norm = norm.nan_to_num(posinf=0.0)
-        self._sums += torch.stack((loss.detach(), zero, norm))
-
-    @functools.cached_property
-    def _averaging_loss(self) -> Callable[..., Tensor]:
-        """``self.model.loss``, made to average gradients once every process is there."""
-        config, (_, n_points, n_loops) = self.config, self.curriculum.at(0)
-        averaging = self.processes.averaging(
-            self.model,
-            lambda loss: self._loss(n_points, n_loops, loss)[0],
-            # The prompt enters before the first step alone, which may have no gradient.
-            some_unused=config.injection == "none" and config.window < config.n_loops,
-        )
-        self._set_inputs()  # the trial used the generator
-        return averaging
-
-    def _drop_half_step(self) -> None:
-        """After a capture that failed: gradients, scaler, and generator as before the step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        scaler = self._make_scaler()
-        if self.scaler.is_enabled():
-            scaler.load_state_dict(self.scaler.state_dict())
-        self.scaler = scaler
-        self._generator = torch.Generator(self.device)  # the other one may still be capturing
-        self._set_inputs()
-
-    def _make_scaler(self) -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
-
-    def learning_rate(self, step: int) -> float:
-        """Of training step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
-        config = self.config
-        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        return config.lr * warmup * (decay if config.lr_decay == "cosine" else 1.0)
-
     def evaluate(self, n_prompts: int) -> dict[str, list[float]]:
         """Relative error by position, {loop count: [n]}, at T, b and 2b loops."""
         errors = model_errors(
@@ -417,24 +229,6 @@ class Trainer:
         work = stride * sum(step_flops(config, self.curriculum.at(step)) for step in steps)
         return seconds * work / step_flops(config, self.curriculum.at(self.step))
 
-    def _loss(
-        self, n_points: int, n_loops: int, loss: Callable[..., Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """On the batch that ``_set_inputs`` chose, with that of predicting zero."""
-        xs, ys = self._batch(n_points)
-        window = min(self.config.window, n_loops)
-        n_supervised = min(self.config.supervised_window, window)
-        with self.autocast():
-            value = (loss or self.model.loss)(xs, ys, n_loops, window, n_supervised)
-        return value, ys.square().mean()
-
-    def _batch(self, n_points: int) -> Batch:
-        if self._fixed_prompts is not None:
-            return self._fixed_prompts.take(self._rows, n_points, self._n_dims)
-        return draw_batch(
-            self.task, self.config.batch_size, n_points, self._generator, self._n_dims
-        )
-
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
@@ -443,7 +237,7 @@ class Trainer:
         if not self._steps_in_sums:
             return {}
         means = (self._sums / self._steps_in_sums).tolist()
-        loss, zero, norm = self.processes.mean(*means)  # of all, which so decide alike
+        loss, zero, norm = self.processes.mean(*means)  # over ranks, so all take the same branch
         if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
             norm = math.inf
         if not (math.isfinite(loss) and math.isfinite(norm)):

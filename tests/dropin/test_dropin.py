@@ -370,12 +370,12 @@ def test_explain_backend_describes_an_accelerated_model(make, tokens, monkeypatc
     accelerate(model, precision="bf16")
     seen = []
     monkeypatch.setattr(
-        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem) or None}
+        backends, "UNSUPPORTED", {"reference": lambda call: seen.append(call) or None}
     )
     assert explain_backend(model, batch_size=3, n_points=7).chosen == "reference"
-    (problem,) = seen
-    assert (problem.batch, problem.seq_len, problem.n_embd) == (3, tokens, 32)
-    assert (problem.n_heads, problem.precision) == (4, "bf16")
+    (call,) = seen
+    assert (call.batch, call.seq_len, call.n_embd) == (3, tokens, 32)
+    assert (call.settings.n_heads, call.settings.precision) == (4, "bf16")
 
 
 @pytest.mark.parametrize("build_model", [own_model, foreign.Standard])

@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import prompt, small_model
 
-from looped_fast import evaluation
 from looped_fast.evaluation import (
     bootstrap_curve,
     evaluation_batches,
@@ -97,7 +96,7 @@ def test_evaluating_makes_no_gradient_and_follows_autocast():
 def test_the_size_of_chunks_changes_prompts_but_not_their_distribution(monkeypatch):
     task = make_task("lr", 3)
     large = position_errors(least_squares, task, batches(task, 1000))
-    monkeypatch.setattr(evaluation, "_CHUNK", 100)
+    monkeypatch.setattr("looped_fast.evaluation.errors._CHUNK", 100)
     small = position_errors(least_squares, task, batches(task, 1000))
     torch.testing.assert_close(small, large, rtol=0.5, atol=1e-6)
 
@@ -112,7 +111,7 @@ def test_errors_of_prompts_average_to_those_of_positions():
 @pytest.mark.parametrize("state_bytes", [1, 10_000, 2**28])
 def test_all_loop_counts_come_out_of_one_run_of_the_loop(state_bytes, monkeypatch):
     """This holds however few prompts fit into memory at once."""
-    monkeypatch.setattr(evaluation, "_STATE_BYTES", state_bytes)
+    monkeypatch.setattr("looped_fast.evaluation.errors._STATE_BYTES", state_bytes)
     model, task = small_model(), make_task("lr", 3)
     errors = loop_errors(model, task, batches(task, 7), [9, 3, 5])
     assert errors.shape == (3, 7, 6)

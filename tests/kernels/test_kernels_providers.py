@@ -26,7 +26,7 @@ from looped_fast.kernels import providers
 from looped_fast.kernels.launch import recording
 from looped_fast.kernels.providers import PROVIDERS, SHORT
 
-from looped_fast import explain_backend, ops
+from looped_fast import config, explain_backend, ops
 from looped_fast.ops import backends
 
 ON_GPU = changed(CALL, device="cuda", precision="bf16")
@@ -161,7 +161,8 @@ def test_the_loop_runs_on_a_forced_provider():
 
 
 def test_the_library_knows_the_providers_names():
-    assert set(backends.ATTENTION) == set(PROVIDERS)
+    assert set(config.ATTENTION) == set(PROVIDERS)
+    assert tuple(backends.UNSUPPORTED) == config.BACKENDS
 
 
 def test_short_sequences_go_to_our_kernel(ampere, flash_attn):
@@ -244,7 +245,7 @@ def test_a_broken_flash_attn_is_named(ampere, tmp_path, monkeypatch):
 
 def test_explain_backend_tells_who_computes_attention(ampere, no_flash_attn, monkeypatch):
     able = {name: lambda problem: None for name in ("triton", "reference")}
-    monkeypatch.setattr(backends, "BACKENDS", able)
+    monkeypatch.setattr(backends, "UNSUPPORTED", able)
     model = small_model()
     model.backend, model.attention = "triton", "sdpa"
     assert str(explain_backend(model, batch_size=2, n_points=5, precision="bf16")) == (
@@ -258,6 +259,6 @@ def test_explain_backend_tells_who_computes_attention(ampere, no_flash_attn, mon
 
 def test_a_forced_provider_needs_the_triton_backend(monkeypatch):
     able = {"triton": lambda problem: "no GPU here", "reference": lambda problem: None}
-    monkeypatch.setattr(backends, "BACKENDS", able)
+    monkeypatch.setattr(backends, "UNSUPPORTED", able)
     with pytest.raises(ValueError, match=r"'sdpa' needs the triton backend: no GPU here\. Use"):
         ops.loop(**loop_inputs(), n_heads=2, n_loops=1, window=1, attention="sdpa")

@@ -78,7 +78,7 @@ def sanitized(tmp_path_factory):
         env={**os.environ, "CC": str(compiler), "CXX": str(compiler)},
         cwd=folder, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    built = list(folder.glob("looped_fast/_C*.so"))
+    built = list(folder.glob("looped_fast/ops/_C*.so"))
     assert built, build.stdout + build.stderr
     assert b"__asan_store" in built[0].read_bytes(), "the flags did not reach the compiler"
     return {

@@ -70,7 +70,7 @@ def test_a_figure_is_made_of_existing_models_and_names_the_others(quick, tmp_pat
     assert f"{numbers['positions']['looped']['mean'][-1]:.4f}" in text
     assert "| looped, 30 loops " in text
     assert "(b = 3), at the last position, 32 prompts:" in text
-    assert f"numba {importlib.metadata.version('numba')}" in text
+    assert f"scikit-learn {importlib.metadata.version('scikit-learn')}" in text
     assert "python -m looped_fast.reproduce dt" in text  # not asked for, and not there
 
 

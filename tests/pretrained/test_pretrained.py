@@ -75,7 +75,10 @@ def test_a_run_starts_from_shipped_weights(tmp_path):
     config = dataclasses.replace(
         pretrained.train_config(name), init_from=str(pretrained.path(name))
     )
-    started = Trainer(config, tmp_path).model.state_dict()
+    with pytest.raises(ValueError, match=r"init_from = .*: a Trainer takes .*load_start"):
+        Trainer(config, tmp_path)
+    start = pretrained.load_start(config.init_from)
+    started = Trainer(config, tmp_path, start=start).model.state_dict()
     for key, value in looped_fast.from_pretrained(name).state_dict().items():
         assert torch.equal(started[key], value), key
 

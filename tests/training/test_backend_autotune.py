@@ -34,7 +34,7 @@ def a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(backend_times, "_device_name", lambda device, index: f"GPU {index}")
     monkeypatch.setattr(backend_times, "_failed", {})
     table = {name: lambda problem: None for name in ("triton", "compiled", "reference")}
-    monkeypatch.setattr(backends, "BACKENDS", table)
+    monkeypatch.setattr(backends, "UNSUPPORTED", table)
     torch.use_deterministic_algorithms(False)
     backend_times._known.cache_clear()
     yield
@@ -258,7 +258,7 @@ def test_graphs_say_to_the_op_that_calls_are_replayed(monkeypatch):
     """With and without gradients, while graphs are on."""
     seen = []
     monkeypatch.setattr(
-        backends, "BACKENDS", {"reference": lambda problem: seen.append(problem) or None}
+        backends, "UNSUPPORTED", {"reference": lambda problem: seen.append(problem) or None}
     )
     model, (xs, ys) = small_model(), prompt()
 
@@ -293,7 +293,7 @@ def make_trainer(monkeypatch, tmp_path):
     ``trainer.timed`` lists backends. Times are invented: 1 and 3 ms.
     """
     table = {name: lambda problem: None for name in ("compiled", "reference")}
-    monkeypatch.setattr(backends, "BACKENDS", table)
+    monkeypatch.setattr(backends, "UNSUPPORTED", table)
     aot_eager = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", aot_eager)
 

@@ -226,8 +226,8 @@ FAILING = """
     from looped_fast.training.trainer import Trainer
 
     class Failing(Trainer):
-        def __init__(self, config, run_dir, resume, processes):
-            super().__init__(config, run_dir, resume, processes)
+        def __init__(self, config, run_dir, resume, processes, start):
+            super().__init__(config, run_dir, resume, processes, start)
             if processes.rank == 1:
                 raise ValueError("no memory is left")
 

@@ -1,0 +1,275 @@
+"""One training step: batch, loss, gradients, update; replayed as a CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from looped_fast.config import ModelConfig
+from looped_fast.errors import CheckpointError
+from looped_fast.model import LoopedTransformer
+from looped_fast.ops import backends, graphs
+from looped_fast.ops.reference import AUTOCAST_DTYPES
+from looped_fast.tasks import Batch, FixedPrompts, batch_seed, draw_batch
+from looped_fast.training import checkpoint, distributed
+from looped_fast.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a new run starts from in place of random weights; see ``pretrained.load_start``.
+
+    Attributes:
+        path: where it was read.
+        model_state: name -> tensor, under the official state-dict names.
+        optimizer_state: of ``torch.optim.Adam``; None for a fresh one.
+        step: training steps finished; 0 counts from the beginning.
+    """
+
+    path: Path
+    model_state: dict[str, Tensor]
+    optimizer_state: dict[str, Any] | None = None
+    step: int = 0
+
+
+class Objective(nn.Module):
+    """``model.loss`` as a forward: DistributedDataParallel takes no other method."""
+
+    def __init__(self, model: LoopedTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Tensor:
+        """Arguments and result are those of ``LoopedTransformer.loss``."""
+        return self.model.loss(*args)
+
+
+class Stepper:
+    """Makes the training steps of ``config``: model, optimizer and data, without the run around it.
+
+    The data of step i is a pure function of (seed, i, rank). Several processes each make a stepper
+    and call the same methods; a step then takes the mean gradient over a batch of each.
+
+    On a GPU the first step of a curriculum stage (n_points, n_loops) runs as usual, the second
+    is captured as a CUDA graph, and later ones are replays of it. What else changes from step to
+    step (n_dims, learning rate, random numbers) is therefore kept on the device.
+
+    Args:
+        config: all settings.
+        resume: a checkpoint of this run to continue from.
+        processes: those that train the model, from ``distributed.join``; this one by default.
+        start: what a new run starts from in place of random weights.
+
+    Raises:
+        CheckpointError: ``resume`` is damaged or of another model, or ``start`` is of another.
+        ValueError: a device or backend that can't be used, CUDA graphs required of several
+            processes, torchrun started several and ``processes`` is not given, or
+            ``config.init_from`` is set and neither ``start`` nor ``resume`` is given.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        resume: checkpoint.Checkpoint | None = None,
+        processes: distributed.Processes | None = None,
+        start: Start | None = None,
+    ) -> None:
+        self.processes = distributed.alone() if processes is None else processes
+        self.config = config
+        self.device = self.processes.own_device(distributed.resolve_device(config.device))
+        self.task = config.make_task()
+        self.curriculum = config.make_curriculum()
+        torch.manual_seed(config.seed)
+        model = LoopedTransformer(
+            self._model_config(),
+            config.backend,
+            recompute=config.recompute,
+            attention=config.attention,
+            cuda_graphs="off",  # for inference: evaluations are too rare for them
+        )
+        self.model = model.to(self.device)
+        self._objective = Objective(self.model)
+        on_cpu = self.device.type == "cpu"  # where the fused Adam reads a double
+        self._lr = torch.tensor(
+            config.lr, dtype=torch.float64 if on_cpu else torch.float32, device=self.device
+        )
+        settings: dict[str, Any] = {
+            "lr": self._lr,
+            "betas": (0.9, config.beta2),
+            "weight_decay": config.weight_decay,
+            "fused": self.device.type in ("cpu", "cuda"),
+            "capturable": self.device.type == "cuda",
+        }
+        self.optimizer = torch.optim.Adam(self.model.parameters(), **settings)
+        self.amp, self.amp_note = self._available_amp()
+        self.scaler = self._make_scaler()
+        self.step = 0  # completed steps
+        if resume is not None:
+            checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler)
+            self.step = resume.step
+        elif start is not None:
+            self._start_from(start)
+        elif config.init_from is not None:
+            raise ValueError(
+                f"init_from = {config.init_from!r}: a Trainer takes what is in there, as "
+                f"start=looped_fast.pretrained.load_start(config.init_from)"
+            )
+        for group in self.optimizer.param_groups:
+            group.update(settings)  # a checkpoint brought its own
+        self._fixed_prompts = (
+            FixedPrompts(
+                self.task, config.train_prompts, config.n_points, config.batch_size,
+                seed=config.seed, device=self.device, world_size=self.processes.world_size,
+            )
+            if config.train_prompts is not None
+            else None
+        )  # fmt: skip
+        self._sums = torch.zeros(3, device=self.device)  # of loss, mean y^2, gradient norm
+        self._steps_in_sums = 0
+        # With the learning rate, all that differs from step to step within a stage.
+        self._generator = torch.Generator(self.device)
+        self._n_dims = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._rows = torch.zeros(config.batch_size, dtype=torch.int64, device=self.device)
+        self.graphs = graphs.graphs_on(
+            self.device,
+            config.cuda_graphs,
+            lambda: self._generator,
+            unsupported=(
+                "several processes train the model" if self.processes.world_size > 1 else None
+            ),
+        )
+
+    def _model_config(self) -> ModelConfig:
+        return self.config.model_config()
+
+    def _available_amp(self) -> tuple[str, str]:
+        """``config.amp``, or "off" on a CPU where fp32 is the faster choice; and a note if so."""
+        if self.device.type != "cpu" or self.config.amp == "off":
+            return self.config.amp, ""
+        size = (self.config.batch_size, self.config.n_points)
+        asked = backends.select(self.model.describe_call(*size, self.config.amp))
+        if self.config.amp == "bf16" and asked.chosen != "cpu":
+            fp32 = backends.select(self.model.describe_call(*size, "fp32"))
+            if fp32.chosen == "cpu":
+                return "off", f"amp bf16 runs in fp32 here: {asked.reasons['cpu']}"
+        return self.config.amp, ""
+
+    def _start_from(self, start: Start) -> None:
+        try:
+            self.model.load_state_dict(start.model_state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{start.path} is of another model: {error}") from None
+        if start.optimizer_state is not None:
+            # Adam's moments carry on; the settings of this run stay.
+            groups = self.optimizer.state_dict()["param_groups"]
+            state = start.optimizer_state["state"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = start.step
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of matrix products: what the settings ask for, if this machine has it."""
+        dtype = AUTOCAST_DTYPES["fp32" if self.amp == "off" else self.amp]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def training_step(self) -> None:
+        """One optimizer step on the next batch."""
+        self._set_inputs()
+        _, n_points, n_loops = self.curriculum.at(self.step)
+        self.graphs.run(
+            (n_points, n_loops),
+            functools.partial(self._update, n_points, n_loops),
+            clean_up=self._drop_half_step,
+        )
+        self._steps_in_sums += 1
+        self.step += 1
+
+    def _set_inputs(self) -> None:
+        """Put what the next step needs where ``_update`` and its graph read it."""
+        self._lr.fill_(self.learning_rate(self.step))
+        self._n_dims.fill_(self.curriculum.at(self.step).n_dims)
+        rank = self.processes.rank
+        if self._fixed_prompts is None:
+            self._generator.manual_seed(batch_seed(self.config.seed, self.step, rank))
+        else:
+            rows = self._fixed_prompts.rows(self.step, rank)
+            if self.device.type == "cuda":  # else the copy would wait for the step before
+                rows = rows.pin_memory()
+            self._rows.copy_(rows, non_blocking=True)
+
+    def _update(self, n_points: int, n_loops: int) -> None:
+        """The device's part of a step: no look at values here, all shapes from the arguments."""
+        config = self.config
+        loss, zero = self._loss(n_points, n_loops, self._averaging_objective)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = math.inf if config.clip_grad_norm is None else config.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():  # it skipped this step if the gradient overflowed
+            norm = norm.nan_to_num(posinf=0.0)
+        self._sums += torch.stack((loss.detach(), zero, norm))
+
+    @functools.cached_property
+    def _averaging_objective(self) -> nn.Module:
+        """The objective, made to average gradients once every process is there."""
+        config, (_, n_points, n_loops) = self.config, self.curriculum.at(0)
+        averaging = self.processes.average_gradients(
+            self._objective,
+            # The prompt enters before the first step alone, which may have no gradient.
+            some_unused=config.injection == "none" and config.window < config.n_loops,
+        )
+        if averaging is not self._objective:
+            # DDP sorts its buckets by the first backward, and the order in which three or more
+            # processes are summed depends on them. A trial on what every run has at its first
+            # step gives a resumed run the same bits as an uninterrupted one.
+            self._loss(n_points, n_loops, averaging)[0].backward()
+            self.model.zero_grad(set_to_none=True)
+            self._set_inputs()  # the trial used the generator
+        return averaging
+
+    def _drop_half_step(self) -> None:
+        """After a capture that failed: gradients, scaler, and generator as before the step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler = self._make_scaler()
+        if self.scaler.is_enabled():
+            scaler.load_state_dict(self.scaler.state_dict())
+        self.scaler = scaler
+        self._generator = torch.Generator(self.device)  # the other one may still be capturing
+        self._set_inputs()
+
+    def _make_scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
+
+    def learning_rate(self, step: int) -> float:
+        """Of training step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
+        config = self.config
+        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        return config.lr * warmup * (decay if config.lr_decay == "cosine" else 1.0)
+
+    def _loss(
+        self, n_points: int, n_loops: int, objective: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss on the batch that ``_set_inputs`` chose, and that of predicting zero."""
+        xs, ys = self._batch(n_points)
+        window = min(self.config.window, n_loops)
+        n_supervised = min(self.config.supervised_window, window)
+        with self.autocast():
+            value = (objective or self._objective)(xs, ys, n_loops, window, n_supervised)
+        return value, ys.square().mean()
+
+    def _batch(self, n_points: int) -> Batch:
+        if self._fixed_prompts is not None:
+            return self._fixed_prompts.take(self._rows, n_points, self._n_dims)
+        return draw_batch(
+            self.task, self.config.batch_size, n_points, self._generator, self._n_dims
+        )

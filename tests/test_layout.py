@@ -1,0 +1,95 @@
+"""The package's shape: public names, rooms, versions, and the tour in CONTRIBUTING.md."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "looped_fast"
+
+# What users import, and from where. Names move within a room only; those of the last three
+# modules have moved to evaluation/ and pretrained/, and still import from here (moved/).
+PUBLIC = {
+    "looped_fast": "LoopedTransformer ModelConfig UnsupportedModel __version__ accelerate "
+    "explain_backend from_pretrained restore",
+    "looped_fast.config": "ModelConfig",
+    "looped_fast.model": "LoopedTransformer",
+    "looped_fast.ops": "LoopSettings loop loop_mse read_in",
+    "looped_fast.dropin": "UnsupportedModel accelerate explain_backend restore",
+    "looped_fast.compat": "FAMILIES LOOP_FUNCS OfficialCheckpoint TransformerModel "
+    "TransformerModelLooped TransformerModelTying build_model export_official_checkpoint "
+    "load_official_checkpoint model_config_from_state_dict",
+    "looped_fast.tasks": "EVALUATION OFFICIAL_TASK_NAMES TASKS Batch DecisionTree FixedPrompts "
+    "LinearRegression NoisyLinearRegression Relu2LayerNetwork SparseLinearRegression Task "
+    "batch_generator batch_seed draw_batch make_task sample_batch task_options",
+    "looped_fast.evaluation": "Curve bootstrap_curve evaluation_batches loop_errors model_errors "
+    "model_predictor position_errors prompt_errors",
+    "looped_fast.pretrained": "Run find_checkpoint from_pretrained load_run load_start names path "
+    "train_config",
+    "looped_fast.train": "main",
+    "looped_fast.evaluate": "main",
+    "looped_fast.sweep": "main",
+    "looped_fast.openml": "main",
+    "looped_fast.state_probes": "main",
+    "looped_fast.reproduce": "main",
+    "looped_fast.presets": "main preset_config",
+    "looped_fast.env_report": "report",
+    "looped_fast.kernels": "",
+    "looped_fast.baselines": "BASELINES QUICK_BASELINES averaging boosted_trees figure_baselines "
+    "greedy_tree lasso least_squares nearest_neighbours on_signs ridge two_layer_network zero",
+    "looped_fast.distributions": "SHIFTS sample_shifted shifted_prompts",
+    "looped_fast.runs": "Run load_run",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_import_from_where_they_were(module):
+    imported = importlib.import_module(module)
+    assert [name for name in PUBLIC[module].split() if not hasattr(imported, name)] == []
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "sweep", "openml", "state_probes", "reproduce", "presets"]
+)
+def test_every_command_shows_its_flags(command):
+    done = subprocess.run(
+        [sys.executable, "-m", f"looped_fast.{command}", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python -m looped_fast.{command}" in done.stdout
+
+
+def test_there_are_at_most_twenty_rooms():
+    rooms = {path.name for path in PACKAGE.iterdir()}
+    rooms -= {"__init__.py", "py.typed", "__pycache__"}
+    assert len(rooms) <= 20, sorted(rooms)
+
+
+def test_no_file_is_longer_than_a_sitting():
+    files = [
+        path
+        for folder in ("looped_fast", "kernels", "benchmarks", "csrc")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h")
+    ]
+    assert len(files) > 100
+    assert [path for path in files if len(path.read_text().splitlines()) > 450] == []
+
+
+def test_the_version_is_that_of_the_package():
+    version = importlib.import_module("looped_fast").__version__
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_tour_names_what_exists():
+    """Ten lines of CONTRIBUTING.md, each with a file and what happens to a prompt there."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    stops = re.findall(r"^\d+\. `([\w/.]+)`, `(\w+)`", page, re.MULTILINE)
+    assert len(stops) == 10
+    for file, name in stops:
+        code = (ROOT / file).read_text()
+        assert re.search(rf"class {name}\b|\b{name}\(", code), (file, name)
