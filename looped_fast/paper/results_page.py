@@ -120,7 +120,7 @@ def _claims(out: Path) -> str:
 
 
 def _far(numbers: Numbers, task: str, position: int = -1) -> float | None:
-    """Error of the looped model at the loop count of the published one, if there."""
+    """Error of the looped model at the loop count of the published one, if measured."""
     curve = numbers["positions"].get(f"looped, {OFFICIAL_LOOPS[task]} loops")
     return curve and curve["mean"][position]
 
