@@ -13,9 +13,9 @@ from looped_fast.errors import check_name
 
 VERSION = "0.1.0"  # as in pyproject.toml; a test holds them together
 INJECTIONS = ("add", "mul", "none", "every_block")
-PRECISIONS = ("fp32", "bf16", "fp16")  # of the operands of matrix products
-BACKENDS = ("triton", "cpu", "compiled", "reference")  # the preferred first, without measurement
-ATTENTION = ("triton", "flash_attn", "sdpa")  # who may compute it on the triton backend
+PRECISIONS = ("fp32", "bf16", "fp16")  # operands of matrix products
+BACKENDS = ("triton", "cpu", "compiled", "reference")  # preferred first, if none is measured
+ATTENTION = ("triton", "flash_attn", "sdpa")  # implementations on the triton backend
 PRED_TYPES = ("regression", "classification")
 N_CLASSES = 2  # official scripts/models.py: MAX_NUM_CLASS
 LAYER_NORM_EPS = 1e-5
@@ -30,7 +30,7 @@ class ModelConfig:
         n_positions: most in-context points n; a prompt has up to ``2 * n_positions`` tokens.
         n_embd: residual width D.
         n_layer: transformer blocks inside one loop step (L).
-        n_head: attention heads; ``n_embd`` is a multiple of it.
+        n_head: attention heads; must divide ``n_embd``.
         n_loops: loop steps b, unless a call says otherwise.
         window: last steps T that carry gradient and predict, unless a call says otherwise.
         injection: how the embedded prompt e enters a step that starts from state z:
@@ -41,10 +41,10 @@ class ModelConfig:
             (official ``add_inputs_embeds``).
         pred_type: ``regression`` (one output) or ``classification`` (two logits).
         init_std: standard deviation of initial weights. GPT-2's 0.02 suits a wide model; a narrow
-            one starts nearly linear with it, and learns sooner from about 1 / sqrt(n_embd).
+            one starts nearly linear with it, and learns faster from about 1 / sqrt(n_embd).
 
     Raises:
-        ValueError: a setting out of its range; the message names value, limit and remedy.
+        ValueError: a setting out of range; the message names value, limit and remedy.
     """
 
     n_dims: int = 20
@@ -90,7 +90,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> ModelConfig:
-        """The inverse of ``to_dict``; an unknown key raises with the nearest valid one."""
+        """The inverse of ``to_dict``; the error for an unknown key suggests the nearest."""
         valid = [f.name for f in dataclasses.fields(cls)]
         for name in settings:
             check_name("model setting", name, valid)

@@ -11,7 +11,7 @@ class CheckpointError(RuntimeError):
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
-    """A ValueError for a name that is not one of ``valid``, with the nearest one that is.
+    """A ValueError for a name outside ``valid``, which suggests the nearest valid one.
 
     >>> raise unknown_name("task", "lrr", ["lr", "dt"])
     Traceback (most recent call last):

@@ -1,8 +1,8 @@
 """Evaluate trained models: ``python -m looped_fast.evaluate runs/lr-looped-small-...``.
 
-Writes numbers (JSON, CSV) and figures (PNG, PDF) of the squared error at every in-context
+Writes the squared error as numbers (JSON, CSV) and figures (PNG, PDF): at every in-context
 position against the baselines of the official figure, and over loop counts far beyond training;
-with ``--ood``, of a sweep over prompts from other distributions. ``--help`` lists all settings.
+with ``--ood``, on shifted distributions of prompts. ``--help`` lists all settings.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ class Command:
     """Evaluate trained models on held-out prompts, with baselines."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders of runs, checkpoints, or pretrained names such as lr-small; of one task."""
+    """Folders of runs, checkpoints, or pretrained names such as lr-small; all of one task."""
     ood: bool = False
-    """Sweep over prompts from other distributions instead."""
+    """Evaluate on shifted distributions of prompts instead."""
     prompts: int = 1280
-    """Held-out prompts."""
+    """Number of held-out prompts."""
     seed: int = 0
-    """Of prompts and bootstrap."""
+    """Seed of prompts and bootstrap."""
     points: int | None = None
     """In-context points n of a prompt; none: as many as at the end of training."""
     loops: tuple[int, ...] = ()
-    """Loop steps of looped models where positions are compared, a curve each; none: the trained b,
-    and (but for --ood) as many as in the official figure: 500, dt 200."""
+    """Loop counts of looped models in the figure over positions, one curve each; none: the trained
+    b, and (without --ood) that of the official figure: 500, dt 200."""
     max_loops: int = 500
     """Last loop step of the figure over loop counts; 0: no such figure."""
     loop_prompts: int = 256
     """Prompts of the figure over loop counts."""
     baselines: Literal["figure", "quick", "none"] = "figure"
-    """figure: those of the official figure (minutes; with --ood as quick); quick: those of seconds;
-    or none."""
+    """figure: those of the official figure (minutes; with --ood, the quick ones); quick: those that
+    take seconds; or none."""
     out: Path = Path("evaluation")
     """Folder to write to; files of an earlier evaluation are replaced."""
     device: str = "auto"
-    """cpu, cuda, ...; auto: a GPU where there is one."""
+    """cpu, cuda, ...; auto: a GPU if there is one."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return its exit status."""
     try:
         command = tyro.cli(Command, args=args, prog="python -m looped_fast.evaluate")
         evaluate(command)
@@ -84,7 +84,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def evaluate(command: Command) -> dict[str, Any]:
-    """Do what the command says; returns what it wrote as JSON.
+    """Evaluate the runs of ``command``; return what is written as JSON.
 
     Raises:
         FileNotFoundError: no such run.
@@ -131,7 +131,7 @@ def _check(command: Command) -> None:
 
 
 def load_runs(sources: tuple[str, ...], device: str) -> list[Run]:
-    """The runs, each with a name of its own.
+    """Load the runs; those that share a name are named by their source.
 
     Raises:
         FileNotFoundError: no such run.
@@ -178,9 +178,9 @@ def provenance(command: Command, runs: list[Run]) -> dict[str, Any]:
 def evaluate_positions(
     command: Command, runs: list[Run], n_points: int, known: Mapping[str, Curve] | None = None
 ) -> dict[str, Any]:
-    """Error by in-context position, of runs and baselines, over the task's variance.
+    """Error of runs and baselines by in-context position, over the task's variance.
 
-    Those of ``known`` are not computed again.
+    Curves in ``known`` are not computed again.
     """
     task, predictors = runs[0].task, _predictors(command, runs)
     batches = evaluation_batches(
@@ -206,7 +206,7 @@ def evaluate_positions(
 
 
 def evaluate_loops(command: Command, runs: list[Run], n_points: int) -> dict[str, Any]:
-    """Error at the last position after 1 .. max_loops loop steps, of looped runs."""
+    """Error of looped runs at the last position, after 1 .. max_loops loop steps."""
     task, counts = runs[0].task, range(1, command.max_loops + 1)
     curves = {}
     for run in runs:
@@ -224,19 +224,19 @@ def evaluate_loops(command: Command, runs: list[Run], n_points: int) -> dict[str
 
 
 def evaluate_shifts(command: Command, runs: list[Run], n_points: int) -> dict[str, Any]:
-    """Error by position under each shift, over the mean square of what is to be predicted."""
+    """Error by position under each shift, over the mean square of the targets."""
     task = runs[0].task
     panels: dict[str, dict[str, Curve]] = {}
     quick = "quick" if command.baselines == "figure" else command.baselines
     predictors = _predictors(replace(command, baselines=quick), runs)
-    most = min(run.config.n_positions for run in runs)
+    n_positions = min(run.config.n_positions for run in runs)
     for shift, settings in SHIFTS.items():
         n = n_points
-        if settings.longer and most == n_points:
+        if settings.longer and n_positions == n_points:
             print(f"{shift}: left out, the models have no positions beyond {n_points} points")
             continue
         if settings.longer:
-            n = most
+            n = n_positions
         elif settings.up_to_d:
             n = min(n_points, task.n_dims)
         started = time.perf_counter()
@@ -252,23 +252,23 @@ def evaluate_shifts(command: Command, runs: list[Run], n_points: int) -> dict[st
         print(f"{shift}: {time.perf_counter() - started:.1f} s", flush=True)
     title = f"{runs[0].config.task}, {command.prompts} prompts"
     rows = {f"{shift}: {name}": c for shift, curves in panels.items() for name, c in curves.items()}
-    write_csv(command.out / "ood.csv", "examples", range(most), rows)
+    write_csv(command.out / "ood.csv", "examples", range(n_positions), rows)
     figures.save(figures.shift_figure(panels, title, _top(task)), command.out / "ood")
     return {shift: _as_dicts(curves) for shift, curves in panels.items()}
 
 
-def write_csv(path: Path, counted: str, counts: Sequence[int], curves: Mapping[str, Curve]) -> None:
-    """One line for each predictor and count (of examples or loops): mean, low, high."""
+def write_csv(path: Path, unit: str, counts: Sequence[int], curves: Mapping[str, Curve]) -> None:
+    """Write mean, low and high of each predictor, one line per count of ``unit``."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(("predictor", counted, "mean", "low", "high"))
+        writer.writerow(("predictor", unit, "mean", "low", "high"))
         for name, curve in curves.items():
             for count, *values in zip(counts, curve.mean, curve.low, curve.high, strict=False):
                 writer.writerow((name, count, *values))
 
 
 def _predictors(command: Command, runs: list[Run]) -> dict[str, Baseline]:
-    """Runs at each of their loop counts, then the baselines that were asked for."""
+    """Runs at each of their loop counts, then the baselines of the command."""
     baselines: dict[str, Baseline] = {}
     if command.baselines == "figure":
         baselines = figure_baselines(runs[0].task)
@@ -285,7 +285,7 @@ def _predictors(command: Command, runs: list[Run]) -> dict[str, Baseline]:
 
 
 def loop_counts(command: Command, run: Run) -> list[int]:
-    """Loop steps after which positions of a run are compared."""
+    """Loop counts of a run in the figure over positions."""
     config = run.config
     if config.model != "looped":
         return [config.n_loops]
@@ -299,7 +299,7 @@ def _as_dicts(curves: Mapping[str, Curve]) -> dict[str, dict[str, list[float]]]:
 
 
 def _top(task: Task) -> float:
-    """Of the error axis, as in the official figures."""
+    """Upper limit of the error axis, as in the official figures."""
     return 1.6 if isinstance(task, DecisionTree) else 1.25
 
 

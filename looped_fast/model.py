@@ -1,7 +1,7 @@
 """The in-context learner: prompt assembly, read-in, the loop, read-out.
 
 Parameters carry the official state-dict names (``_read_in.weight``,
-``_backbone.transformer.h.0.attn.c_attn.weight``, ...), so checkpoints exchange both ways.
+``_backbone.transformer.h.0.attn.c_attn.weight``, ...), so checkpoints load in both directions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Block(nn.Module):
         self.mlp = _MLP(config)
 
     def op_weights(self) -> list[Tensor]:
-        """In the order of ``reference.Block``."""
+        """The block's parameters in the order of ``reference.Block``."""
         modules = (
             self.ln_1, self.attn.c_attn, self.attn.c_proj,
             self.ln_2, self.mlp.c_fc, self.mlp.c_proj,
@@ -80,7 +80,7 @@ class _Backbone(nn.Module):
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))
 
     def op_weights(self) -> list[Tensor]:
-        """``weights`` of ``ops.loop``."""
+        """The ``weights`` argument of ``ops.loop``."""
         blocks = cast(Iterable[_Block], self.transformer["h"])
         ln_f = cast(nn.LayerNorm, self.transformer["ln_f"])
         weights = [w for block in blocks for w in block.op_weights()]
@@ -107,12 +107,12 @@ class LoopedTransformer(nn.Module):
         config: shapes and recurrence.
         backend: ``auto``, ``reference``, ``compiled``, ``cpu`` or ``triton``; see
             ``explain_backend``.
-        recompute: keep states alone for the backward and compute activations again, which takes
-            longer and needs less memory. ``loss`` on the ``cpu`` backend needs little at any rate.
-        attention: who computes it on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
+        recompute: save only states for the backward and recompute activations: slower, with less
+            memory. ``loss`` on the ``cpu`` backend needs little memory either way.
+        attention: implementation on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
             ``triton``. See ``ops.loop``.
-        cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the third with a shape; see ``graphed_loop.GraphedLoop``.
+        cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay a CUDA
+            graph from the third call with the same shapes; see ``graphed_loop.GraphedLoop``.
     """
 
     def __init__(
@@ -138,23 +138,22 @@ class LoopedTransformer(nn.Module):
     ) -> Tensor:
         """Predict y at every x position, after each of the last ``window`` loop steps.
 
-        The prediction for x_i uses (x_1, y_1) ... (x_{i-1}, y_{i-1}) and x_i alone. Matrix
+        The prediction for x_i uses only (x_1, y_1) ... (x_{i-1}, y_{i-1}) and x_i. Matrix
         products run in bf16 or fp16 under ``torch.autocast``, else in the parameters' dtype.
 
         Args:
             xs: [B, n, d], in the parameters' dtype and on their device.
-            ys: [B, n], alike.
+            ys: [B, n], with the same dtype and device.
             n_loops: loop steps b; ``config.n_loops`` by default. May exceed the trained b.
-            window: last steps T that carry gradient; the lesser of ``config.window`` and
-                ``n_loops`` by default.
+            window: last steps T that carry gradient; ``min(config.window, n_loops)`` by default.
 
         Returns:
             [window, B, n], or [window, B, n, 2] logits for classification.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, n beyond ``n_positions``, a window
-                outside 1..n_loops, or NaN or Inf in the prompt. (Values are looked at on CPUs
-                only: on a GPU the look would stall the stream.)
+                outside 1..n_loops, or NaN or Inf in the prompt. (Values are checked on CPUs
+                only: on a GPU the check would stall the stream.)
         """
         n_loops, window = self._loop_counts(n_loops, window)
         return self._predict(xs, ys, n_loops, window, self.config.injection)
@@ -167,12 +166,12 @@ class LoopedTransformer(nn.Module):
         window: int | None = None,
         n_supervised: int | None = None,
     ) -> Tensor:
-        """The squared error of predictions, in the mean over loop steps, prompts and positions.
+        """Mean squared error of the predictions over loop steps, prompts and positions.
 
-        It equals ``(self(xs, ys, n_loops, window)[-n_supervised:] - ys).square().mean()``, and so
-        do its gradients. On the ``cpu`` backend it takes a small part of the memory: a thread goes
-        back over a prompt right after it went forward, so activations of the other prompts are
-        never there.
+        Value and gradients are those of
+        ``(self(xs, ys, n_loops, window)[-n_supervised:] - ys).square().mean()``. On the ``cpu``
+        backend it needs far less memory: each thread runs a prompt's backward right after its
+        forward, so it holds activations of one prompt at a time.
 
             >>> model = LoopedTransformer(ModelConfig(n_embd=64, n_head=4, n_loops=8, window=4))
             >>> model.loss(torch.randn(3, 11, 20), torch.randn(3, 11)).backward()
@@ -182,7 +181,7 @@ class LoopedTransformer(nn.Module):
             n_supervised: last steps of the window that count; all of them by default.
 
         Returns:
-            A scalar, []; differentiable, once, in the parameters.
+            A scalar, [], once differentiable with respect to the parameters.
 
         Raises:
             ValueError: as in ``forward``; ``n_supervised`` is outside 1..window; or the model
@@ -193,7 +192,7 @@ class LoopedTransformer(nn.Module):
         config = self.config
         if config.pred_type == "classification":
             raise ValueError(
-                "the loss is a squared error, of regression; a classifier has logits: "
+                "loss is the squared error of regression, but pred_type = 'classification': "
                 "torch.nn.functional.cross_entropy takes those that a call of the model returns"
             )
         n_loops, window = self._loop_counts(n_loops, window)
@@ -215,11 +214,11 @@ class LoopedTransformer(nn.Module):
     def _loop_arguments(
         self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str
     ) -> tuple[tuple[Tensor, Tensor, None, list[Tensor]], dict[str, Any]]:
-        """Tensors and settings of ``ops.loop``."""
+        """The tensors and settings that ``ops.loop`` takes."""
         check_window(n_loops, window)
         self._check_prompt(xs, ys)
         device = xs.device.type
-        # Read-in (here) and read-out (in the op) are a thousandth of the work: in full precision.
+        # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
         with torch.autocast(device, enabled=False):
             read_in = self._read_in
             embeddings = ops.read_in(xs, ys, read_in.weight, read_in.bias, backend=self.backend)
@@ -248,7 +247,7 @@ class LoopedTransformer(nn.Module):
         precision: str | None = None,
         replayed_training: bool = False,
     ) -> Call:
-        """What a backend is selected by for a call of this model; see ``explain_backend``."""
+        """Describe a call of this model for the choice of a backend; see ``explain_backend``."""
         config, weight = self.config, self._read_in.weight
         precision = precision or ambient_precision(weight.device.type)
         settings = self._settings(config.n_loops, config.window, config.injection, precision)
@@ -286,8 +285,8 @@ class LoopedTransformer(nn.Module):
                     f"{name} is {tensor.dtype} on {tensor.device}, the model is {weight.dtype} "
                     f"on {weight.device}; convert with {name}.to(device, dtype)"
                 )
-            inspect = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-            if inspect and not tensor.isfinite().all():
+            is_readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+            if is_readable and not tensor.isfinite().all():
                 where = (~tensor.isfinite()).nonzero()[0].tolist()
                 raise ValueError(
                     f"{name}{where} is {tensor[tuple(where)].item()}; prompts must be finite: "
@@ -296,7 +295,7 @@ class LoopedTransformer(nn.Module):
 
 
 def ambient_precision(device_type: str) -> str:
-    """The precision that ``torch.autocast`` asks for around the caller: fp32, bf16 or fp16."""
+    """The precision of the ambient ``torch.autocast``: bf16 or fp16; fp32 without one."""
     if not torch.is_autocast_enabled(device_type):
         return "fp32"
     dtype = torch.get_autocast_dtype(device_type)

@@ -63,7 +63,7 @@ def main(args: list[str] | None = None) -> int:
         return report_error(error)
 
 
-# User errors: bad settings, unreadable files, divergence. Anything else is a bug and gets a traceback.
+# User errors: bad settings, unreadable files, divergence. Others are bugs and get a traceback.
 EXPECTED_ERRORS = (ValueError, OSError, RuntimeError)
 
 

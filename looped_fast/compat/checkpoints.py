@@ -1,4 +1,4 @@
-"""The official checkpoints, ``state.pt`` and ``model_<step>.pt``: read and written."""
+"""Read and write official checkpoints: ``state.pt`` and ``model_<step>.pt``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class OfficialCheckpoint:
 
     Attributes:
         model_state: name -> CPU tensor, ready for ``load_state_dict``.
-        optimizer_state: of ``torch.optim.Adam``; None for ``model_<step>.pt``.
-        train_step: index, from 0, of the last finished training step: training goes on at
-            ``train_step + 1``. (The official code repeats ``train_step`` on resuming.) None
-            where neither file nor file name tells.
+        optimizer_state: state of ``torch.optim.Adam``; None for ``model_<step>.pt``.
+        train_step: 0-based index of the last finished training step: training resumes at
+            ``train_step + 1``. (The official code repeats ``train_step`` on resuming.) None if
+            neither the file nor its name tells.
     """
 
     model_state: dict[str, Tensor]
@@ -38,8 +38,8 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     """Read an official ``state.pt`` or ``model_<step>.pt``, without running code from it.
 
     Raises:
-        CheckpointError: missing, truncated or corrupt, holding code (which is refused, not run),
-            or of another layout.
+        CheckpointError: the file is missing, truncated or corrupt, holds code (which is refused,
+            not run), or has another layout.
 
     Source: official ``scripts/train.py`` and ``scripts/main_utils.py``.
     """
@@ -52,7 +52,7 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at checksums
+            damaged = archive.testzip()  # torch.load verifies no checksums
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -60,7 +60,7 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
         raise CheckpointError(
             f"{path} was refused: it is corrupt, or holds code or other objects besides tensors "
             f"and plain values, none of which was run ({_refused(error)}). If you trust it, load "
-            f"it with the program that wrote it, and save the state dicts alone"
+            f"it with the program that wrote it, and save only its state dicts"
         ) from None
     except (zipfile.BadZipFile, RuntimeError) as error:
         raise CheckpointError(
@@ -70,8 +70,8 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     model_state = found.get("model_state_dict", found.get("model"))
     if not isinstance(model_state, dict):
         raise CheckpointError(
-            f"{path} is neither a state.pt, with a dict model_state_dict in it, nor a "
-            f"model_<step>.pt, with a dict model in it; it holds {list(found) or type(state)}"
+            f"{path} is neither a state.pt, which holds a dict model_state_dict, nor a "
+            f"model_<step>.pt, which holds a dict model; it holds {list(found) or type(state)}"
         )
     return OfficialCheckpoint(
         model_state={name.removeprefix("_orig_mod."): t for name, t in model_state.items()},
@@ -89,11 +89,11 @@ def export_official_checkpoint(
     """Write a checkpoint that the official code resumes from, or loads as pretrained.
 
     Args:
-        path: given the next two, any name (the official one is ``state.pt``); else
+        path: any name with the next two arguments (officially ``state.pt``); without them
             ``model_<step>.pt``, since the official code reads the step from the name.
         model_state: state dict of any model of this library.
         optimizer_state: state dict of ``torch.optim.Adam`` over ``model.parameters()``.
-        train_step: index, from 0, of the last finished step (a count of steps, minus 1).
+        train_step: 0-based index of the last finished step.
 
     Raises:
         ValueError: only one of optimizer_state and train_step, or a name without a step.
@@ -130,12 +130,12 @@ def model_config_from_state_dict(
 
     Args:
         model_state: official names -> tensors.
-        n_head: attention heads, of which shapes say nothing (8 in the paper).
-        settings: what else shapes say nothing of: ``n_loops, window, injection``.
+        n_head: attention heads, which shapes do not tell (8 in the paper).
+        settings: the others that shapes do not tell: ``n_loops, window, injection``.
 
     Raises:
         CheckpointError: a parameter of the official models is missing.
-        ValueError: settings out of their range.
+        ValueError: settings out of range.
     """
     try:
         n_embd, n_dims = model_state["_read_in.weight"].shape
@@ -143,7 +143,7 @@ def model_config_from_state_dict(
         n_outputs = model_state["_read_out.weight"].shape[0]
     except KeyError as error:
         raise CheckpointError(
-            f"no {error} in the state dict; one of an official model is needed"
+            f"no {error} in the state dict; that of an official model is needed"
         ) from None
     return ModelConfig(
         n_dims=n_dims,

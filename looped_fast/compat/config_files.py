@@ -1,6 +1,6 @@
 """YAML files of settings: ours (the fields of ``TrainConfig``) and the official code's.
 
-An official file (``configs/**``) runs unchanged, with what it inherits.
+An official file (``configs/**``) runs unchanged, with the files that it inherits.
 """
 
 from __future__ import annotations
@@ -16,10 +16,15 @@ from looped_fast.compat import FAMILIES, LOOP_FUNCS
 from looped_fast.config import PRED_TYPES
 from looped_fast.errors import check_name, unknown_name
 from looped_fast.tasks import OFFICIAL_TASK_NAMES
-from looped_fast.training.config import Growth, Growths, TrainConfig, config_from_dict
+from looped_fast.training.config import (
+    CurriculumConfig,
+    ScheduleConfig,
+    TrainConfig,
+    config_from_dict,
+)
 from looped_fast.training.presets import preset_config
 
-# Where a run reports and writes is no part of what it computes, and is set on our command line.
+# Our command line sets where a run reports and writes, which does not affect its results.
 NOT_TAKEN_OVER = (
     "wandb.project, name, notes and timestamp, out_dir, gpu.n_gpu, debug_mode, keep_every_steps, "
     "test_size, test_idx"
@@ -31,13 +36,13 @@ def load_config(
 ) -> tuple[TrainConfig, str]:
     """Read a YAML file of settings, ours or an official one (with its ``inherit``).
 
-    Ours replaces settings of the preset that it names, for its task and model; an official one is
-    complete.
+    A file of ours overrides settings of the preset that it names, for its task and model; an
+    official file is complete.
 
     Args:
         path: the file.
-        given: a ``preset``, ``task`` or ``model`` that goes before the file's.
-        by_default: the preset, if none is named.
+        given: a ``preset``, ``task`` or ``model`` that overrides that of a file of ours.
+        by_default: the preset if none is named.
 
     Returns:
         The settings, and a phrase that says where they come from.
@@ -62,7 +67,7 @@ def load_config(
     choices = {name: content.get(name) for name in ("preset", "task", "model")}
     named = {name: value for name, value in choices.items() if isinstance(value, str)}
     if named.get("preset", "").endswith((".yaml", ".yml")):
-        del named["preset"]  # of a run that began with a file: a label
+        del named["preset"]  # only a label, of a run whose settings came from a file
     try:
         base = preset_config(**{"preset": by_default, **named})
         config = config_from_dict({"preset": str(path), **content}, base)
@@ -72,7 +77,7 @@ def load_config(
 
 
 def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
-    """Official settings (``scripts/schema.py``) as ours; what they do is the same."""
+    """Convert official settings (``scripts/schema.py``) to ours, with the same effect."""
     model, training = official["model"], official["training"]
     kind = {"gpt2_loop": "looped", "gpt2": "standard", "gpt2_tying": "tied"}[model["family"]]
     check_name("task_name", training["task_name"], OFFICIAL_TASK_NAMES)
@@ -89,13 +94,13 @@ def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
             f"checkpoint instead: --init-from .../state.pt"
         )
     curriculum = training["curriculum"]
-    # Where a schedule ends at the final value, that value alone says so: --n-loops changes both.
-    growths = {
-        name: Growth(schedule["start"], schedule["inc"], schedule["interval"])
+    # No end is set for schedules that end at the final value: --n-loops then changes both.
+    schedules = {
+        name: ScheduleConfig(schedule["start"], schedule["inc"], schedule["interval"])
         for name, schedule in curriculum.items()
     }
     if curriculum["dims"]["end"] != model["n_dims"]:
-        growths["dims"] = Growth(**curriculum["dims"])
+        schedules["dims"] = ScheduleConfig(**curriculum["dims"])
     if kind == "looped":
         injection = LOOP_FUNCS[model["loop_func"]]
         n_layer, n_loops = model["n_layer"], curriculum["loops"]["end"]
@@ -103,11 +108,11 @@ def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
     elif kind == "standard":
         injection = "every_block" if training["add_inputs_embeds"] else "none"
         n_layer, n_loops, window = model["n_layer"], 1, 1
-        growths["loops"] = Growth()
+        schedules["loops"] = ScheduleConfig()
     else:
-        # The official n_layer of a tied model counts the uses of its one block.
+        # The official n_layer of a tied model counts the uses of its shared block.
         injection, n_layer, n_loops, window = "none", 1, model["n_layer"], model["n_layer"]
-        growths["loops"] = Growth()
+        schedules["loops"] = ScheduleConfig()
     return TrainConfig(
         task=task,
         model=kind,  # type: ignore[arg-type]
@@ -124,7 +129,7 @@ def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
         # The official default of sparsity, 100, is the hidden width and means a dense network.
         sparsity=training["sparsity"] if task == "sparse_lr" else None,
         train_prompts=training["train_size"] if training["use_fixed_dataset"] else None,
-        curriculum=Growths(**growths),
+        curriculum=CurriculumConfig(**schedules),
         steps=training["train_steps"],
         batch_size=training["batch_size"],
         lr=training["learning_rate"],
@@ -139,7 +144,7 @@ def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
 
 
 class _Key(NamedTuple):
-    """One setting of the official schema; it must be given if it has no default."""
+    """One setting of the official schema; required without a default, unless nullable."""
 
     type: type
     default: Any = None
@@ -147,8 +152,8 @@ class _Key(NamedTuple):
     allowed: tuple[str, ...] = ()
 
 
-# Official scripts/schema.py, but that gpu.n_gpu may be left out: no official file has it, their
-# shell scripts give it on the command line.
+# Official scripts/schema.py, except that gpu.n_gpu is optional: no official file has it, since the
+# official shell scripts give it on the command line.
 _SCHEMA = {
     "out_dir": _Key(str),
     "debug_mode": _Key(bool, False),
@@ -195,17 +200,17 @@ _TYPE_NAMES = {str: "text", bool: "true or false", int: "a whole number", float:
 
 
 def load_official_config(path: str | Path) -> dict[str, Any]:
-    """An official YAML file with what it inherits, completed with the official defaults.
+    """Load an official YAML file with what it inherits, completed with the official defaults.
 
-    Files under ``inherit`` are relative to the file that names them; of two, the later wins, and
-    the file itself wins over both, setting by setting. As in the official code, null stands for
-    the default.
+    Paths under ``inherit`` are relative to the file that names them. Later files override earlier
+    ones, and the file itself overrides them all, setting by setting. As in the official code, null
+    stands for the default.
 
     Returns:
         Nested plain dict with every section and setting of the official ``scripts/schema.py``.
 
     Raises:
-        FileNotFoundError: the file, or one that it inherits (both are named).
+        FileNotFoundError: no such file, or one that it inherits is missing (both are named).
         ValueError: not YAML, an inherit cycle, an unknown setting (with the nearest valid one), a
             missing one, or a value of the wrong type. The message names file and setting.
     """
@@ -226,7 +231,7 @@ def load_official_config(path: str | Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """Dotted name -> checked value, of one file and those it inherits. ``chain`` led here."""
+    """Dotted name -> checked value of ``path`` and its parents; ``chain``: what inherits it."""
     file = Path(os.path.abspath(path))
     if file in chain:
         cycle = " -> ".join(map(str, (*chain[chain.index(file) :], file)))

@@ -23,8 +23,8 @@ class TransformerModelLooped(LoopedTransformer):
     ) -> list[Tensor]:
         """Predictions after steps ``n_loop_start + 1 .. n_loops``; earlier ones have no gradient.
 
-        xs: [B, n, d], ys: [B, n] -> list of [B, n], or of [B, n, 2] logits; empty where
-        ``n_loop_start >= n_loops``. Raises ValueError as ``LoopedTransformer.forward``.
+        xs: [B, n, d], ys: [B, n] -> list of [B, n], or of [B, n, 2] logits; empty if
+        ``n_loop_start >= n_loops``. Raises ValueError as in ``LoopedTransformer.forward``.
         """
         window = n_loops - max(n_loop_start, 0)
         return list(super().forward(xs, ys, n_loops, window).unbind()) if window > 0 else []
@@ -38,7 +38,7 @@ class TransformerModel(LoopedTransformer):
     ) -> Tensor:
         """Predictions; ``add_inputs_embeds`` adds the embedded prompt before every block.
 
-        xs: [B, n, d], ys: [B, n] -> [B, n], or [B, n, 2] logits. Raises ValueError as
+        xs: [B, n, d], ys: [B, n] -> [B, n], or [B, n, 2] logits. Raises ValueError as in
         ``LoopedTransformer.forward``.
         """
         injection = "every_block" if add_inputs_embeds else "none"
@@ -49,7 +49,7 @@ class TransformerModelTying(LoopedTransformer):
     """Official family ``gpt2_tying``: one block, run ``n_layer`` times without injection."""
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
-        # The official class draws the weights of n_layer blocks first, then those of its one.
+        # The official class draws the weights of n_layer blocks, then of its shared one.
         super().__init__(replace(config, n_layer=config.n_loops), backend)
         self.config = config
         self._backbone = _Backbone(config)
@@ -59,7 +59,7 @@ class TransformerModelTying(LoopedTransformer):
     ) -> Tensor:
         """Predictions. Like the official model, it ignores ``add_inputs_embeds``.
 
-        xs: [B, n, d], ys: [B, n] -> [B, n]. Raises ValueError as ``LoopedTransformer.forward``.
+        xs: [B, n, d], ys: [B, n] -> [B, n]. Raises ValueError as in ``LoopedTransformer.forward``.
         """
         return super().forward(xs, ys)[-1]
 
@@ -74,12 +74,12 @@ def build_model(
 
     Args:
         conf: an object with attributes ``family, n_dims, n_positions, n_embd, n_layer, n_head``,
-            and optionally ``pred_type`` (by default ``regression``; the official weight-tied
-            model is always that) and ``loop_func`` (by default ``z=f(x+z)``).
+            and optionally ``pred_type`` (``regression`` by default, and always in the weight-tied
+            model, as officially) and ``loop_func`` (by default ``z=f(x+z)``).
         backend: as in ``LoopedTransformer``.
 
     Raises:
-        ValueError: an unknown family, loop_func or pred_type, or a size out of its range.
+        ValueError: an unknown family, loop_func or pred_type, or a size out of range.
 
     Source: official ``scripts/models.py``.
     """

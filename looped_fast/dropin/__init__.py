@@ -1,4 +1,4 @@
-"""Speed up a model that was not written for this library, where it stands."""
+"""Speed up a model that was not written for this library, in place."""
 
 from looped_fast.dropin.explain import explain_backend
 from looped_fast.dropin.replacement import UnsupportedModel, accelerate, restore

@@ -3,8 +3,8 @@
 The forwards here have the signatures and results of the originals, but run the whole loop as one
 op. They read parameters from the original modules at every call, so nothing is copied.
 
-Source of the in-context models: official ``scripts/models.py`` (Leiay/looped_transformer); of the
-language model: nanoGPT's ``model.py``.
+Sources: official ``scripts/models.py`` (Leiay/looped_transformer) for the in-context models,
+nanoGPT's ``model.py`` for the language model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Architecture:
 
     name: str
     markers: tuple[str, ...]  # attributes that tell it from those below it in ARCHITECTURES
-    stack: Callable[[Model], Model]  # what holds wpe, h and ln_f
+    stack: Callable[[Model], Model]  # the module that holds wpe, h and ln_f
     forward: Callable[..., Any]  # (model, loop, *original arguments) -> the original's result
     needs: tuple[str, ...]  # further attributes that ``forward`` reads
     example_calls: Callable[[Model, torch.Generator], list[tuple[Any, ...]]]
@@ -41,7 +41,7 @@ class Architecture:
 
 
 def has(module: Model, path: str) -> bool:
-    """Whether ``module`` has the dotted attribute ``path``."""
+    """True if ``module`` has the dotted attribute ``path``."""
     for name in path.split("."):
         if not hasattr(module, name):
             return False
@@ -50,21 +50,21 @@ def has(module: Model, path: str) -> bool:
 
 
 def weight_and_bias(module: Model) -> list[Tensor]:
-    """Of a Linear or LayerNorm; one without bias (nanoGPT's ``bias=False``) computes with zeros."""
+    """Parameters of a Linear or LayerNorm; zeros for no bias (nanoGPT's ``bias=False``)."""
     if module.bias is None:
         return [module.weight, module.weight.new_zeros(module.weight.shape[0])]
     return [module.weight, module.bias]
 
 
 def block_weights(block: Model) -> list[Tensor]:
-    """In the order of ``reference.Block``."""
+    """The block's parameters in the order of ``reference.Block``."""
     attn, mlp = block.attn, block.mlp
     modules = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
     return [tensor for module in modules for tensor in weight_and_bias(module)]
 
 
 def stack_weights(stack: Model) -> list[Tensor]:
-    """``weights`` of ``ops.loop``."""
+    """The ``weights`` argument of ``ops.loop``."""
     weights = [tensor for block in stack.h for tensor in block_weights(block)]
     return weights + weight_and_bias(stack.ln_f)
 
@@ -76,7 +76,7 @@ def hooks_of(module: nn.Module) -> Iterator[str]:
 
 
 def replaced_modules(stack: Model) -> Iterator[tuple[str, nn.Module]]:
-    """Modules whose own forward is not called any more, with their names in the stack."""
+    """Modules whose forward is no longer called, with their names in the stack."""
     for name, module in stack.named_modules():
         if name != "wte":
             yield name, module
@@ -148,19 +148,19 @@ def _read_in(model: Model, xs: Tensor, ys: Tensor) -> Tensor:
 
 
 def _predict(model: Model, loop: Loop, embeddings: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Predictions at the x positions, [W, B, n], or [W, B, n, 2] logits: by the loop, if it can."""
-    read_out, of_x = model._read_out, slice(model.ind, None, model.freq)
+    """Predictions at the x positions, [W, B, n(, 2)], read out by the loop if it can."""
+    read_out, x_tokens = model._read_out, slice(model.ind, None, model.freq)
     is_plain = type(read_out) is nn.Linear and not any(hooks_of(read_out))
-    if is_plain and of_x == slice(0, None, 2):  # the tokens that the op reads out
+    if is_plain and x_tokens == slice(0, None, 2):  # the tokens that the op reads out
         outputs = loop(embeddings, read_out=weight_and_bias(read_out), **settings)
         predictions = outputs.to(_output_dtype(outputs))
     else:
-        predictions = read_out(loop(embeddings, **settings)[:, :, of_x])
+        predictions = read_out(loop(embeddings, **settings)[:, :, x_tokens])
     return predictions[..., 0] if model._pred_type == "regression" else predictions
 
 
 def _output_dtype(tensor: Tensor) -> torch.dtype:
-    """Of a Linear's output, were it called on ``tensor``."""
+    """The dtype that a Linear returns for ``tensor``, under autocast or not."""
     device = tensor.device.type
     is_lowered = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
     return torch.get_autocast_dtype(device) if is_lowered else tensor.dtype
@@ -242,7 +242,7 @@ ARCHITECTURES = (
 
 
 def recognise(model: Model) -> Architecture | None:
-    """The architecture that ``model`` looks like, if any; what it computes is still to be seen."""
+    """The architecture that ``model`` looks like, or None; ``verify`` compares results."""
     for architecture in ARCHITECTURES:
         if all(has(model, marker) for marker in architecture.markers):
             return architecture

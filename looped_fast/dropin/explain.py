@@ -18,7 +18,7 @@ def explain_backend(
     *,
     replayed_training: bool = False,
 ) -> Selection:
-    """Say which backend runs ``model`` on such a batch, and for each other one, why not.
+    """Say which backend runs ``model`` on such a batch, and why each other one does not.
 
     >>> from looped_fast import ModelConfig
     >>> print(explain_backend(LoopedTransformer(ModelConfig()), batch_size=64, n_points=41))
@@ -28,14 +28,14 @@ def explain_backend(
         model: a ``LoopedTransformer``, or any model after ``accelerate``.
         batch_size: prompts.
         n_points: in-context points of a prompt, of two tokens each; tokens for nanoGPT's ``GPT``.
-        precision: ``fp32``, ``bf16`` or ``fp16``; None: what ``accelerate`` was given, or else
-            that of ``torch.autocast`` around this call.
+        precision: ``fp32``, ``bf16`` or ``fp16``; None: what ``accelerate`` was given, else that
+            of ``torch.autocast`` around this call.
         replayed_training: describe a training step that ``Trainer`` replays as a CUDA graph; by
             default, a call without gradients.
 
     Raises:
-        ValueError: a model of other code that is not accelerated; or its backend is forced, and
-            can't run it.
+        ValueError: a model of other code is not accelerated, or a forced backend can't run the
+            model.
     """
     replacement = replaced(model)
     described = replacement if isinstance(replacement, FastForward) else model

@@ -1,8 +1,8 @@
-"""Speed up a model of the official code, of nanoGPT, or of this package, where it stands.
+"""Speed up a model of the official code, of nanoGPT, or of this package, in place.
 
 ``accelerate`` puts a faster forward on one instance; parameters, state dict, class and modules
 stay what they are, so checkpoints and optimizers made before or after keep working. ``restore``
-takes it off again.
+removes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class UnsupportedModel(ValueError):
     """A model that can't be accelerated.
 
     Attributes:
-        reasons: each thing that stands against it; the message lists them all.
+        reasons: a string for each obstacle; the message lists them all.
     """
 
     def __init__(self, model_name: str, reasons: Iterable[str]) -> None:
@@ -50,9 +50,9 @@ def accelerate(
 ) -> AnyModule:
     """Make ``model`` run its loop as one fast op, in training and inference. Changes it in place.
 
-    Known are the official ``TransformerModelLooped``, ``TransformerModel`` and
+    Supports the official ``TransformerModelLooped``, ``TransformerModel`` and
     ``TransformerModelTying``, nanoGPT's ``GPT`` (with GELU in its tanh form), and
-    ``LoopedTransformer``: recognised by their attributes, and then by their numbers, on tiny
+    ``LoopedTransformer``: recognised by their attributes, and verified by their results on tiny
     random inputs (see ``looped_fast.dropin.verify``). A second call changes the settings.
 
     Args:
@@ -60,18 +60,18 @@ def accelerate(
         backend: ``auto``, or ``reference``, ``compiled``, ``cpu`` or ``triton`` to force it.
         precision: operands of matrix products: ``fp32``, ``bf16``, ``fp16``; None follows
             ``torch.autocast`` around the call.
-        cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay the loop
-            as a CUDA graph from the third with a shape; see ``graphed_loop.GraphedLoop``.
-        attention: who computes it on the triton backend: ``auto``, ``triton``, ``flash_attn`` or
+        cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay a CUDA
+            graph from the third call with the same shapes; see ``graphed_loop.GraphedLoop``.
+        attention: implementation on the triton backend: ``auto``, ``triton``, ``flash_attn`` or
             ``sdpa``; see ``ops.loop``.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        UnsupportedModel: with every reason. Raised by a call of the model too, if it was put in
-            a mode where it computes something else (dropout and its like), or got hooks that
-            would not run, after all.
+        UnsupportedModel: with every reason. A later call of the model raises it too, if the model
+            is then in a mode that computes something else (dropout and the like), or has hooks
+            that would not run.
         ValueError: an unknown backend, precision, cuda_graphs or attention.
     """
     check_name("backend", backend, ("auto", *BACKENDS))
@@ -107,7 +107,7 @@ def restore(model: AnyModule) -> AnyModule:
 
 
 class FastForward:
-    """Called in place of the forward of a model of other code."""
+    """The forward that replaces that of a model of another code base."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class FastForward:
     ) -> None:
         self.model = model
         self.architecture = architecture
-        self.unfit = unfit or {}  # model.training -> what stands against it in that mode
+        self.unfit = unfit or {}  # model.training -> reasons against that mode
         self.backend = backend
         self.attention = attention
         self.precision = precision
@@ -137,11 +137,11 @@ class FastForward:
 
     @property
     def stack(self) -> Model:
-        """What holds ``wpe``, ``h`` and ``ln_f``."""
+        """The module that holds ``wpe``, ``h`` and ``ln_f``."""
         return self.architecture.stack(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own forward returns. Raises UnsupportedModel: see ``accelerate``."""
+        """Return what the model's own forward does. Raises UnsupportedModel: see ``accelerate``."""
         reasons = [
             *self.unfit.get(self.model.training, ()), *_dropout(self.model), *_hooks(self.stack)
         ]  # fmt: skip
@@ -159,7 +159,7 @@ class FastForward:
         injection: str,
         read_out: Sequence[Tensor] = (),
     ) -> Tensor:
-        """``ops.loop`` with the model's present parameters: see ``architectures.Loop``."""
+        """Run ``ops.loop`` on the model's current parameters: see ``architectures.Loop``."""
         stack, precision = self.stack, ambient_precision(embeddings.device.type)
         return self.graphed(
             embeddings,
@@ -188,9 +188,9 @@ class FastForward:
         precision: str | None = None,
         replayed_training: bool = False,
     ) -> Call:
-        """What a backend is selected by for a call of the model; see ``explain_backend``."""
+        """Describe a call of the model for the choice of a backend; see ``explain_backend``."""
         stack, weight = self.stack, self.stack.wpe.weight
-        # How often the model loops is an argument of its calls, and decides nothing here.
+        # The loop count, an argument of the model's calls, does not affect the selection.
         precision = precision or ambient_precision(weight.device.type)
         return Call(
             settings=self._settings(1, 1, "none", precision),
@@ -207,7 +207,7 @@ class FastForward:
 
 
 class _OwnForward:
-    """Called in place of ``LoopedTransformer.forward``, which is fast already: adds settings."""
+    """Apply settings to ``LoopedTransformer.forward``, which is fast already."""
 
     def __init__(
         self,
@@ -240,13 +240,13 @@ class _OwnForward:
 
 
 def replaced(model: nn.Module) -> FastForward | _OwnForward | None:
-    """What ``accelerate`` put in place of the forward; None if it did not."""
+    """The forward that ``accelerate`` installed, or None."""
     forward = vars(model).get("forward")
     return forward if isinstance(forward, FastForward | _OwnForward) else None
 
 
 def _autocast(device_type: str, precision: str | None) -> contextlib.AbstractContextManager:
-    """The ambient one if ``precision`` is None."""
+    """Autocast to ``precision``, or the ambient autocast if it is None."""
     if precision is None:
         return contextlib.nullcontext()
     dtype = AUTOCAST_DTYPES[precision]
@@ -254,13 +254,13 @@ def _autocast(device_type: str, precision: str | None) -> contextlib.AbstractCon
 
 
 def _supported(model: nn.Module) -> tuple[Architecture, dict[bool, list[str]]]:
-    """The architecture of ``model``, sure to compute what it computes in its present mode.
+    """The architecture of ``model``, verified to compute the same in its current mode.
 
     Returns:
-        It, and what stands against it once ``model.training`` is the other, under that.
+        The architecture, and ``{not model.training: reasons against the model in that mode}``.
 
     Raises:
-        UnsupportedModel: cheap checks first; the numerical ones only if those pass.
+        UnsupportedModel: with the reasons of cheap checks or, if those pass, of numerical ones.
     """
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):
@@ -289,8 +289,8 @@ def _supported(model: nn.Module) -> tuple[Architecture, dict[bool, list[str]]]:
 
 def _missing(model: Model, architecture: Architecture) -> Iterator[str]:
     """Attributes that the fast forward reads and ``model`` lacks."""
-    of_block = ("ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight", "attn.n_head",
-                "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # fmt: skip
+    block_paths = ("ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight", "attn.n_head",
+                   "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # fmt: skip
     for path in architecture.needs:
         if not architectures.has(model, path):
             yield f"it has no {path}"
@@ -302,13 +302,13 @@ def _missing(model: Model, architecture: Architecture) -> Iterator[str]:
     if not blocks:
         yield "its stack h holds no blocks"
     for i, block in enumerate(blocks):
-        for path in of_block:
+        for path in block_paths:
             if not architectures.has(block, path):
                 yield f"h.{i} has no {path}"
 
 
 def _unfit_parameters(stack: Model, forward: FastForward) -> Iterator[str]:
-    """What the op says against dtypes and shapes."""
+    """Dtypes and shapes that the op refuses."""
     wpe = stack.wpe.weight
     if wpe.dtype not in (torch.float32, torch.float64):
         yield (
@@ -325,7 +325,7 @@ def _unfit_parameters(stack: Model, forward: FastForward) -> Iterator[str]:
 
 
 def _dropout(model: Model) -> Iterator[str]:
-    """Dropout that is active: the fast forward has none."""
+    """Active dropout, which the fast forward does not compute."""
     for name, module in model.named_modules():
         p = verify.dropout_of(module)
         if module.training and p > 0:

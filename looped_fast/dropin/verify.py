@@ -1,13 +1,13 @@
-"""Whether a model that looks like a known architecture also computes the same function.
+"""Verify that a model that looks like a known architecture also computes the same function.
 
 Attributes do not tell: an activation, a mask or a scale can sit anywhere in a forward. So tiny
 random inputs go through the original and through its replacement, with random parameters in
 place of the model's own (which may be zero, and hide a difference), in float64 on the CPU (where
 neither TF32 nor a missing GPU matters), and outputs and gradients are compared. The model, the
 random number generators and standard output are left as they were; hooks on modules that stay in
-use (read-in, read-out) do run. Attention, which may look back a limited way only, is compared at
-the model's full length too. Of one core's time, a looped model of the paper's size takes a second,
-a standard one 2, GPT-2 40; and all take the memory of parameters and gradients in float64.
+use (read-in, read-out) do run. Attention, which may have a sliding window, is compared at the
+model's full length too. On one core a looped model of the paper's size takes 1 s, a standard one
+2 s, GPT-2 40 s. The memory needed is that of parameters and gradients in float64.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from looped_fast.ops import reference
 
 Function = Callable[..., Any]  # (module, *inputs) -> a Tensor, or a sequence of Tensor or None
 
-TOLERANCE = 1e-6  # of float64 results, relative; a lookalike that rounds to float32 passes
-MAX_TOKENS = 1024  # of the check of attention at full length
+TOLERANCE = 1e-6  # relative, of float64 results; a lookalike that rounds to float32 passes
+MAX_TOKENS = 1024  # longest input on which attention is compared
 
 
 class _Call(nn.Module):
     """Calls ``function(module, ...)``, so that ``functional_call`` can swap the parameters.
 
-    The module's own hooks do not run, and a forward that was replaced on the instance neither.
+    Neither the module's own hooks run nor a forward that was replaced on the instance.
     """
 
     def __init__(self, module: nn.Module, function: Function) -> None:
@@ -55,13 +55,13 @@ class _Call(nn.Module):
 def differences(
     model: Model, architecture: Architecture, loop: Loop, *, outputs_only: bool = False
 ) -> list[str]:
-    """Each way in which ``model`` is not ``architecture``, as far as found; none if it is.
+    """Differences found between ``model`` and ``architecture``; empty if there are none.
 
     Args:
         model: has all the attributes of ``architecture``.
-        architecture: what it looks like.
+        architecture: the one that ``model`` resembles.
         loop: the loop op on the model's own blocks, on the reference backend.
-        outputs_only: on short inputs, without gradients; for a model that was checked before.
+        outputs_only: compare short inputs, without gradients, of a model verified before.
     """
     generator = torch.Generator().manual_seed(0)
     stack = architecture.stack(model)
@@ -83,7 +83,7 @@ def differences(
 
 @contextlib.contextmanager
 def in_mode(model: Model, training: bool) -> Iterator[None]:
-    """Every module in that mode, without the dropout that ``dropout_of`` sees."""
+    """Put every module in that mode, without the dropout that ``dropout_of`` finds."""
     kept = [(module, dict(vars(module))) for module in model.modules()]
     try:
         for module in model.modules():
@@ -97,14 +97,14 @@ def in_mode(model: Model, training: bool) -> Iterator[None]:
 
 
 def dropout_of(module: Model) -> float:
-    """The probability with which ``module`` itself drops out while training, as far as it tells."""
+    """The dropout probability of ``module`` itself while training, if an attribute tells."""
     p = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
     return p if isinstance(p, int | float) else 0.0
 
 
 @contextlib.contextmanager
 def _no_trace(model: Model) -> Iterator[None]:
-    """Undo what the original forward does besides computing (the official one prints, once)."""
+    """Undo the side effects of the original forward (the official one prints, once)."""
     attributes = dict(model.__dict__)
     with (
         torch.random.fork_rng(devices=[]),
@@ -121,7 +121,7 @@ def _no_trace(model: Model) -> Iterator[None]:
 
 
 def _different_norms(stack: Model, generator: torch.Generator) -> Iterator[str]:
-    """Inputs have a variance of about eps: larger ones hide it."""
+    """Compare LayerNorms on inputs with a variance of about eps: a larger one hides eps."""
     D = stack.wpe.weight.shape[1]
     x = LAYER_NORM_EPS**0.5 * _randn((2, 5, D), generator)
 
@@ -139,7 +139,7 @@ def _different_norms(stack: Model, generator: torch.Generator) -> Iterator[str]:
 
 
 def _different_far_back(stack: Model, generator: torch.Generator) -> Iterator[str]:
-    """Attention that is like ours on short inputs, as with a sliding window. Without gradients."""
+    """Compare attention, without gradients, on long inputs: only these show a sliding window."""
     n_positions, D = stack.wpe.weight.shape
     x = _randn((1, min(n_positions, MAX_TOKENS), D), generator)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def _mismatch(
     inputs: tuple[Any, ...],
     generator: torch.Generator,
 ) -> str | None:
-    """How the two differ, as functions of ``inputs`` and of the parameters; None if nowhere."""
+    """How the two functions differ, in outputs and gradients; None if they agree."""
     parameters = _random_parameters(module, generator)
     buffers = {f"module.{name}": buffer.cpu() for name, buffer in module.named_buffers()}
     cotangents: list[Tensor] = []
@@ -207,11 +207,11 @@ def _mismatch(
             return f"it raises {type(error).__name__}: {error}"
         results.append((outputs, gradients))
     (expected, expected_gradients), (actual, actual_gradients) = results
-    for kind, right, wrong in (
+    for kind, theirs, ours in (
         ("outputs", expected, actual),
         ("gradients", expected_gradients, actual_gradients),
     ):
-        errors = [_relative_error(a, b) for a, b in zip(right, wrong, strict=True)]
+        errors = [_relative_error(a, b) for a, b in zip(theirs, ours, strict=True)]
         distance = max(errors, default=0.0)
         if not distance <= TOLERANCE:
             return f"{kind} differ by {distance:.1e} of their size"
@@ -219,7 +219,7 @@ def _mismatch(
 
 
 def _random_parameters(module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Under their names in ``_Call``; weight matrices keep the scale of what they multiply."""
+    """Parameters by their name in ``_Call``; weight matrices keep the scale of their inputs."""
     return {
         f"module.{name}": (
             _randn(p.shape, generator) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1)
@@ -233,10 +233,10 @@ def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _tensors(returned: Any) -> list[Tensor]:
-    several = returned if isinstance(returned, list | tuple) else [returned]
-    return [tensor for tensor in several if tensor is not None]
+    outputs = returned if isinstance(returned, list | tuple) else [returned]
+    return [tensor for tensor in outputs if tensor is not None]
 
 
 def _relative_error(expected: Tensor, actual: Tensor) -> float:
-    scale = expected.norm().clamp_min(1e-6)  # all are of order 1, or zero: of unused positions
+    scale = expected.norm().clamp_min(1e-6)  # all are of order 1, or zero (unused positions)
     return ((actual - expected).norm() / scale).item()

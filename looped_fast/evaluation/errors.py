@@ -14,15 +14,15 @@ from looped_fast.model import LoopedTransformer
 from looped_fast.tasks import EVALUATION, Batch, Task, sample_batch
 
 _CHUNK = 256  # prompts in memory at once
-_STATE_BYTES = 2**28  # of loop states that one run of a model may return
+_STATE_BYTES = 2**28  # limit on the loop states that one run of a model returns
 BOOTSTRAP_TRIALS = 1000
-MIN_PROMPTS = 20  # the 5 % quantile of fewer is that of no more than one prompt
+MIN_PROMPTS = 20  # with fewer, less than one prompt lies below the 5 % quantile
 
 Predictor = Callable[[Tensor, Tensor], Tensor]  # (xs [B, n, d], ys [B, n]) -> [B, n]
 
 
 def chunk_sizes(n_prompts: int) -> list[int]:
-    """Prompts in each batch of an evaluation; which one a prompt is in decides its numbers."""
+    """Sizes of the batches of an evaluation, which decide what prompts are drawn."""
     return [min(_CHUNK, n_prompts - first) for first in range(0, n_prompts, _CHUNK)]
 
 
@@ -41,8 +41,8 @@ def model_predictor(
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """``model`` after ``n_loops`` loop steps, called as a baseline: (xs, ys, queries) -> [B, n].
 
-    Queries other than xs need one run for each position, of the points before it and the query:
-    about n / 2 times the work.
+    Queries other than xs need one run per position, on the points before it and the query: about
+    n / 2 times the work.
     """
 
     @torch.no_grad()
@@ -52,8 +52,8 @@ def model_predictor(
             return torch.cat([model(x, y, n_loops, 1)[-1] for x, y in chunks])
         columns = []
         for i in range(xs.shape[1]):
-            asked = torch.cat((xs[:, :i], queries[:, i : i + 1]), dim=1)
-            columns.append(predict(asked, ys[:, : i + 1])[:, -1])  # the last y is not looked at
+            prompt = torch.cat((xs[:, :i], queries[:, i : i + 1]), dim=1)
+            columns.append(predict(prompt, ys[:, : i + 1])[:, -1])  # the last y is not read
         return torch.stack(columns, dim=1)
 
     return predict
@@ -62,7 +62,7 @@ def model_predictor(
 def prompt_errors(predict: Predictor, task: Task, batches: Iterable[Batch]) -> Tensor:
     """Squared error of each prompt at each position over ``task.variance``.
 
-    Predicting zero scores 1 in the mean. For linear regression the variance is d, so the mean is
+    Predicting zero scores 1 on average. For linear regression the variance is d, so the mean is
     the paper's squared error / d (section 5).
 
     Args:
@@ -92,20 +92,20 @@ def loop_errors(
 ) -> Tensor:
     """``prompt_errors`` of ``model`` after each of ``loop_counts`` loop steps.
 
-    All counts are read out of one run of the loop to the last of them.
+    One run of the loop to the largest count serves all of them.
 
     Args:
-        model: runs on the device of its parameters, where the batches are too.
+        model: on the same device as the batches.
         task: gives the variance.
         batches: the P prompts.
         loop_counts: C counts, each at least 1, in any order.
-        autocast: makes the context that the model runs in.
+        autocast: makes the context in which the model runs.
 
     Returns:
         [C, P, n], float32 on the CPU.
 
     Raises:
-        ValueError: no count, or one below 1.
+        ValueError: no count, or a count below 1.
     """
     if not loop_counts or min(loop_counts) < 1:
         raise ValueError(f"loop counts {list(loop_counts)}: one or more of at least 1 are needed")
@@ -113,7 +113,7 @@ def loop_errors(
     kept = torch.tensor(loop_counts) - min(loop_counts)
     errors = []
     for xs, ys in batches:
-        state_bytes = window * 2 * xs.shape[1] * model.config.n_embd * 4  # of one prompt
+        state_bytes = window * 2 * xs.shape[1] * model.config.n_embd * 4  # per prompt
         size = max(1, _STATE_BYTES // state_bytes)
         for x, y in zip(xs.split(size), ys.split(size), strict=True):
             with torch.no_grad(), autocast():

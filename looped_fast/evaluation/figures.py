@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # ``eval_looped_model(model, xs, ys, loop_max=T)`` keeps the last prediction.
 OFFICIAL_LOOPS = {"lr": 500, "sparse_lr": 500, "dt": 200, "relu_2nn": 500}
 FORMATS = ("png", "pdf")
-_TOP = 1.25  # of linear axes; that of trees is 1.6
-_PANELS = 6  # in a row of the grid
+_TOP = 1.25  # upper limit of linear error axes
+_PANELS = 6  # panels in a row of the grid
 
 
 def position_figure(curves: Mapping[str, Curve], title: str, top: float = _TOP) -> Figure:

@@ -1,4 +1,4 @@
-"""What a run ends with: a table against the baselines, and a plot of loss and error."""
+"""The report at the end of a run: a table against the baselines, and a plot of its errors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def error_table(errors: dict[str, Tensor]) -> str:
-    """Rows of ``errors`` (name -> error by position [n]) as text: half-way, and at the end.
+    """A table of ``errors`` (name -> error by position [n]), half-way and at the end.
 
-    A mean over positions would say little: least squares errs without bound where it has as many
+    A mean over positions would say little: the error of least squares has no bound at as many
     examples as dimensions.
     """
     n = len(next(iter(errors.values())))
@@ -28,7 +28,7 @@ def plot(path: Path, history: list[dict[str, Any]], errors: dict[str, Tensor], t
         path: the file.
         history: lines of ``metrics.jsonl``.
         errors: name -> error by position [n], relative to predicting zero.
-        title: above both.
+        title: heading of the figure.
     """
     from matplotlib.figure import Figure  # slow to import; pyplot would look for a display
 
@@ -39,10 +39,10 @@ def plot(path: Path, history: list[dict[str, Any]], errors: dict[str, Tensor], t
     left.set(xlabel="training step", ylabel="training error / zero predictor", yscale="log")
     for name, error in errors.items():
         style = "-" if name.endswith("loops") else "--"
-        # An exact fit, as of least squares on linear data, has no place on a log axis.
+        # An exact fit, such as least squares on linear data, has no place on a log axis.
         right.plot(range(len(error)), error.clamp(min=1e-5), style, label=name)
     right.set(xlabel="in-context examples", ylabel="squared error / variance", yscale="log")
-    right.set_ylim(top=3)  # least squares may be far beyond
+    right.set_ylim(top=3)  # least squares may lie far above
     right.legend(fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)

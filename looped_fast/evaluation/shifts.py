@@ -25,11 +25,11 @@ _SIGNAL_TO_NOISE = 20  # Garg et al.: noise of variance 1 where y has variance d
 
 
 class ShiftedPrompts(NamedTuple):
-    """Prompts, and what is asked after each of their first i points.
+    """Prompts, with a query and its target at each position.
 
-    xs [B, n, d] and ys [B, n] are what a predictor has seen; queries [B, n, d] (None: xs) what it
-    is asked at each position, and targets [B, n] the function's values there: without the noise of
-    a shift, with that of ``noisy_lr`` itself.
+    At each position a predictor sees the earlier points, xs [B, n, d] with ys [B, n], and a query
+    from queries [B, n, d] (None: xs). Targets [B, n] are the function's values at the queries,
+    without the noise of a shift but with that of ``noisy_lr`` itself.
     """
 
     xs: Tensor
@@ -38,7 +38,7 @@ class ShiftedPrompts(NamedTuple):
     targets: Tensor
 
 
-Points = tuple[Tensor, Tensor | None]  # xs, and queries where they are others
+Points = tuple[Tensor, Tensor | None]  # xs, and queries unless these are the xs
 
 
 def _same(xs: Tensor, generator: Generator) -> Points:
@@ -52,9 +52,9 @@ class Shift:
     Attributes:
         points: (xs ~ N(0, I) [B, n, d], generator) -> (xs, queries); queries None: the xs.
         label_scale: factor of every y.
-        noise: whether the ys, not the targets, carry noise of 1/20 of the task's variance.
-        longer: whether prompts have as many points as the model has positions for.
-        up_to_d: whether there are no queries beyond position d.
+        noise: True if ys, not targets, carry noise with 1/20 of the task's variance.
+        longer: True if prompts have as many points as the model has positions for.
+        up_to_d: True if there are no queries beyond position d.
     """
 
     points: Callable[[Tensor, Generator], Points] = _same
@@ -150,7 +150,7 @@ def sample_shifted(
         task: functions, and the dimension d.
         n_prompts: prompts B.
         n_points: points n of a prompt.
-        seed: of the evaluation.
+        seed: seed of the evaluation.
         step: index of the batch.
         device: where the prompts are drawn.
 
@@ -188,11 +188,11 @@ def shifted_prompts(
     seed: int,
     device: torch.device | str = "cpu",
 ) -> ShiftedPrompts:
-    """The prompts of ``evaluation_batches``, shifted, as one batch; as ``sample_shifted``."""
+    """The prompts of ``evaluation_batches``, shifted, as one batch; see ``sample_shifted``."""
     chunks = [
         sample_shifted(name, task, size, n_points, seed=seed, step=step, device=device)
         for step, size in enumerate(chunk_sizes(n_prompts))
     ]
     xs, ys, queries, targets = zip(*chunks, strict=True)
-    asked = None if queries[0] is None else torch.cat(queries)
-    return ShiftedPrompts(torch.cat(xs), torch.cat(ys), asked, torch.cat(targets))
+    joined = None if queries[0] is None else torch.cat(queries)
+    return ShiftedPrompts(torch.cat(xs), torch.cat(ys), joined, torch.cat(targets))

@@ -1,1 +1,1 @@
-"""The paper's experiments, its published values, and the page that holds ours against them."""
+"""The paper's experiments, its published values, and the page that compares ours with them."""

@@ -1,7 +1,7 @@
 """The paper's ablations, as data: name -> the runs that answer one question.
 
-A sweep takes the settings of the looped preset and returns, for each of its runs, a label and what
-differs from the preset, so that one sweep serves every scale. ``sweep.py`` runs and draws them.
+A sweep takes the settings of the looped preset and returns, for each of its runs, a label and the
+settings that differ, so that one sweep serves every scale. ``sweep.py`` runs and draws them.
 Source: arXiv 2311.12424, sections 4 and 5 and the appendix on ablations.
 """
 
@@ -75,7 +75,7 @@ def loop_schedule(base: TrainConfig) -> Runs:
 
 
 def _looped(n_loops: int, window: int, growth: dict[str, Any] | None = None) -> dict[str, Any]:
-    """b and T, with a loop count that starts at T unless ``growth`` says otherwise."""
+    """Settings b and T, with a loop count that starts at T by default."""
     growth = {"start": window} if growth is None else growth
     return {"n_loops": n_loops, "window": window, "curriculum": {"loops": growth}}
 

@@ -1,4 +1,4 @@
-"""Experiments of several training runs: each resumes where it was stopped, at any length."""
+"""Shorten and resume the training runs of an experiment."""
 
 from __future__ import annotations
 
@@ -9,33 +9,39 @@ import yaml
 
 from looped_fast.train import CONFIG_FILE, changed_settings
 from looped_fast.training import checkpoint
-from looped_fast.training.config import Growth, Growths, TrainConfig, config_from_dict
+from looped_fast.training.config import (
+    CurriculumConfig,
+    ScheduleConfig,
+    TrainConfig,
+    config_from_dict,
+)
 
 
 def shortened(config: TrainConfig, steps: int) -> TrainConfig:
     """The same training in ``steps`` steps: warm-up and curriculum shrink in proportion."""
     scale = steps / config.steps
 
-    def shrink(growth: Growth) -> Growth:
+    def shrink(growth: ScheduleConfig) -> ScheduleConfig:
         return dataclasses.replace(growth, interval=max(1, round(growth.interval * scale)))
 
-    growths = {
-        f.name: shrink(getattr(config.curriculum, f.name)) for f in dataclasses.fields(Growths)
+    schedules = {
+        f.name: shrink(getattr(config.curriculum, f.name))
+        for f in dataclasses.fields(CurriculumConfig)
     }
     return dataclasses.replace(
         config,
         steps=steps,
         warmup_steps=round(config.warmup_steps * scale),
-        curriculum=Growths(**growths),
+        curriculum=CurriculumConfig(**schedules),
     )
 
 
 def last_checkpoint(config: TrainConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """Where a run of ``config`` in ``run_dir`` goes on; None for a new one, whose folder is made.
+    """Latest checkpoint to resume from, or None. Creates ``run_dir`` for a new run.
 
     Raises:
         ValueError: the folder holds a run with other settings.
-        CheckpointError: its checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     latest = checkpoint.latest(run_dir)
@@ -43,7 +49,7 @@ def last_checkpoint(config: TrainConfig, run_dir: Path) -> checkpoint.Checkpoint
         (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         return None
     saved = checkpoint.load(latest)
-    before = config_from_dict(saved.config, type(config)())  # a setting newer than it: the default
+    before = config_from_dict(saved.config, type(config)())  # defaults for newer settings
     changes = changed_settings(before.to_dict(), config.to_dict())
     if changes:
         raise ValueError(

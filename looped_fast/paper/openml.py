@@ -3,8 +3,8 @@
     python -m looped_fast.openml --preset tiny                # ten sets that need no network
     python -m looped_fast.openml --preset paper --data openml
 
-Each set is held out once, for a looped and for a standard model; the same command goes on where it
-was stopped. Source: arXiv 2311.12424, appendix on OpenML; official ``scripts/train_openml.py`` and
+Each set is held out once, for a looped and for a standard model; the same command resumes a stopped
+experiment. Source: arXiv 2311.12424, appendix on OpenML; official ``scripts/train_openml.py`` and
 ``jupyter_notebooks/Openml.ipynb``.
 """
 
@@ -50,7 +50,7 @@ MODELS = ("looped", "standard")
 
 @dataclass(frozen=True)
 class TabularConfig(TrainConfig):
-    """Settings of a run on tabular sets: those of ``lr`` (as officially), but for the data."""
+    """Settings of a run on tabular sets: those of ``lr``, as officially, and the sets."""
 
     data: str = "offline"
     """Collection of sets: offline or openml."""
@@ -62,7 +62,7 @@ class TabularTrainer(Trainer):
     """Trains a two-class model on prompts of all ``sets`` but ``config.held_out``.
 
     Raises:
-        ValueError: no such set, or one that does not fit a prompt; and as ``Trainer``.
+        ValueError: no such set, or one that does not fit a prompt; or as in ``Trainer``.
     """
 
     config: TabularConfig
@@ -99,7 +99,7 @@ class TabularTrainer(Trainer):
         self._ys.copy_(ys)
 
     def _loss(self, n_points: int, n_loops: int, objective: object = None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy over positions and the window's predictions, and that of a coin.
+        """Cross-entropy over positions and the window's predictions, and that of a coin flip.
 
         ``objective`` is a squared error, which does not suit classes, and is not used.
         """
@@ -121,7 +121,7 @@ class TabularTrainer(Trainer):
         return errors
 
     def is_wrong(self, n_prompts: int, n_loops: int, seed: int) -> Tensor:
-        """Whether the model errs on the held-out set, at most ``n_prompts`` of it: [P, n] bool."""
+        """True where the model errs on at most ``n_prompts`` held-out prompts: [P, n] bool."""
         config, wrong = self.config, []
         prompts = held_out_prompts(
             self.test_set, config.n_points, config.n_dims, rows=n_prompts, seed=seed
@@ -139,7 +139,7 @@ _CHUNK = 256  # prompts in memory at once
 def tabular_config(
     preset: str, model: str, data: str, held_out: str, *, steps: int | None = None, seed: int = 42
 ) -> TabularConfig:
-    """The settings of one run: 20 columns, 40 prompts a step, a curriculum of loops alone.
+    """The settings of one run: 20 columns, 40 prompts a step, a curriculum of loops only.
 
     Raises:
         ValueError: an unknown preset or model, or a value out of range.
@@ -166,7 +166,7 @@ class Command:
     """Leave each tabular set out in turn, and classify it in context: looped against standard."""
 
     data: Literal["offline", "openml"] = "offline"
-    """offline: sets of scikit-learn and generated ones; openml: the paper's, through its cache."""
+    """offline: sets of scikit-learn and generated ones; openml: the paper's, cached."""
     preset: str = "small"
     """Scale: tiny, small or paper."""
     steps: int | None = None
@@ -174,23 +174,23 @@ class Command:
     test_sets: tuple[str, ...] = ()
     """Sets to hold out; none: each of them."""
     test_rows: int = 1000
-    """Most rows of a set that are asked for."""
+    """Most rows of a set to classify."""
     test_seeds: int = 5
-    """Choices of rows and contexts; the accuracy is their mean."""
+    """Random choices of rows and contexts, over which accuracy is averaged."""
     seed: int = 42
-    """Of initial weights and data."""
+    """Seed of initial weights and data."""
     out: Path | None = None
     """Folder of the experiment; none: openml/<data>-<preset>."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return its exit status."""
     command = tyro.cli(Command, args=args, prog="python -m looped_fast.openml")
     out = command.out or Path("openml") / f"{command.data}-{command.preset}"
     try:
         results = run(command, load_sets(command.data), out)
     except Interrupted as stop:
-        print(f"\n{stop}: the run is saved. The same command goes on there.")
+        print(f"\n{stop}: the run is saved. The same command resumes it.")
         return 128 + stop.signum
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -204,7 +204,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def run(command: Command, sets: list[TabularSet], out: Path) -> dict[str, Any]:
-    """Train and test every model on every held-out set, or what is left of that.
+    """Train (or resume) and test every model on every held-out set.
 
     Returns:
         Set -> ``looped``, ``standard``, ``3-nearest neighbours``, ``majority`` -> (mean accuracy
@@ -252,13 +252,13 @@ def run(command: Command, sets: list[TabularSet], out: Path) -> dict[str, Any]:
 
 
 def _accuracy(wrong: list[Tensor]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of the share that is right."""
+    """Mean and standard deviation of the accuracy over seeds."""
     right = [1 - w.double().mean().item() for w in wrong]
     return float(np.mean(right)), float(np.std(right))
 
 
 def write(command: Command, results: dict[str, Any], out: Path) -> None:
-    """``openml.json``, ``openml.csv`` and ``openml.png`` in ``out``."""
+    """Write ``openml.json``, ``openml.csv`` and ``openml.png`` to ``out``."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(command).items()}
     document = {"settings": settings, "versions": versions(), "sets": results}
     (out / RESULTS_FILE).write_text(json.dumps(document))
@@ -283,7 +283,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
-    """Accuracy on each held-out set, one group of bars a set (PNG)."""
+    """Plot accuracy on each held-out set, one group of bars per set (PNG)."""
     from matplotlib.figure import Figure  # slow to import; pyplot would look for a display
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")

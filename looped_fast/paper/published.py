@@ -1,7 +1,7 @@
-"""What the paper and its notebooks report, as data: for the page that sets our results beside it.
+"""Values that the paper and its notebooks report, for the page of results.
 
 Source: arXiv 2311.12424v3; cell outputs of the official ``jupyter_notebooks/*.ipynb`` (MIT
-licence); values that are in no output were read off the paper's figures, and say so.
+licence); values in no output were read off the paper's figures, and are marked so.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ PROBES: dict[str, dict[str, list[float]]] = {
     },
 }
 
-# What predicting zero scores there, by arithmetic: with d = 20 and n = 41, the mean over i of
+# The probe error of predicting zero, by arithmetic: with d = 20 and n = 41, the mean over i of
 # E[(X^T y)_j^2] = i (i + d + 1) / n^2, and of E[w_j^2] = min(i, d) / d.
 PROBES_OF_ZERO = {"X^T y": 1022 / 1681, "w_OLS": 21 / 40}
 
@@ -155,7 +155,7 @@ OPENML: dict[str, list[tuple[float, float]]] = {
 }
 # fmt: on
 
-# What no output prints, read off the paper's figures after 100 examples, d = 20. Trees: looped
+# Values in no output, read off the paper's figures after 100 examples, d = 20. Trees: looped
 # b = 70, T = 15.
 READ_OFF: dict[str, dict[str, float]] = {
     "dt": {

@@ -1,10 +1,10 @@
 """Regenerate the paper's figures: ``python -m looped_fast.reproduce [figure ...]``.
 
-Numbers go to ``docs/results/<figure>.json``, figures beside them, and ``docs/results.md`` sets them
-beside the published values. What is up to date is not computed again, so that figures can be made
-one at a time. Models come from the package (``looped_fast.pretrained``) or from ``runs/``; sweeps
-and OpenML runs from ``sweeps/`` and ``openml/``. What is missing is named with the command that
-makes it, or trained first with ``--train``: with ``--preset paper``, that is the paper itself.
+Numbers go to ``docs/results/<figure>.json``, figures beside them, and ``docs/results.md`` compares
+them with the published values. What is up to date is not computed again, so that figures can be
+made one at a time. Models come from the package (``looped_fast.pretrained``) or from ``runs/``;
+sweeps and OpenML runs from ``sweeps/`` and ``openml/``. Anything missing is named with the command
+that makes it, or trained first with ``--train``, at the paper's scale with ``--preset paper``.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import step_flops
 
 MODELS = ("looped", "standard")
-LOOPS = 500  # as far as the paper loops
-MEASURED_PROMPTS = 2  # of a paper-scale step, in a measurement of its time
+LOOPS = 500  # the paper's largest loop count
+MEASURED_PROMPTS = 2  # on which a paper-scale step is timed
 
 Numbers = dict[str, Any]
 
@@ -64,7 +64,7 @@ class Command:
     probe_steps: int = 2000
     """Training steps of probes."""
     seed: int = 0
-    """Of prompts, bootstrap and probes."""
+    """Seed of prompts, bootstrap and probes."""
     train: bool = False
     """Train what is missing."""
     work: Path = Path(".")
@@ -72,18 +72,18 @@ class Command:
     out: Path = Path("docs")
     """Folder of results.md and results/."""
     device: str = "auto"
-    """cpu, cuda, ...; auto: a GPU where there is one."""
+    """cpu, cuda, ...; auto: a GPU if there is one."""
 
 
 class Missing(Exception):
-    """Something is not there; the message is the command that makes it."""
+    """A model or result does not exist; the message is the command that makes it."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status: 3 if something was missing."""
+    """Run the command; return its exit status: 3 if anything is missing."""
     command = tyro.cli(Command, args=args, prog="python -m looped_fast.reproduce")
     try:
-        single_process()  # several would all do all of it
+        single_process()  # several processes would each do all the work
         for name in command.figures:
             check_name("figure", name, FIGURES)
         (command.out / "results").mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def make(name: str, command: Command) -> bool:
-    """Bring one figure up to date as far as that goes; returns whether nothing is missing."""
+    """Bring one figure up to date as far as possible; return True if nothing is missing."""
     path = command.out / "results" / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     started = time.perf_counter()
@@ -115,7 +115,7 @@ def make(name: str, command: Command) -> bool:
 
 
 def _rounded(value: Any) -> Any:
-    """Every float to five digits: what the page shows is less, and files stay small."""
+    """Round floats to five digits: the page shows fewer, and files stay small."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
@@ -159,10 +159,10 @@ def _train_or_name(
 
 
 def find_models(command: Command, task: str, missing: list[str]) -> list[Run]:
-    """Those of ``MODELS`` that there are; how to make the others is added to ``missing``.
+    """The existing ones of ``MODELS``; commands that make the others go to ``missing``.
 
     Raises:
-        ValueError: they learned different tasks.
+        ValueError: the models learned different tasks.
     """
     found: list[Run] = []
     for model in MODELS:
@@ -185,14 +185,14 @@ def up_to_date(
     compute: Callable[[], Numbers],
     packages: Sequence[str] = ("torch",),
 ) -> Numbers:
-    """``earlier`` if it is of ``key`` and ``packages``, else what ``compute`` returns, as that."""
-    # Through JSON and back, as the key of a file has been.
+    """``earlier`` if its key is ``key`` with ``packages``, else a new ``compute()`` under it."""
+    # A key read from a file went through JSON, which turns tuples into lists.
     key = json.loads(json.dumps({**key, "versions": versions(packages)}))
     return earlier if earlier.get("key") == key else {"key": key, **compute()}
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What the page says of a model."""
+    """The facts that the page shows of a model."""
     config = run.config
     names = ("task", "n_dims", "n_points", "n_embd", "n_layer", "n_loops", "window", "depth")
     settings = {name: getattr(config, name) for name in names}
@@ -211,13 +211,13 @@ def positions_and_loops(task: str) -> Callable[[Command, Numbers, list[str]], Nu
         n_points = min(run.config.n_points for run in runs)
         settings = _evaluation(command, task)
         loops = {run.name: evaluate.loop_counts(settings, run) for run in runs}
-        # Baselines take minutes, and stay what they are when models change.
-        of_baselines = {
+        # Baselines take minutes and do not depend on the models: keep those of an earlier call.
+        baseline_key = {
             "task": repr(runs[0].task), "points": n_points, "prompts": command.prompts,
             "seed": command.seed, "versions": versions(),
         }  # fmt: skip
         known: dict[str, Curve] = {}
-        if earlier.get("key", {}).get("baselines") == of_baselines:
+        if earlier.get("key", {}).get("baselines") == baseline_key:
             names = figure_baselines(runs[0].task)
             known = {n: Curve(**c) for n, c in earlier["positions"].items() if n in names}
 
@@ -229,7 +229,7 @@ def positions_and_loops(task: str) -> Callable[[Command, Numbers, list[str]], Nu
                 numbers["loops"] = evaluate.evaluate_loops(settings, looped, n_points)
             return numbers
 
-        key = {**_key(command, runs), "loops": loops, "baselines": of_baselines}
+        key = {**_key(command, runs), "loops": loops, "baselines": baseline_key}
         return up_to_date(earlier, key, compute, ("torch", "numpy"))
 
     return numbers
@@ -264,7 +264,7 @@ def _key(command: Command, runs: list[Run]) -> dict[str, Any]:
 
 
 def ablations(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
-    """Every sweep that was run, at whatever scale; missing is what was not at this preset's."""
+    """Every sweep that was run, at any scale; those not run at this preset's are missing."""
     sweeps = {**earlier.get("sweeps", {}), **_finished(command, "sweeps", sweep.RESULTS_FILE)}
     for name in SWEEPS:
         out = command.work / "sweeps" / f"{name}-lr-{command.preset}"
@@ -309,7 +309,7 @@ def probes(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
 
 
 def tabular(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
-    """The OpenML experiment, on whatever sets it was run; missing is this preset's."""
+    """OpenML experiments that were run, on any sets; this preset's may be missing."""
     found = {**earlier.get("experiments", {}), **_finished(command, "openml", openml.RESULTS_FILE)}
     data = "openml" if command.preset == "paper" else "offline"
     out = command.work / "openml" / f"{data}-{command.preset}"
@@ -351,10 +351,10 @@ def speed(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
 
 
 def _step_seconds(task: str, model: str, device: torch.device) -> float:
-    """Forward and backward of the last stage of the curriculum, at the batch size of the paper.
+    """Time of a paper-scale forward and backward in the last stage of the curriculum.
 
     Measured on ``MEASURED_PROMPTS`` prompts and scaled: sequences do not depend on each other. On
-    a CPU it is processor time of all threads, which other programs do not change much.
+    a CPU it is processor time of all threads, which other programs hardly change.
     """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     config = preset_config("paper", task, model)
@@ -373,7 +373,7 @@ def _step_seconds(task: str, model: str, device: torch.device) -> float:
 
 
 def _cpu_name() -> str:
-    """As the kernel names it, where it does."""
+    """The processor's name from the kernel, or else from ``platform``."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))

@@ -12,7 +12,7 @@ from looped_fast.paper.results_page import Numbers, read_numbers, scale
 
 
 def draw(name: str, out: Path) -> None:
-    """The figures of ``<out>/results/<name>.json``, as PNG files beside it."""
+    """Draw the figures of ``<out>/results/<name>.json`` as PNG files beside it."""
     for path in _draw(name, read_numbers(out, name), out / "results"):
         _shrink(path)
 
@@ -47,7 +47,7 @@ def _draw(name: str, numbers: Numbers, folder: Path) -> Iterator[Path]:
 
 
 def _shrink(path: Path) -> None:
-    """Rewrite a PNG with 64 colours: a third of the size, which a repository keeps for ever."""
+    """Rewrite a PNG with 64 colours: the repository keeps a third of the size."""
     from PIL import Image  # comes with matplotlib
 
     with Image.open(path) as image:
@@ -65,7 +65,7 @@ def _draw_task(path: Path, task: str, numbers: Numbers) -> None:
     panels.append((f"here, {scale(numbers)}", "in-context examples", numbers["positions"]))
     if "loops" in numbers:
         panels.append(("here, at the last position", "loops", numbers["loops"]["curves"]))
-    # A variant ("looped, 500 loops", "XGBoost, signs") is dashed, in the colour of what it varies.
+    # A variant ("looped, 500 loops", "XGBoost, signs") is dashed, in its family's colour.
     families = list(dict.fromkeys(who.split(",")[0] for _, _, lines in panels for who in lines))
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for axes, (title, xlabel, lines) in zip(

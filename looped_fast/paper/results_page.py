@@ -29,7 +29,7 @@ ASSUMED_SHARE = 0.2
 
 
 def read_numbers(out: Path, name: str) -> Numbers:
-    """What ``reproduce`` wrote of a figure; nothing where it has not."""
+    """The numbers that ``reproduce`` wrote for a figure; empty if there are none."""
     path = out / "results" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -42,7 +42,7 @@ def scale(numbers: Numbers) -> str:
 
 
 def write_page(out: Path) -> None:
-    """``<out>/results.md`` from whatever numbers there are."""
+    """Write ``<out>/results.md`` from the numbers that exist."""
     sections = {name: render(read_numbers(out, name)) for name, render in SECTIONS.items()}
     parts = [_INTRODUCTION, _claims(out)]
     for name, text in sections.items():
@@ -108,7 +108,7 @@ def _claims(out: Path) -> str:
             claim = f"{task}: looped {'below' if factor == 1 else 'at most 1.1 x'} {other}"
             found = f"{looped:.3f} and {theirs:.3f}"
             rows.append((claim, found, _far(numbers, task), looped <= factor * theirs))
-    has_recipes = (out / "recipes.md").exists()  # beside the page of the models that ship
+    has_recipes = (out / "recipes.md").exists()  # only beside the page of the shipped models
     verdicts = {
         True: "yes",
         False: "**no**" + "; [curves of the recipes tried](recipes.md)" * has_recipes,
@@ -120,7 +120,7 @@ def _claims(out: Path) -> str:
 
 
 def _far(numbers: Numbers, task: str, position: int = -1) -> float | None:
-    """The error of the looped model after as many loops as the published one was read at."""
+    """Error of the looped model at the loop count of the published one, if measured."""
     curve = numbers["positions"].get(f"looped, {OFFICIAL_LOOPS[task]} loops")
     return curve and curve["mean"][position]
 
@@ -211,9 +211,9 @@ _BEST_CLASSICAL = {
 
 
 def _order(task: str, numbers: Numbers) -> str:
-    """Whether models and the best classical algorithm end in the published order here."""
+    """A sentence that compares the order of models and best classical algorithm here."""
     printed = {who: curve[-1] for who, curve in published.CURVES.get(task, {}).items()}
-    theirs = printed or published.READ_OFF[task]  # not both: what was read off is but about right
+    theirs = printed or published.READ_OFF[task]  # not both: read-off values are approximate
     ours = {who: curve["mean"][-1] for who, curve in numbers["positions"].items()}
     far = _far(numbers, task)
     if far is not None:

@@ -1,4 +1,4 @@
-"""What the hidden states of a model know: probes for X^T y and w_OLS, step by step.
+"""Probe the hidden states of a model for X^T y and w_OLS, step by step.
 
 A probe reads one target from the states after one layer or loop step: it averages them over the
 prompt's tokens with learned weights, and a two-layer network maps the average to the target. The
@@ -7,7 +7,7 @@ module for each step and target: 21 x 41 of them. Here they are the slices of fi
 by one batched matrix product a layer.
 
 The control is a probe of the same size trained on prompts that share one w (all ones), and tested
-on ordinary prompts: what it decodes is known without the prompt.
+on ordinary prompts: it decodes what is known without the prompt.
 
     python -m looped_fast.state_probes RUN...
 """
@@ -45,7 +45,7 @@ class StateProbes(nn.Module):
 
     Args:
         n_states: L, layers or loop steps that are probed.
-        n_targets: K, vectors that each is probed for.
+        n_targets: K, vectors that each state is probed for.
         seq_len: S, tokens of a prompt.
         n_embd: D, width of a state.
         n_dims: d, width of a target.
@@ -73,7 +73,7 @@ class StateProbes(nn.Module):
 
 
 def _uniform(fan_in: int, *shape: int) -> nn.Parameter:
-    """As ``nn.Linear`` draws weights and biases."""
+    """Draw a parameter as ``nn.Linear`` does."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
@@ -82,7 +82,7 @@ def hidden_states(model: LoopedTransformer, xs: Tensor, ys: Tensor, n_loops: int
     """The embedded prompt, then the residual stream after each block: [1 + n_loops * L, B, 2n, D].
 
     States are those before the final LayerNorm, as in the official code. xs: [B, n, d], ys: [B, n].
-    Raises ValueError where ``model.forward`` does.
+    Raises ValueError as in ``model.forward``.
     """
     model._check_prompt(xs, ys)
     config, backbone = model.config, model._backbone
@@ -103,7 +103,7 @@ def hidden_states(model: LoopedTransformer, xs: Tensor, ys: Tensor, n_loops: int
 def gradient_targets(xs: Tensor, ys: Tensor) -> Tensor:
     """X^T y of the first i points over n, for i = 1..n: [n, B, d].
 
-    The first gradient-descent step on the squared error, from w = 0, goes along it.
+    The first gradient-descent step on the squared error, from w = 0, has this direction.
     """
     terms = xs * ys.unsqueeze(-1)  # [B, n, d]
     return terms.cumsum(1).transpose(0, 1) / xs.shape[1]
@@ -143,13 +143,13 @@ class Settings:
     steps: int = 2000
     """Training steps of the probes."""
     batch_size: int = 64
-    """Fresh prompts of a step."""
+    """Fresh prompts per step."""
     lr: float = 1e-3
     """Adam's learning rate."""
     test_prompts: int = 1280
     """Held-out prompts that the errors are measured on."""
     seed: int = 42
-    """Of the probes' initial weights, the prompts, and the test."""
+    """Seed of the probes' initial weights, the prompts, and the test."""
 
 
 def probe(run: Run, settings: Settings, *, control: bool = False) -> dict[str, dict[str, Any]]:
@@ -157,18 +157,18 @@ def probe(run: Run, settings: Settings, *, control: bool = False) -> dict[str, d
 
     Args:
         run: a model trained on linear regression.
-        settings: of the training.
+        settings: how the probes are trained and tested.
         control: train on prompts whose w is all ones.
 
     Returns:
         Target -> ``mse`` (mean squared error over prompts, coordinates and the vectors of the
-        target; the official figures show it over d), ``relative`` (that over the target's mean
-        square, which is what always predicting zero scores): each a list of one number for the
-        embedded prompt and one for each layer or loop step.
+        target; the official figures show it over d) and ``relative`` (``mse`` over that of
+        predicting zero), each a list with one number for the embedded prompt and one for each layer
+        or loop step.
 
     Raises:
         ValueError: a run of another task, fewer points than dimensions or more than the model
-            takes, or no step, prompt of a step or test prompt.
+            takes, or ``steps``, ``batch_size`` or ``test_prompts`` below 1.
     """
     if type(run.task) is not LinearRegression:
         raise ValueError(
@@ -205,7 +205,7 @@ def probe(run: Run, settings: Settings, *, control: bool = False) -> dict[str, d
     optimizer = torch.optim.Adam(probes.parameters(), lr=settings.lr)
     for step in range(settings.steps):
         states, targets = observe(draw(step), control)
-        # Every probe has parameters of its own, so that their sum trains each by itself.
+        # No two probes share parameters, so the sum of their losses trains each by itself.
         loss = sum(
             (probes[name](states) - target).square().mean() for name, target in targets.items()
         )
@@ -241,11 +241,11 @@ class Command:
     out: Path = Path("probes")
     """Folder for probes.json and probes.png."""
     device: str = "auto"
-    """cpu, cuda, ...; auto: a GPU where there is one."""
+    """cpu, cuda, ...; auto: a GPU if there is one."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return its exit status."""
     default = Command((), Settings())
     command = tyro.cli(
         Command, args=args, default=default, prog="python -m looped_fast.state_probes"
@@ -277,7 +277,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """For each run and target: the best state, and errors before, there and at the end."""
+    """Tabulate each run and target: its best state, and errors before, there and at the end."""
     rows = []
     for name, result in results.items():
         for target in TARGETS:
@@ -290,7 +290,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
-    """Probe error by layer or loop step, one panel a target; dashed: the best control (PNG)."""
+    """Plot probe error by layer or loop step, a panel per target; dashed: the best control."""
     from matplotlib.figure import Figure  # slow to import; pyplot would look for a display
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")

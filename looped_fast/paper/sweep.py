@@ -1,7 +1,7 @@
 """Run one of the paper's ablations: ``python -m looped_fast.sweep injection --preset tiny``.
 
-Every run of a sweep is an ordinary training run in a folder of its own; the same command goes on
-where it was stopped. ``--help`` lists the sweeps, ``ablations.py`` holds them.
+Every run of a sweep is an ordinary training run in a folder of its own; the same command resumes a
+stopped sweep. ``--help`` lists the sweeps, ``ablations.py`` holds them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Interrupted, NonFiniteError, Trainer
 
 RESULTS_FILE = "sweep.json"
-FAR = 4  # times the trained loop count that a run is evaluated to
+FAR = 4  # a run is evaluated up to this multiple of its trained loop count
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Command:
     prompts: int = 1280
     """Held-out prompts of the evaluation."""
     seed: int = 42
-    """Of initial weights and data."""
+    """Seed of initial weights and data."""
     out: Path | None = None
     """Folder of the sweep; none: sweeps/<name>-<task>-<preset>."""
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return its exit status."""
     command = tyro.cli(Command, args=args, prog="python -m looped_fast.sweep")
     out = command.out or Path("sweeps") / f"{command.name}-{command.task}-{command.preset}"
     try:
@@ -78,7 +78,7 @@ def main(args: list[str] | None = None) -> int:
         }
         write(description, results, out)
     except Interrupted as stop:
-        print(f"\n{stop}: the run is saved. The same command goes on there.")
+        print(f"\n{stop}: the run is saved. The same command resumes it.")
         return 128 + stop.signum
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -108,11 +108,11 @@ def sweep_runs(
 
 
 def run(runs: dict[str, TrainConfig], out: Path, n_prompts: int) -> dict[str, Any]:
-    """Train each run, or what is left of it, in a folder of ``out``, and evaluate it.
+    """Train (or resume) each run in a folder of ``out``, and evaluate it.
 
     Returns:
-        Label -> ``n_loops`` it was trained with, ``sha256`` of its weights, ``by_position``
-        (squared error / variance there, a ``Curve``) and ``by_loops`` (at the last position, after
+        Label -> ``n_loops`` trained with, ``sha256`` of the weights, ``by_position`` (the
+        ``Curve`` of squared error / variance) and ``by_loops`` (at the last position, after
         1, 2, ... loops).
 
     Raises:
@@ -155,7 +155,7 @@ def _evaluate(trainer: Trainer, n_prompts: int) -> dict[str, Any]:
 
 
 def write(description: dict[str, Any], results: dict[str, Any], out: Path) -> None:
-    """``sweep.json``, ``sweep.csv`` (every point of every curve) and ``sweep.png`` in ``out``."""
+    """Write ``sweep.json``, ``sweep.csv`` (all points of all curves) and ``sweep.png``."""
     document = {**description, "versions": versions(), "runs": results}
     (out / RESULTS_FILE).write_text(json.dumps(document))
     with (out / "sweep.csv").open("w", newline="") as file:
@@ -181,7 +181,7 @@ def results_table(results: dict[str, Any]) -> str:
 
 
 def plot(path: Path, results: dict[str, Any], title: str) -> None:
-    """Error by in-context examples with its band, and by loops at the last position, as PNG."""
+    """Plot error by in-context examples with its band, and by loops at the last position."""
     from matplotlib.figure import Figure  # slow to import; pyplot would look for a display
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")

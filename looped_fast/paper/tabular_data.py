@@ -63,8 +63,8 @@ def tabular_set(name: str, features: ArrayLike, target: ArrayLike) -> TabularSet
     """Check and standardise a set. features: [N, d], numeric; target: [N], two distinct values.
 
     Raises:
-        ValueError: features that are no numbers, missing or infinite values, missing labels, or
-            other than two classes.
+        ValueError: non-numeric features, missing or infinite values, missing labels, or not
+            two classes.
     """
     try:
         values = np.asarray(features, dtype=np.float64)
@@ -96,7 +96,7 @@ def tabular_set(name: str, features: ArrayLike, target: ArrayLike) -> TabularSet
 
 
 def _is_missing(label: object) -> bool:
-    """None, NaN and pandas' NA: what does not equal itself."""
+    """True for None, NaN and pandas' NA; the latter two do not equal themselves."""
     return label is None or (label == label) is not True
 
 
@@ -124,23 +124,23 @@ def training_prompts(
 def held_out_prompts(
     tested: TabularSet, n_points: int, n_dims: int, *, rows: int, seed: int
 ) -> Batch:
-    """For each of up to ``rows`` rows, a prompt of other rows that asks for this one at its end.
+    """One prompt for each of up to ``rows`` rows: others as context, then that row.
 
     Raises:
-        ValueError: as ``training_prompts``.
+        ValueError: as in ``training_prompts``.
     """
     check_fits(tested, n_points, n_dims)
     generator = batch_generator(seed, 0, _TEST, "cpu")
     n_rows = len(tested.labels)
-    asked = torch.randperm(n_rows, generator=generator)[:rows]
+    queries = torch.randperm(n_rows, generator=generator)[:rows]
     contexts = []
-    for row in asked:
+    for row in queries:
         order = torch.randperm(n_rows - 1, generator=generator)[: n_points - 1]
-        contexts.append(order + (order >= row))  # any row but the one asked
-    return _prompts(tested, torch.cat((torch.stack(contexts), asked[:, None]), dim=1), n_dims)
+        contexts.append(order + (order >= row))  # any row but the query
+    return _prompts(tested, torch.cat((torch.stack(contexts), queries[:, None]), dim=1), n_dims)
 
 
-_TEST = -4  # a random stream of its own; tasks.py has -1 to -3
+_TEST = -4  # a random stream of its own; tasks/sampling.py has -1 to -3
 
 
 def check_fits(tested: TabularSet, n_points: int, n_dims: int) -> None:
@@ -192,11 +192,11 @@ def openml_sets() -> list[TabularSet]:
     """The paper's ten sets, from OpenML or from scikit-learn's cache of it.
 
     Raises:
-        DownloadError: a set is neither cached nor to be had now.
-        ValueError: what came is not a set of two classes without missing values.
+        DownloadError: a set is not cached and can't be fetched.
+        ValueError: a set has missing values or not two classes.
         ImportError: scikit-learn or pandas is not installed.
     """
-    import_module("pandas")  # fetch_openml needs it, and says so after a download
+    import_module("pandas")  # fetch_openml needs it, but fails only after a download
     return [_fetch(name, data_id) for name, data_id in OPENML_IDS.items()]
 
 
@@ -210,7 +210,7 @@ def _fetch(name: str, data_id: int) -> TabularSet:
             f"can't get OpenML set {data_id} ({name}): {error}. Sets that were fetched before stay "
             f"in {get_data_home()}; try again, or use sets that need no network: --data offline"
         ) from error
-    # As officially: categorical columns are left out.
+    # Categorical columns are left out, as officially.
     return tabular_set(name, frame.data.select_dtypes("number"), frame.target)
 
 
@@ -224,8 +224,8 @@ def load_sets(collection: str) -> list[TabularSet]:
     """The sets of ``offline`` or ``openml``.
 
     Raises:
-        ValueError: an unknown collection; and as that collection.
-        DownloadError: as ``openml_sets``.
+        ValueError: an unknown collection, or as in ``openml_sets``.
+        DownloadError: as in ``openml_sets``.
         RuntimeError: scikit-learn or pandas is not installed.
     """
     check_name("collection", collection, COLLECTIONS)

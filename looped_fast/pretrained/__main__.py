@@ -25,11 +25,11 @@ from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import preset_config
 
-_PROMPTS = 1280  # of the evaluation, as in the paper
+_PROMPTS = 1280  # held out for the evaluation, as in the paper
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser("python -m looped_fast.pretrained", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--cpu-minutes", type=float, required=True, help="processor time it took")
@@ -45,12 +45,12 @@ def main(args: list[str] | None = None) -> int:
 
 
 def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> Path:
-    """Write weights and card of ``run``; returns their folder, under ``to`` (this package).
+    """Write weights and card of ``run``; return their folder, in ``to`` or this package.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
-        ValueError: it is not finished.
-        CheckpointError: its checkpoint is damaged.
+        ValueError: the run is not finished.
+        CheckpointError: the checkpoint is damaged.
     """
     latest = checkpoint.latest(run)
     if latest is None:
@@ -80,7 +80,7 @@ def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> 
 
 
 def card(folder: Path) -> str:
-    """The page of the weights in ``folder``, from what ``release`` recorded there."""
+    """The model card of ``folder``, from what ``release`` recorded there."""
     weights = checkpoint.load(folder)
     config, meta = config_from_dict(weights.config, TrainConfig()), weights.meta
     size = sum(tensor.numel() for tensor in weights.model_state.values())
@@ -131,7 +131,7 @@ Error on {config.eval_prompts} held-out prompts while it trained:
 
 
 def command(config: TrainConfig) -> list[str]:
-    """What repeats a run: its preset, and a flag for each setting that is not the preset's."""
+    """The command that repeats a run: its preset, and flags for settings that differ."""
     base = _flat(preset_config(config.preset, config.task, config.model).to_dict())
     words = ["python", "-m", "looped_fast.train", "--preset", config.preset]
     words += ["--task", config.task, "--model", config.model]
@@ -151,7 +151,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _errors(source: checkpoint.Checkpoint, config: TrainConfig) -> dict[str, list[float]]:
-    """Relative error by position, {loop count: [n]}; far beyond the trained b if looped."""
+    """Relative error by position, {loop count: [n]}; up to 10 b loops if looped."""
     model = LoopedTransformer(config.model_config())
     checkpoint.restore_into(source, model)
     b = config.n_loops

@@ -1,4 +1,4 @@
-"""What results depend on, to be written beside them: versions of packages, hashes of weights."""
+"""Provenance to write beside results: versions of packages, hashes of weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("python", "torch", "numpy", "scikit-learn", "xgboost")
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The versions of looped_fast and of ``packages``; ``not installed`` is one too."""
+    """The versions of looped_fast and of ``packages``, or ``not installed``."""
     return {"looped_fast": VERSION, **{name: _version(name) for name in packages}}
 
 
@@ -32,7 +32,7 @@ def _version(package: str) -> str:
 
 
 def weights_sha256(source: str | Path) -> str:
-    """Of the weights of a run (its newest checkpoint), one checkpoint, or a model we ship.
+    """Hash the weights of a run (its newest checkpoint), a checkpoint, or a shipped model.
 
     Raises:
         FileNotFoundError: ``source`` is none of these.

@@ -23,10 +23,10 @@ class Run:
     Attributes:
         name: for legends and file names.
         path: what was loaded.
-        sha256: of the weights' file.
+        sha256: hash of the weights file.
         step: training steps finished.
         config: the run's settings.
-        task: what it was trained on.
+        task: the task that it was trained on.
         model: with the trained weights, in evaluation mode.
     """
 
@@ -40,12 +40,12 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
 
 def load_run(source: str | Path, device: str = "auto") -> Run:
-    """The model of a run's folder (its newest checkpoint), of one checkpoint, or shipped with us.
+    """Load the newest checkpoint of a run's folder, one checkpoint, or a shipped model.
 
     Raises:
         FileNotFoundError: ``source`` is none of these.

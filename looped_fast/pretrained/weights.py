@@ -1,4 +1,4 @@
-"""The weights that ship, and checkpoints by name or path."""
+"""Find shipped weights and checkpoints by name or path."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """What ``from_pretrained`` takes."""
+    """The names that ``from_pretrained`` takes."""
     return sorted(index.parent.name for index in _FOLDER.glob(f"*/{checkpoint.INDEX}"))
 
 
 def path(name: str) -> Path:
-    """The folder of those weights, which ``looped_fast.train --init-from`` takes.
+    """The folder of shipped weights, which ``looped_fast.train --init-from`` takes.
 
     Raises:
-        ValueError: an unknown name; the message holds the nearest valid one.
+        ValueError: an unknown name; the message suggests the nearest valid one.
     """
     check_name("pretrained model", name, names())
     return _FOLDER / name
 
 
 def train_config(name: str) -> TrainConfig:
-    """The settings of the run that made them; ``.make_task()`` is what the model has learned.
+    """Settings of the run that made the weights; ``.make_task()`` is the task learned.
 
     >>> config = train_config("lr-small")
     >>> config.make_task(), config.n_points
     (LinearRegression(n_dims=5), 16)
 
     Raises:
-        ValueError: an unknown name; the message holds the nearest valid one.
+        ValueError: an unknown name; the message suggests the nearest valid one.
     """
     return config_from_dict(checkpoint.load(path(name)).config, TrainConfig())
 
@@ -51,10 +51,10 @@ def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
 
     Args:
         name: one of ``pretrained.names()``, such as ``lr-small`` or ``lr-standard-small``.
-        backend: as of ``LoopedTransformer``.
+        backend: as in ``LoopedTransformer``.
 
     Raises:
-        ValueError: an unknown name; the message holds the nearest valid one.
+        ValueError: an unknown name; the message suggests the nearest valid one.
         CheckpointError: the installed weights are damaged.
     """
     weights = checkpoint.load(path(name))
@@ -65,7 +65,7 @@ def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """The checkpoint of a run's folder (its newest), one checkpoint, or a name; a path goes first.
+    """Find a run's newest checkpoint, a checkpoint, or a shipped model; paths go first.
 
     Raises:
         FileNotFoundError: ``source`` is none of these.
@@ -86,15 +86,15 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def load_start(source: str | Path) -> Start:
-    """What a run with ``init_from = source`` starts from; ``Trainer`` takes it.
+    """Load what a run with ``init_from = source`` starts from, for ``Trainer``.
 
     Args:
-        source: anything that ``find_checkpoint`` takes, of which the weights are used; or an
-            official ``.pt``, whose optimizer state and step are taken over too.
+        source: whatever ``find_checkpoint`` takes, for its weights only; or an official
+            ``.pt``, for its optimizer state and step too.
 
     Raises:
-        FileNotFoundError: there is no such thing.
-        CheckpointError: it is damaged, or not a checkpoint.
+        FileNotFoundError: ``source`` is none of these.
+        CheckpointError: the file is damaged, or not a checkpoint.
     """
     path = Path(source)
     if path.suffix != ".pt":

@@ -1,9 +1,7 @@
 """The function classes of the paper: prompts of (x, f(x)) with a fresh f for each prompt.
 
 Distributions are those of the official ``scripts/tasks.py``. There, trees and sparse weights are
-drawn and evaluated in Python loops over the batch; here nothing loops over prompts. A batch is a
-pure function of (seed, step, rank) on a given kind of device, so a resumed or repeated training
-sees the same data. (PyTorch's CPU and GPU generators give different numbers for one seed.)
+drawn and evaluated in Python loops over the batch; here nothing loops over prompts.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ class Task(ABC):
     """
 
     n_dims: int
-    truncates: ClassVar[bool] = True  # whether the curriculum zeroes trailing coordinates of x
+    truncates: ClassVar[bool] = True  # the curriculum zeroes trailing coordinates of x
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -44,7 +42,7 @@ class Task(ABC):
 
     @abstractmethod
     def draw(self, n_prompts: int, n_points: int, generator: Generator) -> dict[str, Tensor]:
-        """The arguments of ``evaluate`` but for xs: one function a prompt, first axis prompts."""
+        """Draw one function per prompt: arguments of ``evaluate``, with prompts as first axis."""
 
     @staticmethod
     @abstractmethod
@@ -193,10 +191,10 @@ class DecisionTree(Task):
                 "fewer"
             )
         root = coordinates[:, :1].expand(-1, xs.shape[1])  # [B, n]
-        node = (xs.gather(2, root.unsqueeze(-1)).squeeze(-1) > 0).long()  # number in its level
+        node = (xs.gather(2, root.unsqueeze(-1)).squeeze(-1) > 0).long()  # index within its level
         for level in range(1, depth):
-            asked = coordinates[:, 2**level - 1 :].gather(1, node)
-            is_positive = xs.gather(2, asked.unsqueeze(-1)).squeeze(-1) > 0
+            coordinate = coordinates[:, 2**level - 1 :].gather(1, node)
+            is_positive = xs.gather(2, coordinate.unsqueeze(-1)).squeeze(-1) > 0
             node = torch.add(is_positive, node, alpha=2)
         return leaf_values.gather(1, node)
 
@@ -220,17 +218,17 @@ OFFICIAL_TASK_NAMES = {
 
 
 def task_options(name: str) -> list[str]:
-    """Settings that task ``name`` has besides ``n_dims``.
+    """The settings of task ``name`` besides ``n_dims``.
 
     Raises:
-        ValueError: unknown task; the message holds the nearest valid name.
+        ValueError: unknown task; the message suggests the nearest valid name.
     """
     check_name("task", name, TASKS)
     return [f.name for f in dataclasses.fields(TASKS[name]) if f.name != "n_dims"]
 
 
 def make_task(name: str, n_dims: int, **options: float) -> Task:
-    """The task of that short name, such as ``make_task("dt", n_dims=20, depth=4)``.
+    """Make a task by its short name, such as ``make_task("dt", n_dims=20, depth=4)``.
 
     Raises:
         ValueError: unknown task or option, or an option out of range.

@@ -1,7 +1,7 @@
 """Batches of prompts, each a pure function of (seed, step, rank).
 
-So a resumed or repeated training sees the same data, on a given kind of device. (PyTorch's CPU
-and GPU generators give different numbers for one seed.)
+A resumed or repeated training therefore sees the same data on the same kind of device. (PyTorch's
+CPU and GPU generators give different numbers for one seed.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
 
 def batch_seed(seed: int, step: int, rank: int) -> int:
-    """What a generator is seeded with to draw one batch: 64 bits.
+    """The 64-bit seed of the generator that draws one batch.
 
     PyTorch's CPU generator keeps only the low 32 bits of a seed. The key therefore counts up
     from a hash of (seed, rank) in odd strides: within a run no two of 2^32 steps share a batch.
@@ -53,15 +53,16 @@ def sample_batch(
         task: what to draw.
         batch_size: prompts B.
         n_points: (x, y) pairs n of a prompt.
-        seed: of the run.
+        seed: seed of the run.
         step: training step, or index of an evaluation batch.
-        rank: of the process in a distributed run.
-        n_dims: coordinates of x that are active, the others are 0 (curriculum); all by default.
+        rank: process in a distributed run.
+        n_dims: active coordinates of x (curriculum), all by default; the others are 0.
         device: where the batch is drawn.
 
     Raises:
         ValueError: ``n_dims`` is outside 1..d.
 
+    >>> from looped_fast.tasks import make_task
     >>> xs, ys = sample_batch(make_task("dt", n_dims=4, depth=2), 64, 32, seed=0, step=7)
     >>> xs.shape, ys.shape
     (torch.Size([64, 32, 4]), torch.Size([64, 32]))
@@ -79,10 +80,10 @@ def draw_batch(
     generator: Generator,
     n_dims: int | Tensor | None = None,
 ) -> Batch:
-    """The next batch of ``generator``, on its device; other arguments as in ``sample_batch``.
+    """Draw the next batch of ``generator``, on its device; arguments as in ``sample_batch``.
 
-    With ``n_dims`` in a tensor (integer, no axes, on that device) nothing here reads it on the
-    host, so a CUDA graph of this call serves all its values.
+    A tensor ``n_dims`` (integer, no axes, on that device) is never read on the host, so a CUDA
+    graph of this call serves all its values.
     """
     return _evaluate(task, *_draw(task, batch_size, n_points, generator), n_points, n_dims)
 
@@ -90,17 +91,17 @@ def draw_batch(
 class FixedPrompts:
     """A fixed set of N distinct prompts, visited in a new random order every epoch.
 
-    For the paper's study of sample efficiency (section 5; official ``use_fixed_dataset``). A
-    batch is a pure function of (seed, step, rank); every prompt is used once an epoch. (The
+    Serves the paper's study of sample efficiency (section 5; official ``use_fixed_dataset``). A
+    batch is a pure function of (seed, step, rank); no prompt is used twice in an epoch. (The
     official loop reuses a stale batch at the end of each epoch.)
 
     Args:
         task: what to draw.
-        n_prompts: N, at least ``batch_size * world_size``; the remainder of N by that product
-            sits out an epoch, other prompts in each.
-        n_points: points of each prompt; batches take the first of them.
+        n_prompts: N, at least ``batch_size * world_size``. Each epoch leaves out N modulo that
+            product, chosen anew.
+        n_points: points of each prompt; batches take the first ones.
         batch_size: prompts B of a batch.
-        seed: of the run.
+        seed: seed of the run.
         device: where the prompts live.
         world_size: processes that share an epoch.
 
@@ -142,7 +143,7 @@ class FixedPrompts:
         return self.take(self.rows(step, rank).to(self._xs.device), n_points, n_dims)
 
     def rows(self, step: int, rank: int = 0) -> Tensor:
-        """Numbers of the prompts in the batch of a training step: [B] int64, on the CPU."""
+        """Indices of the prompts in the batch of a training step: [B] int64, on the CPU."""
         epoch, position = divmod(step, self._steps_per_epoch)
         order = torch.randperm(
             self._n_prompts,
@@ -152,7 +153,7 @@ class FixedPrompts:
         return order[first : first + self._batch_size]
 
     def take(self, rows: Tensor, n_points: int, n_dims: int | Tensor | None = None) -> Batch:
-        """The prompts of those ``rows`` ([B] int64, where the prompts live), as a batch.
+        """The batch of the prompts ``rows`` ([B] int64, on the prompts' device).
 
         Raises:
             ValueError: more points than the prompts have.
@@ -165,7 +166,7 @@ class FixedPrompts:
         return _evaluate(self._task, self._xs[rows], function, n_points, n_dims)
 
 
-# Streams of their own, away from the ranks of training batches.
+# Random streams apart from those of training batches, whose ranks are not negative.
 _FIXED_PROMPTS, _EPOCH_ORDER, EVALUATION = -1, -2, -3
 
 
@@ -181,7 +182,7 @@ def _evaluate(
 ) -> Batch:
     xs = xs[:, :n_points]
     if task.truncates and n_dims is not None:
-        # Zeroing x alone is enough: the trailing weights no longer count.
+        # Zeroing x is enough: the trailing weights no longer count.
         xs = xs.masked_fill(torch.arange(task.n_dims, device=xs.device) >= n_dims, 0)
     return Batch(xs, task.evaluate(xs, **function))
 

@@ -21,7 +21,7 @@ MODELS = ("looped", "standard", "tied")
 
 
 @dataclass(frozen=True)
-class Growth:
+class ScheduleConfig:
     """A curriculum schedule: ``start``, plus ``inc`` every ``interval`` steps, up to ``end``."""
 
     start: int | None = None  # first value; none: no growth, the final value at once
@@ -30,19 +30,19 @@ class Growth:
     end: int | None = None  # last value; none: n_dims, n_points or n_loops
 
     def schedule(self, final: int) -> Schedule:
-        """As a ``Schedule`` that ends at ``end``, or at ``final`` where that is not set."""
+        """The ``Schedule`` that ends at ``end``, or at ``final`` where that is not set."""
         end = final if self.end is None else self.end
         start = end if self.start is None else min(self.start, end)
         return Schedule(start, end, self.inc, self.interval)
 
 
 @dataclass(frozen=True)
-class Growths:
+class CurriculumConfig:
     """The curriculum of a run (official ``training.curriculum``)."""
 
-    dims: Growth = field(default_factory=Growth)  # active coordinates of x
-    points: Growth = field(default_factory=Growth)  # in-context points
-    loops: Growth = field(default_factory=Growth)  # loop steps
+    dims: ScheduleConfig = field(default_factory=ScheduleConfig)  # active coordinates of x
+    points: ScheduleConfig = field(default_factory=ScheduleConfig)  # in-context points
+    loops: ScheduleConfig = field(default_factory=ScheduleConfig)  # loop steps
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrainConfig:
     train_prompts: int | None = None
     """Train on a fixed set of that many prompts; none: fresh prompts every step."""
 
-    curriculum: Growths = field(default_factory=Growths)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     """Schedules of dims, points and loops."""
     steps: int = 500_000
     """Training steps."""
@@ -220,14 +220,13 @@ class TrainConfig:
 
     def make_curriculum(self) -> Curriculum:
         """The three schedules; each ends at its final value unless the settings say otherwise."""
-        growths = self.curriculum
         finals = {"dims": self.n_dims, "points": self.n_points, "loops": self.n_loops}
         schedules = {}
         for name, final in finals.items():
             if final < 1:
                 raise ValueError(f"n_{name} = {final}: at least 1 is needed")
             try:
-                schedules[name] = getattr(growths, name).schedule(final)
+                schedules[name] = getattr(self.curriculum, name).schedule(final)
             except ValueError as error:
                 raise ValueError(f"curriculum.{name}: {error}") from None
             if schedules[name].end > final:

@@ -203,7 +203,7 @@ class Stepper:
             self._rows.copy_(rows, non_blocking=True)
 
     def _update(self, n_points: int, n_loops: int) -> None:
-        """The device's part of a step: reads no values on the host, shapes follow from arguments."""
+        """The device's part of a step: reads no values on the host, and no shapes from them."""
         config = self.config
         loss, zero = self._loss(n_points, n_loops, self._averaging_objective)
         self.scaler.scale(loss).backward()
@@ -236,7 +236,7 @@ class Stepper:
         return averaging
 
     def _drop_half_step(self) -> None:
-        """Put gradients, scaler and generator as they were before the step, for a failed capture."""
+        """Undo half a step after a failed capture: gradients, scaler and generator."""
         self.optimizer.zero_grad(set_to_none=True)
         scaler = self._make_scaler()
         if self.scaler.is_enabled():

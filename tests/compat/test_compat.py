@@ -29,7 +29,7 @@ def conf(family="gpt2_loop", n_layer=1, **other):
 
 
 def predict(model, config, xs, ys):
-    """A call with the official signature, its result as [W, B, n(, 2)]."""
+    """Call with the official signature; return [W, B, n(, 2)]."""
     if config["family"] == "gpt2_loop":
         return torch.stack(model(xs, ys, config["n_loop_start"], config["n_loops"]))
     return model(xs, ys, add_inputs_embeds=config["add_inputs_embeds"]).unsqueeze(0)
@@ -198,9 +198,6 @@ def test_weight_tied_model_ignores_the_flag_and_pred_type_as_the_official_one_do
 def test_build_model_refuses_unknown_settings(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         compat.build_model(conf(**settings))
-
-
-# ---- checkpoints
 
 
 def trained(family="gpt2_loop", n_layer=1):

@@ -146,13 +146,13 @@ def test_accelerating_twice_keeps_the_last_settings_and_one_restore_undoes_it():
 @pytest.mark.parametrize("make", [foreign.Standard, own_model])
 def test_a_copy_is_accelerated_and_independent(make, duplicate):
     model = accelerate(build(make), precision="bf16")
-    twin = duplicate(model)
-    torch.testing.assert_close(twin(*PROMPT), model(*PROMPT), rtol=0, atol=0)
+    copied = duplicate(model)
+    torch.testing.assert_close(copied(*PROMPT), model(*PROMPT), rtol=0, atol=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert twin(*PROMPT).abs().sum() > 0
-    restore(twin)
+    assert copied(*PROMPT).abs().sum() > 0
+    restore(copied)
     restore(model)
 
 
@@ -177,7 +177,7 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(*PROMPT, 1, 3), model(*PROMPT, 1, 3))
 
 
-def test_probing_changes_neither_random_numbers_nor_output_nor_attributes(capsys):
+def test_verifying_changes_neither_random_numbers_nor_output_nor_attributes(capsys):
     model = build(foreign.Standard)
     state = torch.get_rng_state()
     with torch.inference_mode():
@@ -294,14 +294,14 @@ def test_hooks_on_modules_that_are_called_still_run():
     for module in (model, model.transformer.wte, model.lm_head):
         module.register_forward_hook(lambda module, *_: calls.append(module))
     accelerate(model)
-    assert model not in calls, "the probe ran a hook of the model itself"
+    assert model not in calls, "verifying ran a hook of the model itself"
     calls.clear()
     model(TOKENS)
     assert calls == [model.transformer.wte, model.lm_head, model]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_read_out_with_hooks_is_called_and_another_left_to_the_loop(autocast):
+def test_a_read_out_with_hooks_is_called_and_one_without_is_left_to_the_loop(autocast):
     model, calls = accelerate(build(foreign.Looped)), []
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         by_the_loop = model(*PROMPT, 2, 5)
@@ -323,7 +323,7 @@ def test_dropout_is_allowed_in_eval_mode_only():
         model(TOKENS)
 
 
-def test_dropout_set_to_zero_after_all_may_train():
+def test_dropout_set_to_zero_after_accelerating_may_train():
     model = accelerate(build(foreign.GPT, settings=Settings(p=0.1)).eval())
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -351,7 +351,7 @@ def test_what_differs_in_training_only_is_allowed_in_eval_mode_only():
         accelerate(model)
 
 
-def test_probing_leaves_modes_and_dropout_as_they_were():
+def test_verifying_leaves_modes_and_dropout_as_they_were():
     model = build(foreign.Standard, settings=Settings(p=0.1)).eval()
     model._backbone.transformer.h.train()
     for module in model._backbone.transformer.h.modules():
@@ -363,7 +363,7 @@ def test_probing_leaves_modes_and_dropout_as_they_were():
 
 
 @pytest.mark.parametrize(("make", "tokens"), [(foreign.Standard, 14), (foreign.GPT, 7)])
-def test_explain_backend_tells_of_an_accelerated_model(make, tokens, monkeypatch):
+def test_explain_backend_describes_an_accelerated_model(make, tokens, monkeypatch):
     model = build(make)
     with pytest.raises(ValueError, match=r"accelerate\(model\) first"):
         explain_backend(model, batch_size=3, n_points=7)
@@ -379,7 +379,7 @@ def test_explain_backend_tells_of_an_accelerated_model(make, tokens, monkeypatch
 
 
 @pytest.mark.parametrize("build_model", [own_model, foreign.Standard])
-def test_the_attention_asked_for_reaches_the_loop(build_model):
+def test_the_given_attention_reaches_the_loop(build_model):
     model = accelerate(build(build_model), attention="sdpa", backend="reference")
     with pytest.raises(ValueError, match="attention 'sdpa' needs the triton backend"):
         model(*PROMPT)
@@ -404,5 +404,5 @@ def test_a_prompt_beyond_the_positions_is_refused():
 
 def test_the_refusal_survives_pickling():
     error = UnsupportedModel("Net", ["a", "b"])
-    twin = pickle.loads(pickle.dumps(error))
-    assert str(twin) == str(error) == "can't accelerate Net:\n  - a\n  - b"
+    loaded = pickle.loads(pickle.dumps(error))
+    assert str(loaded) == str(error) == "can't accelerate Net:\n  - a\n  - b"

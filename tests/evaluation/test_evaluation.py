@@ -46,7 +46,7 @@ def test_a_mean_over_chunks_of_unequal_size_weighs_prompts_alike():
 
 
 @pytest.mark.parametrize(("n_prompts", "sizes"), [(1, [1]), (256, [256]), (600, [256, 256, 88])])
-def test_batches_hold_as_many_prompts_as_asked(n_prompts, sizes):
+def test_batches_hold_the_given_number_of_prompts(n_prompts, sizes):
     assert [len(xs) for xs, _ in batches(make_task("lr", 3), n_prompts)] == sizes
 
 
@@ -110,14 +110,14 @@ def test_errors_of_prompts_average_to_those_of_positions():
 
 @pytest.mark.parametrize("state_bytes", [1, 10_000, 2**28])
 def test_all_loop_counts_come_out_of_one_run_of_the_loop(state_bytes, monkeypatch):
-    """However few prompts fit into memory at once."""
+    """This holds however few prompts fit into memory at once."""
     monkeypatch.setattr("looped_fast.evaluation.errors._STATE_BYTES", state_bytes)
     model, task = small_model(), make_task("lr", 3)
     errors = loop_errors(model, task, batches(task, 7), [9, 3, 5])
     assert errors.shape == (3, 7, 6)
     for n_loops, error in zip([9, 3, 5], errors, strict=True):
-        alone = prompt_errors(model_predictor(model, n_loops), task, batches(task, 7))
-        torch.testing.assert_close(error.double(), alone, rtol=1e-4, atol=1e-6)
+        single = prompt_errors(model_predictor(model, n_loops), task, batches(task, 7))
+        torch.testing.assert_close(error.double(), single, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("counts", [[], [0, 3]])
@@ -127,20 +127,20 @@ def test_loop_counts_start_at_one(counts):
         loop_errors(small_model(), task, batches(task, 2), counts)
 
 
-def test_a_model_is_asked_queries_in_place_of_its_points():
+def test_a_model_answers_queries_in_place_of_its_points():
     model = small_model()
     (xs, ys), queries = prompt(B=4, n=6), torch.randn(4, 6, 3)
     predict = model_predictor(model, 4)
     answers = predict(xs, ys, queries)
     for i in range(6):
-        asked = xs.clone()
-        asked[:, i] = queries[:, i]
-        torch.testing.assert_close(answers[:, i], predict(asked, ys)[:, i], rtol=1e-4, atol=1e-5)
+        replaced = xs.clone()
+        replaced[:, i] = queries[:, i]
+        torch.testing.assert_close(answers[:, i], predict(replaced, ys)[:, i], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(predict(xs, ys, xs), predict(xs, ys), rtol=1e-4, atol=1e-5)
 
 
 def test_the_bootstrap_band_is_that_of_resampled_means():
-    """Against the plain procedure, one trial after the other; both are random."""
+    """Compares with the plain procedure, one trial after the other; both are random."""
     errors = torch.randn(200, 3).exp()
     curve = bootstrap_curve(errors, seed=0)
     generator = np.random.default_rng(1)

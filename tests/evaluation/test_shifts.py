@@ -40,7 +40,7 @@ def test_every_shift_of_every_task_is_finite_and_repeats(name, task):
 
 
 def covariance(xs):
-    """Of each prompt's points: [B, d, d]."""
+    """Covariance of each prompt's points: [B, d, d]."""
     return xs.mT.double() @ xs.double() / xs.shape[1]
 
 

@@ -25,7 +25,7 @@ from looped_fast.ops.call import LoopSettings
 from looped_fast.ops.graphs import CudaGraph, Graphs, graphs_on
 from looped_fast.tasks import TASKS, make_task, sample_batch
 from looped_fast.train import main
-from looped_fast.training.config import Growth, Growths
+from looped_fast.training.config import CurriculumConfig, ScheduleConfig
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Trainer
 
@@ -243,11 +243,13 @@ def test_training_memorises_four_prompts(tmp_path, amp):
 
 # --- graphs ---------------------------------------------------------------------------------------
 
-GROWTHS = Growths(dims=Growth(2, 1, 3), points=Growth(3, 2, 4, 5), loops=Growth(2, 1, 8))
+CURRICULUM = CurriculumConfig(
+    dims=ScheduleConfig(2, 1, 3), points=ScheduleConfig(3, 2, 4, 5), loops=ScheduleConfig(2, 1, 8)
+)
 MINI = {
     "n_embd": 64, "n_head": 4, "batch_size": 4, "n_points": 5, "n_positions": 5, "n_loops": 3,
     "window": 2, "n_dims": 4, "steps": 12, "clip_grad_norm": 0.5, "warmup_steps": 5,
-    "device": DEVICE.type, "curriculum": GROWTHS, "depth": None,
+    "device": DEVICE.type, "curriculum": CURRICULUM, "depth": None,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from test_gpu import DEVICE, MINI, check_loop
 from looped_fast import LoopedTransformer, ModelConfig, explain_backend
 from looped_fast.ops import backend_times
 from looped_fast.training import backend_autotune
-from looped_fast.training.config import Growths
+from looped_fast.training.config import CurriculumConfig
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Trainer
 
@@ -37,7 +37,7 @@ def test_the_compiled_loop_at_paper_size_against_float64(precision):
 
 
 def train(tmp_path, cuda_graphs: str, **changes) -> Trainer:
-    settings = {**MINI, "curriculum": Growths(), "amp": "bf16", **changes}
+    settings = {**MINI, "curriculum": CurriculumConfig(), "amp": "bf16", **changes}
     config = dataclasses.replace(preset_config("tiny", "lr"), **settings)
     trainer = Trainer(dataclasses.replace(config, cuda_graphs=cuda_graphs), tmp_path)
     for _ in range(8):
@@ -68,7 +68,7 @@ def test_compiled_inference_is_replayed():
 def test_a_training_run_measures_and_takes_the_faster(tmp_path, measured_choice, amp):
     config = dataclasses.replace(
         preset_config("paper", "lr"), steps=100, amp=amp, device=DEVICE.type, cuda_graphs="on",
-        curriculum=Growths(),
+        curriculum=CurriculumConfig(),
     )  # fmt: skip
     trainer = Trainer(config, tmp_path)
     line = trainer.measure_backends()

@@ -87,10 +87,10 @@ def test_a_prompt_holds_distinct_rows_of_one_set_after_zeros():
     assert torch.equal(again.xs, xs)
 
 
-def test_each_row_is_asked_once_with_others_as_its_context():
+def test_each_row_is_queried_once_with_others_as_its_context():
     tested = separable(rows=12)
     xs, _ = held_out_prompts(tested, 12, 3, rows=100, seed=3)
-    assert xs.shape == (12, 12, 3)  # 12 rows there are
+    assert xs.shape == (12, 12, 3)  # the set has 12 rows
     for prompt in xs:  # as long as the set: every row appears once
         assert torch.equal(prompt.sort(0).values, tested.xs.sort(0).values)
     assert torch.equal(xs[:, -1].sort(0).values, tested.xs.sort(0).values)

@@ -1,4 +1,4 @@
-"""``python -m looped_fast.reproduce``: figures from what there is; the rest is named."""
+"""``python -m looped_fast.reproduce``: figures from the models that exist; others are named."""
 
 import dataclasses
 import importlib.metadata
@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 
 from looped_fast import LoopedTransformer, evaluate
+from looped_fast.evaluation.figures import OFFICIAL_LOOPS
 from looped_fast.paper import openml, published, reproduce, results_figures, results_page, sweep
 from looped_fast.paper.tabular_data import OPENML_IDS
 from looped_fast.training import checkpoint
@@ -33,14 +34,15 @@ def save_run(work, task="lr", model="looped", **changes):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(reproduce, "LOOPS", 40)
-    monkeypatch.setattr(published, "LOOPS", dict.fromkeys(published.LOOPS, 30))
+    for task in OFFICIAL_LOOPS:
+        monkeypatch.setitem(OFFICIAL_LOOPS, task, 30)
     for module in (evaluate, reproduce):
         monkeypatch.setattr(module, "figure_baselines", lambda task: evaluate.QUICK_BASELINES)
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """For tests of what is computed, several times each."""
+    """Skip the drawing, in tests that compute a figure several times."""
     monkeypatch.setattr(reproduce, "draw", lambda *_: None)
 
 
@@ -53,7 +55,7 @@ def page(work):
     return (work / "docs" / "results.md").read_text()
 
 
-def test_a_figure_is_made_of_the_models_there_are_and_names_the_others(quick, tmp_path, capsys):
+def test_a_figure_is_made_of_existing_models_and_names_the_others(quick, tmp_path, capsys):
     save_run(tmp_path)
     assert run(tmp_path, "lr") == 3
     how = f"--task lr --model standard --preset tiny --out {tmp_path}/runs/lr-standard-tiny"
@@ -188,7 +190,7 @@ def test_openml_results_are_set_beside_the_published_ones(tmp_path):
     document = {"settings": settings, "versions": {"torch": "2"}, "sets": sets}
     (folder / openml.RESULTS_FILE).write_text(json.dumps(document))
     assert run(tmp_path, "openml") == 0
-    # That is not the paper's experiment, on the paper's sets.
+    # These are not the paper's sets, so its experiment is still missing.
     line = ["openml", "--preset", "paper", "--work", str(tmp_path), "--out", str(tmp_path / "docs")]
     assert reproduce.main(line) == 3
     how = f"looped_fast.openml --data openml --preset paper --out {tmp_path}/openml/openml-paper"
@@ -209,7 +211,7 @@ def test_hours_are_predicted_from_the_measured_step(tmp_path, monkeypatch):
         "lr, looped"
     ]
     assert 0 < row["seconds"] < 60
-    # The curriculum only grows dims here, which costs nothing: all steps but the first are alike.
+    # The curriculum grows only dims here, which costs nothing: all steps but the first are equal.
     assert row["total_flops"] == pytest.approx(row["steps"] * row["flops"], rel=0.1)
     assert "**predictions**" in page(tmp_path)
 
@@ -352,7 +354,7 @@ def test_the_published_values_are_complete():
     after_8 = [sparse[who][8] for who in ("looped", "standard", "lasso")]
     assert after_8 == pytest.approx([0.14709, 0.2210, 0.20558], rel=1e-2)
     assert (relu["looped"][100], relu["standard"][100]) == (0.1802, 0.1695)
-    assert published.LOOPS.keys() == results_page.TASKS.keys()
+    assert OFFICIAL_LOOPS.keys() == results_page.TASKS.keys()
     assert all(len(c) == 21 for curves in published.PROBES.values() for c in curves.values())
     assert all(len(pairs) == len(OPENML_IDS) for pairs in published.OPENML.values())
     # Accuracies of the first set are fractions of its 5 % split, which has 209 rows.

@@ -104,7 +104,7 @@ def test_a_probe_of_what_is_in_the_state_finds_it(monkeypatch):
     run = make_run()
     found = probe(run, settings)["X^T y"]["relative"][0]
     assert found < 0.05
-    # With w all ones it is trained on positive answers, and tested on those of any sign.
+    # With w all ones the probe is trained on positive targets, and tested on any sign.
     assert probe(run, settings, control=True)["X^T y"]["relative"][0] > 2 * found
 
 

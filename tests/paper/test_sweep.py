@@ -19,7 +19,7 @@ LINE = ("--preset", "tiny", "--steps", "2", "--prompts", "32")
 
 @pytest.fixture
 def two_runs(monkeypatch):
-    """A sweep of two of the smallest runs there can be."""
+    """Register a sweep of two minimal runs."""
     small = {"n_embd": 32, "n_head": 2, "n_points": 6, "n_positions": 6, "n_loops": 3, "window": 2}
     runs = {
         "looped": small,
@@ -77,7 +77,7 @@ def test_a_sweep_trains_evaluates_and_draws(two_runs, tmp_path, capsys):
     assert "standard" in capsys.readouterr().out
 
 
-def test_the_same_command_goes_on_where_it_was_stopped(two_runs, tmp_path, monkeypatch):
+def test_the_same_command_resumes_a_stopped_sweep(two_runs, tmp_path, monkeypatch):
     steps_made = []
     whole_step = Trainer.training_step
 
@@ -94,7 +94,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(two_runs, tmp_path, monke
     assert steps_made == ["looped", "looped", "standard", "standard"]
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+def test_a_run_of_an_earlier_version_resumes(tmp_path):
     config = preset_config("tiny")
     trainer = Trainer(config, tmp_path)
     older = {name: value for name, value in config.to_dict().items() if name != "cuda_graphs"}

@@ -85,7 +85,7 @@ def test_a_run_starts_from_shipped_weights(tmp_path):
 
 @pytest.fixture
 def finished_run(tmp_path, monkeypatch):
-    """A finished run of a preset that takes a second, which stands in for small."""
+    """A finished run of a preset that takes a second, in place of small."""
     config = dataclasses.replace(
         preset_config("tiny"), steps=4, batch_size=2, n_points=4, eval_every=2, eval_prompts=8,
         log_every=2, save_every=2, preset="small",
@@ -116,7 +116,7 @@ def test_an_unfinished_run_is_not_released(finished_run, tmp_path, capsys):
     assert latest.name == "step-00000004"
 
 
-def test_a_command_names_what_is_not_the_presets():
+def test_a_command_names_settings_that_differ_from_the_preset():
     config = preset_config("small", "sparse_lr")
     loops = dataclasses.replace(config.curriculum.loops, start=None)
     changed = dataclasses.replace(

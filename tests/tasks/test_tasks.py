@@ -43,7 +43,7 @@ def draw(task, B, n=1, seed=0):
 
 
 def assert_mean(values, expected, spread=None, sigmas=5):
-    """The mean of independent ``values`` within five standard errors; fails once in 10^6."""
+    """Assert the mean of independent values to five standard errors: fails once in 10^6."""
     values = values.double()
     spread = values.std().item() if spread is None else spread
     error = abs(values.mean().item() - expected)
@@ -97,7 +97,7 @@ def test_a_coordinate_of_zero_goes_left():
 
 @pytest.mark.parametrize(("n_leaves", "n_inner"), [(6, 5), (8, 8), (8, 6), (1, 0), (0, 0)])
 def test_a_tree_that_is_not_complete_is_refused(n_leaves, n_inner):
-    """It would be read past its end, or without some of its leaves."""
+    """Evaluating it would read past its end, or skip some of its leaves."""
     with pytest.raises(ValueError, match=rf"width {n_leaves} .* width {n_inner} .* give 2\^depth"):
         DecisionTree.evaluate(
             torch.randn(2, 3, 4),
@@ -269,7 +269,7 @@ def test_as_many_dimensions_as_there_are_truncate_nothing(name):
 
 
 @pytest.mark.parametrize("n_dims", [0, D + 1])
-def test_active_dimensions_that_there_are_not_are_refused(n_dims):
+def test_active_dimensions_out_of_range_are_refused(n_dims):
     with pytest.raises(ValueError, match=rf"n_dims = {n_dims} is outside 1\.\.{D}"):
         sample("lr", n_dims=n_dims)
 
@@ -289,7 +289,7 @@ def fixed(name="lr", n_prompts=10, batch_size=4, world_size=1, n_points=6, seed=
 
 
 def epoch(prompts, number, steps, world_size=1):
-    """First coordinates of the prompts that an epoch visits: they name them."""
+    """First coordinates, which identify them, of the prompts that an epoch visits."""
     visited = []
     for step in range(number * steps, (number + 1) * steps):
         for rank in range(world_size):

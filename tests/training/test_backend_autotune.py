@@ -17,7 +17,7 @@ from looped_fast.ops import backend_times, backends, compiled_backend
 from looped_fast.ops.graphs import Graphs
 from looped_fast.ops.selection import Selection
 from looped_fast.training import backend_autotune
-from looped_fast.training.config import Growth, Growths
+from looped_fast.training.config import CurriculumConfig, ScheduleConfig
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Trainer
 
@@ -317,8 +317,10 @@ def make_trainer(monkeypatch, tmp_path):
 
 
 def test_a_training_run_measures_the_step_that_it_mostly_makes(make_trainer):
-    growths = Growths(points=Growth(3, 1, 1000, 5), loops=Growth(1, 1, 1000))
-    trainer = make_trainer(curriculum=growths)
+    schedules = CurriculumConfig(
+        points=ScheduleConfig(3, 1, 1000, 5), loops=ScheduleConfig(1, 1, 1000)
+    )
+    trainer = make_trainer(curriculum=schedules)
     line = trainer.measure_backends()
     assert line.startswith("reference 3 ms, compiled 1 ms a training step")
     assert trainer.timed == ["reference", "reference", "compiled", "compiled"]

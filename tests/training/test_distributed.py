@@ -17,7 +17,7 @@ from looped_fast.paper import reproduce
 from looped_fast.tasks import sample_batch
 from looped_fast.train import main
 from looped_fast.training import checkpoint
-from looped_fast.training.config import Growths, TrainConfig, config_from_dict
+from looped_fast.training.config import CurriculumConfig, TrainConfig, config_from_dict
 from looped_fast.training.distributed import Processes
 from looped_fast.training.log import read_metrics
 from looped_fast.training.presets import preset_config
@@ -278,7 +278,7 @@ def test_a_process_alone_goes_through_the_same_motions():
 
 def test_fixed_prompts_are_shared_out(tmp_path):
     ranks = [
-        trainer_of(tmp_path, Processes(rank, 2), train_prompts=9, curriculum=Growths())
+        trainer_of(tmp_path, Processes(rank, 2), train_prompts=9, curriculum=CurriculumConfig())
         for rank in range(2)
     ]
     rows = []

@@ -10,19 +10,21 @@ from fake_graphs import FakeGraph, Recorder
 from looped_fast import LoopedTransformer
 from looped_fast.ops.graphs import Graphs
 from looped_fast.tasks import TASKS
-from looped_fast.training.config import Growth, Growths
+from looped_fast.training.config import CurriculumConfig, ScheduleConfig
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Trainer
 
 # Three stages (n_points, n_loops) in twelve steps, n_dims changing within them too.
-GROWTHS = Growths(dims=Growth(2, 1, 3), points=Growth(3, 2, 4, 5), loops=Growth(2, 1, 8))
+CURRICULUM = CurriculumConfig(
+    dims=ScheduleConfig(2, 1, 3), points=ScheduleConfig(3, 2, 4, 5), loops=ScheduleConfig(2, 1, 8)
+)
 # One stage throughout, n_dims changing.
-DIMS_ALONE = Growths(dims=Growth(2, 1, 3))
+DIMS_ALONE = CurriculumConfig(dims=ScheduleConfig(2, 1, 3))
 MINI = {
     "n_embd": 32, "n_head": 2, "batch_size": 4, "n_points": 5, "n_positions": 5, "n_loops": 3,
     "window": 2, "n_dims": 4, "steps": 12, "clip_grad_norm": 0.5, "warmup_steps": 5,
     "lr_decay": "cosine", "seed": 3, "device": "cpu", "backend": "reference",
-    "curriculum": GROWTHS,
+    "curriculum": CURRICULUM,
 }  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def test_replayed_steps_train_as_eager_ones_bit_for_bit(tmp_path, task, amp):
         {"injection": "mul"},
         {"n_layer": 2},
         pytest.param({"backend": "cpu"}, marks=needs_engine),
-        {"model": "tied", "injection": "none", "n_loops": 2, "curriculum": Growths()},
+        {"model": "tied", "injection": "none", "n_loops": 2, "curriculum": CurriculumConfig()},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from looped_fast.compat.config_files import load_config
-from looped_fast.training.config import Growth, TrainConfig, config_from_dict
+from looped_fast.training.config import ScheduleConfig, TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 
 OFFICIAL_BASE = """
@@ -155,7 +155,7 @@ def test_a_file_changes_only_what_it_says(tmp_path):
     base = preset_config("tiny")
     config, _ = load_config(path, by_default="tiny")
     assert (config.lr, config.n_layer, config.preset) == (1e-3, 2, str(path))
-    assert config.curriculum.dims == Growth(start=3, inc=1, interval=400)
+    assert config.curriculum.dims == ScheduleConfig(start=3, inc=1, interval=400)
     assert config.batch_size == base.batch_size
 
 
@@ -284,13 +284,13 @@ def test_a_curriculum_that_ends_beyond_its_final_value_is_refused(name):
 
 
 def test_a_growth_without_a_start_is_at_its_end_at_once():
-    assert Growth().schedule(9).at(0) == 9
-    assert Growth(end=4).schedule(9).at(0) == 4
+    assert ScheduleConfig().schedule(9).at(0) == 9
+    assert ScheduleConfig(end=4).schedule(9).at(0) == 4
 
 
 def test_a_growth_that_starts_beyond_its_end_is_held_to_it():
     """So --n-loops 5 works with a preset whose loops start at 15."""
-    assert Growth(start=15).schedule(5).at(0) == 5
+    assert ScheduleConfig(start=15).schedule(5).at(0) == 5
 
 
 @pytest.mark.parametrize(("model", "count"), [("looped", 15), ("standard", 1), ("tied", 1)])
