@@ -1,4 +1,4 @@
-"""Tile sizes, warps and pipeline stages of the kernels: which there are, and which is fastest here.
+"""Tile sizes, warps and pipeline stages of the kernels: candidates, and the choice among them.
 
 The candidates are those that ``python -m benchmarks.compile_report`` found good for an
 architecture (``candidates.json``). On a GPU the first use times them (``trial.py``) and keeps the
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut into programs and compiled; a tile that a kernel has no use for is 0."""
+    """How a kernel is cut into programs and compiled; a tile size that it does not use is 0."""
 
     rows: int  # rows (attention: queries) of one program
     hidden_chunk: int = 0  # hidden units (of 4D) worked on at a time
@@ -41,7 +41,7 @@ class Config:
     num_stages: int = 2  # of the software pipeline that loads operands
 
     def astuple(self) -> tuple[int, ...]:
-        """As JSON has it; ``Config(*values)`` is the way back."""
+        """Values for JSON; ``Config(*values)`` restores the configuration."""
         return astuple(self)
 
     def tiles(self, parameters: Sequence[str]) -> dict[str, int]:
@@ -53,7 +53,7 @@ class Config:
 
 
 def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, ...; of a CPU, where the interpreter runs, ``"sm_80"``."""
+    """Architecture, ``"sm_90"`` or ``"gfx942"``, say; ``"sm_80"`` for a CPU (the interpreter)."""
     if device.type != "cuda":
         return "sm_80"
     if torch.version.hip:
@@ -63,9 +63,9 @@ def architecture(device: torch.device) -> str:
 
 
 def operand_precision(dtype: torch.dtype) -> str:
-    """What ``dtype`` operands are multiplied in: ``bf16``, ``fp16``, ``fp32``, or ``tf32``.
+    """Precision of products of ``dtype`` operands: ``bf16``, ``fp16``, ``fp32``, or ``tf32``.
 
-    ``tf32`` where PyTorch's own float32 products on GPUs are: ``torch.backends.cuda.matmul``.
+    ``tf32`` if PyTorch's own float32 products on GPUs use it: ``torch.backends.cuda.matmul``.
     """
     if dtype != torch.float32:
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -75,7 +75,7 @@ def operand_precision(dtype: torch.dtype) -> str:
     return "tf32" if matmul.allow_tf32 else "fp32"
 
 
-# Those that are not compiled for here: the nearest with no more shared memory.
+# Architectures that the compile report lacks -> the nearest one with no more shared memory.
 _LIKE = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
 
 
@@ -90,17 +90,17 @@ def candidates(kernel: str, arch: str, width: int, precision: str) -> tuple[Conf
 
     Args:
         kernel: name of the kernel.
-        arch: as ``architecture`` gives it; one unknown to the compile report gets what suits
-            ``sm_89``, which has the least shared memory.
-        width: D; of an attention kernel, head_dim.
-        precision: operands of matrix products, as ``operand_precision`` gives it.
+        arch: as in ``architecture``; one unknown to the compile report gets what suits ``sm_89``,
+            which has the least shared memory.
+        width: D, or head_dim for an attention kernel.
+        precision: of operands of matrix products, as in ``operand_precision``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no configuration is good.
     """
-    of_arch = _all_candidates()[kernel]
+    by_arch = _all_candidates()[kernel]
     arch = _LIKE.get(arch, arch)
-    suited = of_arch[arch if arch in of_arch else "sm_89"]
+    suited = by_arch[arch if arch in by_arch else "sm_89"]
     if not (found := suited.get(f"{width} {precision}")):
         raise ValueError(
             f"no configuration of {kernel} is good on {arch} at width {width} in {precision}; "
@@ -123,19 +123,19 @@ def choose(
 ) -> Config:
     """The configuration to launch ``kernel`` with.
 
-    On a GPU, the fastest of ``candidates`` whose numbers are right, see ``trial``: found once and
-    then kept for ``n_rows`` (rounded up to a power of two) under the user's cache folder. The first
-    candidate instead, and no timing: off a GPU, under ``torch.use_deterministic_algorithms(True)``,
-    and where a CUDA graph is being captured before any choice was kept.
+    On a GPU, the fastest of ``candidates`` whose results are right, see ``trial``: found once for
+    ``n_rows`` (rounded up to a power of two) and stored in the user's cache folder. The first
+    candidate, without timing, off a GPU, under ``torch.use_deterministic_algorithms(True)``, and if
+    a CUDA graph is being captured before a choice was stored.
 
     Args:
         kernel: the ``@triton.jit`` function.
-        width: D; of an attention kernel, head_dim.
-        precision: operands of matrix products, as ``operand_precision`` gives it.
-        n_rows: rows N of the problem.
+        width: D, or head_dim for an attention kernel.
+        precision: of operands of matrix products, as in ``operand_precision``.
+        n_rows: rows N that the kernel works on.
         device: where it runs.
-        run: launches the kernel once, in its commonest form, with a configuration. Only the shapes
-            and addresses of its tensors matter: it is timed on tensors of the trial's own.
+        run: launches the kernel once, in its most frequent form, with a configuration. Only shapes
+            and alignments of its tensors matter: the trial has tensors of its own.
 
     Raises:
         RuntimeError: no candidate runs on this GPU.
@@ -143,30 +143,30 @@ def choose(
     if not _may_time(device):
         return candidates(kernel.__name__, architecture(device), width, precision)[0]
     index = torch.cuda.current_device() if device.index is None else device.index
-    here = (kernel.__name__, width, precision, _size(n_rows), index)
-    if here in _chosen:
-        return _chosen[here]
+    case = (kernel.__name__, width, precision, _size(n_rows), index)
+    if case in _chosen:
+        return _chosen[case]
 
     options = candidates(kernel.__name__, architecture(device), width, precision)
     if len(options) == 1:
         return options[0]
     name = torch.cuda.get_device_name(index)
-    among = _digest([config.astuple() for config in options])
-    versions = f"triton {metadata.version('triton')}/{source_hash(kernel)}/{among}"
+    options_hash = _digest([config.astuple() for config in options])
+    versions = f"triton {metadata.version('triton')}/{source_hash(kernel)}/{options_hash}"
     key = f"{name}/{versions}/{kernel.__name__}/{width}/{precision}/{_size(n_rows)}"
     with torch.cuda.device(index):
         if (config := _load().get(key)) is None:
             if torch.cuda.is_current_stream_capturing():
                 return options[0]
             if (postpone := _postpone.get()) is not None:
-                again = functools.partial(
+                retry = functools.partial(
                     choose, kernel, width=width, precision=precision, n_rows=n_rows, device=device,
                     run=run,
                 )  # fmt: skip
-                postpone(kernel, functools.partial(_run_all, run, options), again)
+                postpone(kernel, functools.partial(_run_all, run, options), retry)
                 return options[0]
             config = _fastest(key, options, run, precision)
-    _chosen[here] = config
+    _chosen[case] = config
     return config
 
 
@@ -186,7 +186,7 @@ def _size(n_rows: int) -> int:
 def _fastest(
     key: str, options: Sequence[Config], run: Callable[[Config], None], precision: str
 ) -> Config:
-    from . import trial  # which imports this module
+    from . import trial  # a circular import at the top
 
     try:
         config = trial.fastest(options, run, precision)
@@ -198,7 +198,7 @@ def _fastest(
     return config
 
 
-# Called for a choice that is not made yet: (kernel, what runs all its candidates, what chooses).
+# Called for a pending choice: (kernel, function that runs all candidates, function that chooses).
 Postpone = Callable[[Any, Callable[[], None], Callable[[], Config]], None]
 _postpone: contextvars.ContextVar[Postpone | None] = contextvars.ContextVar(
     "looped_fast_postpone", default=None
@@ -207,10 +207,7 @@ _postpone: contextvars.ContextVar[Postpone | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def postponing(postpone: Postpone) -> Iterator[None]:
-    """Inside the block, hand choices that are still to be made to ``postpone``.
-
-    ``choose`` returns the first candidate meanwhile.
-    """
+    """Pass pending choices in the block to ``postpone``; ``choose`` returns the first candidate."""
     token = _postpone.set(postpone)
     try:
         yield
@@ -219,7 +216,7 @@ def postponing(postpone: Postpone) -> Iterator[None]:
 
 
 def source_hash(kernel: Any) -> str:
-    """Of a ``@triton.jit`` function and all that it calls: their code, not layout or comments."""
+    """Hash of the code of a ``@triton.jit`` function and all that it calls, without comments."""
     return _source_hash(kernel.fn)  # hash(kernel) is Triton's key, see ``launch.settle_cache_key``
 
 
@@ -239,8 +236,7 @@ def _source_hash(kernel: types.FunctionType) -> str:
                 found[name] = repr(value.value)
 
     visit(kernel)
-    # Whether a kernel is interpreted is no part of its source.
-    found.pop("INTERPRET", None)
+    found.pop("INTERPRET", None)  # differs between runs of the same source
     return _digest(found)
 
 
@@ -249,7 +245,7 @@ def _digest(value: Any) -> str:
 
 
 def cache_file() -> Path:
-    """Where choices are kept: under ``$XDG_CACHE_HOME``, or ``~/.cache``."""
+    """File of stored choices, under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "looped_fast", "tuning.json")
 
