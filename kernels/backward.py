@@ -76,14 +76,14 @@ def loop_backward(
     for last in range(window, 0, -steps):
         first = max(0, last - steps)
         if has_activations:
-            chunk = _of_steps(saved, L, first, last)
+            chunk = _select_steps(saved, L, first, last)
         else:
             before = states[first - 1] if first else start
             run_steps(
                 before, saved, inputs, weights[-2:], settings._replace(n_loops=1, window=1),
                 save_activations=True, states=scratch,
             )  # fmt: skip
-            chunk = _of_steps(saved, L, 0, 1)
+            chunk = _select_steps(saved, L, 0, 1)
         ends = None  # (block, step of the chunk) whose attention backward came before
         for step in reversed(range(last - first)):
             for i in reversed(range(L)):
@@ -120,7 +120,7 @@ def loop_backward(
     return grads
 
 
-def _of_steps(saved: SavedActivations, n_layer: int, first: int, last: int) -> SavedActivations:
+def _select_steps(saved: SavedActivations, n_layer: int, first: int, last: int) -> SavedActivations:
     """The activations of steps first .. last - 1 of the window, as [L, steps, ...] by block."""
     names = ("xhat1", "rstd1", "qkv", "attention", "lse", "xhat2", "rstd2")
     by_block = {
@@ -176,7 +176,7 @@ class _Rows:
 
         L, steps = outputs.d_qkv.shape[:2]
         n = min(2, steps)
-        chunk = _of_steps(saved, L, 0, n)
+        chunk = _select_steps(saved, L, 0, n)
         first = window - n if 2 * len(grad) > window else 0  # as most steps, with or without grad
 
         def run(config: Config) -> None:  # the most frequent form: between two steps

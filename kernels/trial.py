@@ -65,7 +65,7 @@ def fastest(options: Sequence[Config], run: Callable[[Config], None], precision:
         for call in calls.values():
             call.compile()
     try:
-        right = _right_ones(calls, TOLERANCE[precision])
+        right = _correct_calls(calls, TOLERANCE[precision])
     except torch.OutOfMemoryError as error:
         raise NotTimed(options[0], error) from error
     try:
@@ -88,7 +88,7 @@ def _only_call(run: Callable[[Config], None], config: Config) -> Call:
     return call
 
 
-def _right_ones(calls: dict[Config, Call], tolerance: float) -> dict[Config, Call]:
+def _correct_calls(calls: dict[Config, Call], tolerance: float) -> dict[Config, Call]:
     """Those of ``calls`` whose results are right, on tensors of the trial's own."""
     part_axes = _part_axes(list(calls.values()))
     tensors: dict[Any, Tensor] = {}
@@ -96,7 +96,7 @@ def _right_ones(calls: dict[Config, Call], tolerance: float) -> dict[Config, Cal
     right: dict[Config, Call] = {}
     failures: list[str] = []
     for config, real in calls.items():
-        call = _on_own_tensors(real, tensors)
+        call = _with_own_tensors(real, tensors)
         try:
             results = _results(call, part_axes)
             fault = _fault(results, expected, tolerance)
@@ -116,7 +116,7 @@ def _right_ones(calls: dict[Config, Call], tolerance: float) -> dict[Config, Cal
     return right
 
 
-def _on_own_tensors(call: Call, tensors: dict[Any, Tensor]) -> Call:
+def _with_own_tensors(call: Call, tensors: dict[Any, Tensor]) -> Call:
     """``call`` on ``tensors``, by position and shape; missing ones are allocated."""
     args = list(call.args)
     for i, arg in enumerate(args):
