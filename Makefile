@@ -1,4 +1,4 @@
-# Each target makes its own virtual environment when there is none.
+# Each target makes its virtual environment if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0

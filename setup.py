@@ -1,8 +1,8 @@
 """Maps ``kernels/`` to ``looped_fast.kernels`` and builds the CPU engine; metadata: pyproject.toml.
 
-The engine is optional. Without torch (an isolated build does not see it: use
-``pip install --no-build-isolation``), a compiler or OpenMP the package installs without it, runs
-on the reference backend, and ``looped_fast.explain_backend`` says why.
+The engine is optional. Without torch (which an isolated build does not see: use
+``pip install --no-build-isolation``), a compiler or OpenMP the package installs without the engine,
+runs on the reference backend, and ``looped_fast.explain_backend`` says why.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 SOURCES = ["ops.cpp", "memory.cpp", "threads.cpp"]
-# Kernels are compiled once per instruction set. Never -march=native: the wheel would not travel.
+# Kernels are compiled once per instruction set; -march=native would tie a wheel to one machine.
 AVX512_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS = {
     "kernels_avx2_fp32.cpp": [
@@ -31,12 +31,12 @@ ISA_FLAGS = {
 
 
 def warn(reason):
-    """Say on stderr why there will be no engine."""
+    """Print on stderr why there will be no engine."""
     print(f"looped_fast: building without the CPU engine: {reason}", file=sys.stderr)
 
 
 def engine_build():
-    """Keyword arguments of ``setup`` that build the engine; none where it can't be built."""
+    """Keyword arguments of ``setup`` that build the engine; empty if it can't be built."""
     if platform.machine().lower() not in ("x86_64", "amd64") or os.name == "nt":
         warn(f"no kernels for {platform.system()} on {platform.machine()}")
         return {}
@@ -47,11 +47,11 @@ def engine_build():
         return {}
 
     class BuildEngine(BuildExtension):
-        """Compiles in parallel, each source with its own flags; a failure is no error."""
+        """Compiles in parallel, each source with its own flags; a failure is only a warning."""
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs, use_ninja=False)
-            self.force = True  # what is up to date with the sources may be of another torch
+            self.force = True  # up-to-date objects may be for another torch
 
         def build_extensions(self):
             try:

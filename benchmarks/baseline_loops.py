@@ -1,8 +1,8 @@
 """The baselines as a library's user would write them: a fit for each prompt and position.
 
 A fit takes the points seen X [i, d], their values y [i] and a query x [d], as float64 arrays, and
-returns a prediction. ``tests/test_baselines.py`` holds the library's baselines against these, and
-``benchmarks.baselines`` times them.
+returns a prediction. ``tests/evaluation/test_baselines.py`` compares the library's baselines with
+these, and ``benchmarks.baselines`` times them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def on_signs(fit: Fit) -> Fit:
 def train_network(
     network: nn.Sequential, X: Tensor, y: Tensor, batches: Iterable[np.ndarray], lr: float = 5e-3
 ) -> None:
-    """By ``torch.optim.Adam`` on the mean squared error of each batch of points."""
+    """Minimise the mean squared error of each batch of points by ``torch.optim.Adam``."""
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     for batch in batches:
         optimizer.zero_grad()

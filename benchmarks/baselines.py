@@ -1,9 +1,9 @@
-"""Every baseline for one figure, against the loop over prompts and positions.
+"""Time every baseline for one figure, and the loop over prompts and positions.
 
     python -m benchmarks.baselines --prompts 1280 --points 101
 
 The loop, on one thread, is timed on a sample (every tenth position of two prompts) and scaled to
-all fits; ours, on all cores, is scaled to 1280 prompts if it ran on fewer.
+all fits; ours, on all cores, is scaled to 1280 prompts if it ran fewer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from looped_fast.evaluation.baselines import BASELINES
 from looped_fast.tasks import Batch, Task, make_task, sample_batch
 
 _FIGURE_PROMPTS = 1280
-_TASKS = {"lasso": "sparse_lr", "2-layer network": "relu_2nn"}  # whose figures they are in
+_TASKS = {"lasso": "sparse_lr", "2-layer network": "relu_2nn"}  # of their figures
 HEADERS = ("baseline", "s", "s for 1280 prompts", "loop, s for 1280 prompts", "ratio")
 
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(name: str, n_prompts: int, n_points: int, n_dims: int) -> dict[str, Any]:
-    """Seconds of ours and of the loop, after a check that they agree."""
+    """Time ours and the loop, and check that they agree."""
     prompts = figure_prompts(name, n_prompts, n_points, n_dims)
     predict = BASELINES[name]
     warm_up(name, prompts)
@@ -62,7 +62,7 @@ def measure(name: str, n_prompts: int, n_points: int, n_dims: int) -> dict[str, 
     sample = Batch(prompts.xs[:2], prompts.ys[:2])
     positions = range(1, n_points, max(1, n_points // 10))
     expected, loop_seconds = timed(lambda: one_by_one(LOOPS[name], *sample, positions))
-    if name != "2-layer network":  # whose weights and minibatches are random
+    if name != "2-layer network":  # its weights and minibatches are random
         check(name, predictions[:2], expected, positions)
     fits = len(sample.xs) * len(positions)
     scale = _FIGURE_PROMPTS * (n_points - 1) / fits
@@ -77,14 +77,14 @@ def measure(name: str, n_prompts: int, n_points: int, n_dims: int) -> dict[str, 
 
 
 def figure_prompts(name: str, n_prompts: int, n_points: int, n_dims: int) -> Batch:
-    """Prompts of the task in whose figure the baseline is."""
+    """Prompts of the task whose figure shows the baseline."""
     trees = "tree" in name or "XGBoost" in name
     task: Task = make_task("dt" if trees else _TASKS.get(name, "lr"), n_dims)
     return sample_batch(task, n_prompts, n_points, seed=0, step=0)
 
 
 def warm_up(name: str, prompts: Batch) -> None:
-    """Imports and worker processes are not timed; the network's start within its minutes."""
+    """Import and start worker processes before timing; the network's start within its minutes."""
     shared = "tree" in name or "XGBoost" in name or name == "lasso"
     few = math.ceil(2000 / prompts.ys.shape[1]) if shared else 2
     BASELINES[name](prompts.xs[:few], prompts.ys[:few])
@@ -92,14 +92,14 @@ def warm_up(name: str, prompts: Batch) -> None:
 
 
 def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The result, and seconds by the clock."""
+    """Result of ``run``, and its wall time in seconds."""
     start = time.perf_counter()
     result = run()
     return result, time.perf_counter() - start
 
 
 def check(name: str, predictions: torch.Tensor, expected: torch.Tensor, positions: range) -> None:
-    """A benchmark refuses to time a wrong result. (scikit-learn's lasso stops at a tolerance.)"""
+    """Raise if predictions differ by more than scikit-learn's lasso does, with its tolerance."""
     columns = list(positions)
     error = (predictions.double() - expected)[:, columns].abs().median()
     if not error <= 1e-3 * expected[:, columns].abs().max():

@@ -14,7 +14,7 @@ class Case:
     batch: int  # B
     n_points: int  # n; S = 2n tokens
     n_loops: int  # b
-    window: int  # T, in training; inference asks for the last prediction alone
+    window: int  # T, in training; inference only returns the last prediction
     n_dims: int = 20  # d
     n_embd: int = 256  # D
     n_head: int = 8
@@ -52,20 +52,20 @@ class Contender:
     whole_model: bool = False  # torch.compile gets the model; backend "compiled": one loop step
     compile_mode: str | None = None  # of torch.compile, for the whole model
     attention: str = "auto"  # of LoopedTransformer
-    recompute: bool = False  # likewise
-    fused_loss: bool = False  # trains by LoopedTransformer.loss, else by one of predictions
-    graphs: bool = False  # whether training steps and calls are replayed as CUDA graphs
+    recompute: bool = False  # of LoopedTransformer
+    fused_loss: bool = False  # trains with LoopedTransformer.loss, else with a loss of predictions
+    graphs: bool = False  # replays training steps and calls as CUDA graphs
     devices: tuple[str, ...] = ("cpu", "cuda")
     modes: tuple[str, ...] = ("training", "inference")
 
     @property
     def is_engine(self) -> bool:
-        """Whether this is the project's own; the others are opponents."""
+        """True for the project's own backends; the others are opponents."""
         return self.backend not in ("reference", "compiled")
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile takes part."""
+        """True if torch.compile is used."""
         return self.whole_model or self.backend == "compiled"
 
 
@@ -109,7 +109,7 @@ CONTENDERS = {
 
 
 def modes(case: Case, contender: Contender) -> list[str]:
-    """In which both are measured."""
+    """Modes in which a contender is measured on a case."""
     return [mode for mode in case.modes if mode in contender.modes]
 
 

@@ -3,7 +3,7 @@
 Measures time, rate and memory of a training step and of inference at the sizes of the paper, for
 eager PyTorch, torch.compile and the engine, in fp32 and bf16; on a GPU (``--device cuda``) with
 and without CUDA graphs, for each provider of attention, and the launches, too. Each is timed only
-if its numbers are right; on a CPU alone in a process, at its best thread setting. Prints
+if its numbers are right; on a CPU in a process of its own, at its best thread setting. Prints
 tables, and writes Markdown, JSON and a chart. A full run may take an hour on two cores, most of it
 spent on compiling whole models; ``--quick`` takes a minute or two. On a GPU all contenders but
 whole compiled models share a process, and ``--budget`` limits the time of everything.
@@ -81,7 +81,7 @@ def by_process(jobs: Iterable[Job], device: str) -> list[list[Job]]:
 
 
 def unsupported(case: Case, contender: Contender, device: str = "cpu") -> str | None:
-    """Why the engine can't run ``case``, if it can't; opponents always can."""
+    """Why the engine can't run ``case``, or None; opponents always can."""
     if not contender.is_engine:
         return None
     model = LoopedTransformer(case.config(), contender.backend, attention=contender.attention)
@@ -106,10 +106,10 @@ def compare(
     Args:
         cases, contenders: names.
         repeats: timings of each, at most.
-        seconds: of timing each, at most.
+        seconds: for timing each, at most.
         device: ``cpu`` or ``cuda``.
         timeout: seconds for one contender in one mode of one case.
-        budget: seconds for all: nothing is started after them, and what runs then is ended.
+        budget: seconds for all; then nothing more is started, and what runs is ended.
 
     Returns:
         ``provenance``, ``peak_gflops`` by precision, ``rows`` and ``not_measured``.
@@ -127,12 +127,12 @@ def compare(
     rows, jobs = [], []
     for contender in contenders:
         for case in cases:
-            of_case = [(case, m, contender) for m in modes(CASES[case], CONTENDERS[contender])]
-            reason = unsupported(CASES[case], CONTENDERS[contender], device) if of_case else None
+            case_jobs = [(case, m, contender) for m in modes(CASES[case], CONTENDERS[contender])]
+            reason = unsupported(CASES[case], CONTENDERS[contender], device) if case_jobs else None
             if reason is None:
-                jobs += of_case
+                jobs += case_jobs
             else:
-                rows += [row_of(job, reason=reason) for job in of_case]
+                rows += [row_of(job, reason=reason) for job in case_jobs]
     for group in by_process(jobs, device):
         rows += measure_jobs(group, settings, timeout, end)
     measured = [row for row in rows if "reason" not in row]
@@ -142,7 +142,7 @@ def compare(
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Of the command line; ``--quick`` changes what the others are by default."""
+    """Arguments of the command line; ``--quick`` changes the defaults of the others."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
         description=__doc__,
@@ -150,9 +150,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--cases", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
+    add("--cases", nargs="+", choices=CASES, metavar="CASE", help=f"from {', '.join(CASES)}")
     add("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME",
-        help=f"of {', '.join(map(repr, CONTENDERS))}")  # fmt: skip
+        help=f"from {', '.join(map(repr, CONTENDERS))}")  # fmt: skip
     add("--repeats", type=int, help="timings of each, at most")
     add("--quick", action="store_true", help="cases small and lr_b1, without torch.compile")
     add("--timeout", type=float, default=TIMEOUT_S, metavar="S",
@@ -177,7 +177,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and write the files; 2 where there is no such device."""
+    """Measure, print, and write the files; return 2 if there is no such device."""
     args = parse_arguments(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"PyTorch {torch.__version__} sees no CUDA device here", file=sys.stderr)

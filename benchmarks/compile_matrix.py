@@ -1,4 +1,4 @@
-"""What the compile report compiles: every form of every kernel that a GPU may be asked for."""
+"""What the compile report compiles: every form of every kernel that a GPU may run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from looped_fast.kernels.tuning import Config, source_hash
+from looped_fast.kernels.candidates import Config, source_hash
 
 from benchmarks.compile_store import Entry, Group, Key, Report, problem, triton_version
 from benchmarks.kernel_launches import PAPER_WIDTH, PRECISIONS, Case, cases
@@ -24,8 +24,8 @@ _ROWS = [
     Config(16, 32, 32, 4), Config(32, 32, 32, 8), Config(16, 32, 32, 8), Config(16, 16, 16, 4),
     Config(16, 16, 16, 8), Config(16, 16, 16, 4, 1), Config(16, 16, 16, 8, 1),
 ]  # fmt: skip
-# From 64 rows on sm_90 multiplies by wgmma, and sm_100 by tcgen05; of each number of rows the most
-# promising come first, for where not all are compiled.
+# With 64 rows or more sm_90 multiplies by wgmma, and sm_100 by tcgen05. The most promising of each
+# number of rows come first, since not all are compiled everywhere.
 _TALL_ROWS = [
     Config(64, 64, 128, 8), Config(64, 64, 64, 8), Config(32, 64, 64, 8), Config(16, 64, 64, 4),
     Config(64, 32, 64, 8), Config(64, 64, 64, 4), Config(64, 32, 32, 4), Config(64, 32, 32, 8),
@@ -36,7 +36,7 @@ _NARROW_ROWS = [
     Config(64, 64, 64, 4), Config(32, 64, 64, 4), Config(64, 64, 64, 8), Config(32, 32, 32, 4),
     Config(16, 32, 32, 4), Config(16, 16, 16, 4),
 ]  # fmt: skip
-# Of operands of 32 bits or D = 512: larger ones spill or do not fit, and take minutes to show it.
+# For operands of 32 bits or D = 512: larger tiles spill or do not fit, and compile for minutes.
 _SMALL_ROWS = [
     Config(16, 32, 32, 4), Config(32, 32, 32, 4), Config(16, 16, 16, 4), Config(16, 16, 16, 8),
     Config(16, 16, 16, 4, 1), Config(16, 16, 16, 8, 1),
@@ -48,7 +48,7 @@ _ATTENTION = [
 
 
 def space(case: Case, arch: str) -> tuple[Config, ...]:
-    """Configurations to try; the launch's own where the host code fixes it."""
+    """Configurations to try; the launch's own if the host code fixes it."""
     if case.kernel.startswith("attention_"):
         return tuple(_ATTENTION)
     if case.kernel.startswith("row_"):
@@ -77,21 +77,21 @@ class Job(NamedTuple):
 
     @property
     def group(self) -> Group:
-        """Whose candidates the configurations may become."""
+        """Group whose candidates the configurations may become."""
         return Group(self.case.kernel, self.arch, self.case.width, self.precision)
 
 
 def is_launched(case: Case, arch: str) -> bool:
-    """Not where ``triton_backend.unsupported`` refuses: fp32 at D = 512 in 99 KiB."""
+    """False if ``triton_backend.unsupported`` refuses: fp32 at D = 512 in 99 KiB."""
     wide = case.width > PAPER_WIDTH and case.precision == "fp32"
     return not (wide and ARCHITECTURES[arch].block_shared < 100 * KIB)
 
 
 def is_covered(group: Group, version: str) -> bool:
-    """Whether the report is to cover a group in a version of Triton.
+    """True if the report is to cover a group in a version of Triton.
 
-    Versions but ``THOROUGH``: what the paper's model launches in 16 bits on NVIDIA GPUs, in fp16 on
-    the newest ones alone. AMD: the same in bf16, since the row kernels take a minute each there.
+    Versions other than ``THOROUGH`` cover what the paper's model launches in 16 bits on NVIDIA GPUs
+    (fp16 only on the newest). AMD is covered in bf16, as the row kernels take a minute each there.
     """
     paper = group.kernel.startswith("attention_") or group.width == PAPER_WIDTH
     if group.arch.startswith("gfx"):
@@ -102,10 +102,10 @@ def is_covered(group: Group, version: str) -> bool:
 
 
 def screening(version: str, known: dict[Group, list[Config]] | None = None) -> list[Job]:
-    """Which configurations are good: those that are in the form of a kernel that does most.
+    """Jobs that find good configurations, in the form of a kernel that does most.
 
     Away from the paper's width and 16-bit operands the first good one is enough. ``known``
-    candidates come first: another version of Triton has found them good.
+    candidates come first: they are good in another version of Triton.
     """
     jobs = []
     for precision in PRECISIONS:
@@ -133,17 +133,16 @@ def screening(version: str, known: dict[Group, list[Config]] | None = None) -> l
 
 
 def _worth(group: Group) -> tuple[bool, bool, bool]:
-    """What is compiled first: the paper's width, bf16, GPUs whose times are predicted."""
+    """Sort key: the paper's width, bf16, and GPUs whose times are predicted come first."""
     return group.width != PAPER_WIDTH, group.precision != "bf16", group.arch not in GPUS
 
 
 def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = False) -> list[Job]:
     """Every form of every kernel in every candidate, first candidates first.
 
-    At the paper's width in bf16 in the first candidate, and on GPUs whose times are predicted in
-    the first three. Elsewhere, and in further candidates, it is left at the form that does most,
-    which the others are parts of; the autotuner drops what does not run. ``full``: in every
-    candidate everywhere.
+    Covers bf16 at the paper's width, in the first candidate, or the first three on GPUs whose times
+    are predicted. Elsewhere only the form that does most is compiled, which the others are parts
+    of; the autotuner drops what does not run. ``full``: every candidate everywhere.
     """
     ranked = []
     for precision in PRECISIONS if full else PRECISIONS[:1]:
@@ -166,7 +165,7 @@ def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = 
 
 
 def entry_key(job: Job, config: Config, version: str | None = None) -> Key:
-    """Where the report keeps a job's configuration, by this Triton or by ``version``."""
+    """Key of a job's configuration in the report, for this Triton or ``version``."""
     case = job.case
     source = source_hash(case.launch.kernel)
     return Key(*job.group, case.form, config.astuple(), source, version or triton_version())
@@ -194,7 +193,7 @@ def _run(work: tuple[Job, Report]) -> list[Entry]:
 
 
 def run(jobs: list[Job], report: Report, processes: int) -> Iterator[list[Entry]]:
-    """The entries of each job in turn; what ``report`` has already is not compiled again."""
+    """Yield the entries of each job in turn, compiling what ``report`` lacks."""
     work = []
     for job in jobs:
         keys = [entry_key(job, config) for config in job.configs]

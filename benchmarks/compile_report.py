@@ -1,10 +1,10 @@
-"""Compiles every kernel for GPUs that are not there, and reports on the machine code.
+"""Compile every kernel without a GPU, and report on the machine code.
 
-``python -m benchmarks.compile_report`` prints the stored report, and what is wrong or not in it;
-``--update`` compiles what is new or was changed since, and stores the report and, for
+``python -m benchmarks.compile_report`` prints the stored report, and what is wrong or missing in
+it; ``--update`` compiles what is new or has changed, and stores the report and, for
 ``kernels/tuning.py``, which configurations are good where; ``--verify`` compiles a few kernels
-again and holds them against the stored entries. None needs a GPU. Both compile by the Triton of the
-Python they run in; the report holds ``compile_matrix.VERSIONS``, so run ``--update`` with each.
+again and compares them with the stored entries. Both compile by the Triton of the Python they run
+in; the report holds ``compile_matrix.VERSIONS``, so run ``--update`` with each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 
+from looped_fast.kernels.candidates import source_hash
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -37,11 +38,10 @@ from benchmarks.compile_store import (
     triton_version,
 )
 from benchmarks.kernel_launches import PRECISIONS, cases
-from looped_fast.kernels.tuning import source_hash
 
 
 def update(processes: int, kernels: list[str] | None, full: bool) -> None:
-    """Compile what the stored report lacks, of all kernels or some, and store as it grows."""
+    """Compile what the stored report lacks, for ``kernels`` or all, and store it on the way."""
     sources, version = _present().values(), triton_version()
     report = {key: entry for key, entry in load().items() if key.source in sources}
     _add(screening(version, candidates(report)), report, processes, kernels)
@@ -63,7 +63,7 @@ def _present() -> dict[str, str]:
 
 
 def faults(report: Report) -> list[str]:
-    """What is wrong with what a stored report holds; none where it is good and of these kernels."""
+    """Faults of a stored report: kernels that have changed, groups without a good configuration."""
     sources = _present()
     stored = {key.kernel: key.source for key in report}
     found = [
@@ -79,7 +79,7 @@ def faults(report: Report) -> list[str]:
 
 
 def gaps(report: Report) -> list[str]:
-    """What a stored report lacks: candidates for it are a guess, until ``--update`` has run."""
+    """What a stored report lacks: its candidates are a guess until ``--update`` has run."""
     found = []
     for version in VERSIONS:
         stored = {key.group for key in report if key.triton == version}
@@ -100,7 +100,7 @@ def gaps(report: Report) -> list[str]:
     return found
 
 
-# A kernel of each kind and an architecture of each: small ones, that compile in seconds.
+# A kernel and an architecture of each kind, small enough to compile in seconds.
 SAMPLE = (
     ("attention_forward_kernel", "sm_90", 32, "bf16"),
     ("attention_backward_kernel", "sm_100", 32, "bf16"),
@@ -111,7 +111,7 @@ SAMPLE = (
 
 
 def verify(report: Report) -> list[str]:
-    """Compile the sample again; what is worse now than in the stored report."""
+    """Compile the sample again; return what is worse than in the stored report."""
     found = []
     for job in screening(triton_version()):
         if job.group not in {Group(*sample) for sample in SAMPLE}:
@@ -154,15 +154,15 @@ def summary(report: Report) -> str:
             if key.group == group and key.config == config.astuple()
         ]  # fmt: skip
 
-        def of(name, pick=max, entries=entries):
+        def worst(name, pick=max, entries=entries):
             return pick(entry[name] for entry in entries)
 
         lines.append(
             (*group, " ".join(map(str, config.astuple())), len(chosen[group]),
              " ".join(sorted({entry["triton"] for entry in entries})), len(entries),
-             of("registers"), of("spills"), of("spills_in_loop"), of("shared") // 1024,
-             of("tensor_core"), of("async_copy"), of("special_function"), of("duplication"),
-             of("blocks_per_sm", min))
+             worst("registers"), worst("spills"), worst("spills_in_loop"), worst("shared") // 1024,
+             worst("tensor_core"), worst("async_copy"), worst("special_function"),
+             worst("duplication"), worst("blocks_per_sm", min))
         )  # fmt: skip
     headers = (
         "kernel", "arch", "width", "precision", "config", "candidates", "Triton", "forms",
@@ -173,11 +173,11 @@ def summary(report: Report) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns 1 where something is wrong with the report, or missing in it."""
+    """Run the command; return 1 if something is wrong or missing in the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help="compile what the report lacks")
     parser.add_argument("--verify", action="store_true", help="compile a sample again")
-    parser.add_argument("--kernels", nargs="+", help="of --update: these alone")
+    parser.add_argument("--kernels", nargs="+", help="of --update: only these")
     parser.add_argument("--full", action="store_true", help="of --update: all forms everywhere")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The stored compile report, and what follows from it: which configurations are good where."""
+"""The stored compile report, and the configurations that are good according to it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from looped_fast.kernels import tuning
+from looped_fast.kernels.candidates import Config
+
 from benchmarks import predicted_time
 from benchmarks.cases import CASES
 from benchmarks.machine_code import ARCHITECTURES
 from benchmarks.phases import Phase
-from looped_fast.kernels import tuning
-from looped_fast.kernels.tuning import Config
 
 REPORT = Path(__file__).parent / "results/compile_report.json"
 CANDIDATES = Path(tuning.__file__).with_name("candidates.json")
-FEW_SPILLS = 64  # instructions, outside loops; with more a configuration comes after the others
+FEW_SPILLS = 64  # instructions, outside loops; configurations with more come last
 LITTLE_DUPLICATION = 1.25
 # Share of the instructions in a kernel's loops that may be spills. A spill takes as much of the
 # pipe to L1 and shared memory as an LDS, one clock per warp, and a reload from L1 arrives after
@@ -27,12 +28,12 @@ SPILL_LIMIT = 0.02
 
 
 def triton_version() -> str:
-    """The Triton of this Python, as entries are kept by it: ``"3.6"``."""
+    """Major and minor version of the Triton in this Python, ``"3.6"``, as in ``Key.triton``."""
     return ".".join(importlib.metadata.version("triton").split(".")[:2])
 
 
 class Group(NamedTuple):
-    """What has candidates of its own."""
+    """Launches that share candidates."""
 
     kernel: str
     arch: str
@@ -41,7 +42,7 @@ class Group(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What was compiled."""
+    """Identity of an entry."""
 
     kernel: str
     arch: str
@@ -54,7 +55,7 @@ class Key(NamedTuple):
 
     @property
     def group(self) -> Group:
-        """Whose candidate the configuration may be."""
+        """Group whose candidate the configuration may be."""
         return Group(*self[:4])
 
 
@@ -63,7 +64,7 @@ Report = dict[Key, Entry]
 
 
 def problem(entry: Entry) -> str | None:
-    """What rules a configuration out; None where it is good."""
+    """Why a configuration is out; None if it is good."""
     limit = ARCHITECTURES[entry["arch"]].block_shared
     if "error" in entry:
         return entry["error"]
@@ -79,16 +80,16 @@ def problem(entry: Entry) -> str | None:
 def candidates(report: Report) -> dict[Group, list[Config]]:
     """Configurations that have no problem in any form of their kernel compiled so far.
 
-    Every version of Triton that compiled anything for a group must have found them good. Where a
-    time can be predicted, the fastest come first, and few of each kind are kept. Elsewhere they
-    come in the order in which they were tried, and last those whose warps repeat each other's work,
-    or that spill a lot outside loops.
+    Every version of Triton that compiled anything for a group must find them good. If a time can be
+    predicted, the fastest come first, and few of each kind are kept. Otherwise they come in the
+    order in which they were tried, and last those whose warps repeat each other's work, or that
+    spill a lot outside loops.
     """
     found: dict[Group, dict[Config, list[Entry]]] = {}
     versions: dict[Group, set[str]] = {}
     for key, entry in report.items():
-        of_group = found.setdefault(key.group, {})
-        of_group.setdefault(Config(*key.config), []).append(entry)
+        configs = found.setdefault(key.group, {})
+        configs.setdefault(Config(*key.config), []).append(entry)
         versions.setdefault(key.group, set()).add(key.triton)
 
     def cost(entries: list[Entry]) -> tuple[bool, bool]:
@@ -117,7 +118,7 @@ def candidates(report: Report) -> dict[Group, list[Config]]:
 def predicted(config: Config, entries: list[Entry]) -> float | None:
     """Seconds of a launch of the row kernels at LR's size, in the slowest of ``entries``.
 
-    None of other kernels, and where ``predicted_time`` knows nothing of the architecture or of an
+    None for other kernels, and if ``predicted_time`` can't predict on the architecture or from an
     entry.
     """
     gpu = predicted_time.GPUS.get(entries[0]["arch"])
@@ -164,13 +165,13 @@ def store(report: Report) -> None:
     """Write the report, an entry a line, and the candidates that follow from it."""
     lines = ",\n".join(json.dumps(entry) for entry in report.values())
     _write(REPORT, f'{{"entries": [\n{lines}\n]}}\n')
-    # What was not compiled stays as it was; and so does sm_80, with whose candidates launches are
-    # recorded on a CPU.
+    # What was not compiled stays; so do sm_80's candidates if none is good, as launches that are
+    # recorded on a CPU use them.
     known = json.loads(CANDIDATES.read_text()) if CANDIDATES.exists() else {}
     for group, configs in candidates(report).items():
         if configs or group.arch != "sm_80":
-            of_arch = known.setdefault(group.kernel, {}).setdefault(group.arch, {})
-            of_arch[f"{group.width} {group.precision}"] = [config.astuple() for config in configs]
+            by_case = known.setdefault(group.kernel, {}).setdefault(group.arch, {})
+            by_case[f"{group.width} {group.precision}"] = [config.astuple() for config in configs]
     _write(CANDIDATES, json.dumps(known, sort_keys=True) + "\n")
 
 

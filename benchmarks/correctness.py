@@ -1,4 +1,4 @@
-"""A wrong result is not timed: the tolerance rule of the project, applied to a contender."""
+"""The tolerance rule of the project, applied to a contender: a wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FLOOR = 8 * torch.finfo(torch.float32).eps  # relative; rounding that any fp32 r
 
 
 class WrongResult(RuntimeError):
-    """A contender's numbers are off by more than the rule allows."""
+    """A contender's error is larger than the rule allows."""
 
 
 def check(case: Case, contender: Contender, mode: str, device: str = "cpu") -> None:
-    """Check a contender on a batch of at most 4, and the case's own length and loop counts.
+    """Check a contender on a batch of at most 4, at the case's own length and loop counts.
 
     Raises:
         WrongResult: names the tensor, its error and the limit.
@@ -38,13 +38,13 @@ class Limit(NamedTuple):
     error: float  # relative, in the Frobenius norm
 
 
-@functools.cache  # contenders that are measured in one process share them
+@functools.cache  # contenders in one process share them
 def error_limits(case: Case, precision: str, mode: str, device: str) -> dict[str, Limit]:
-    """By name of a tensor: float64's value, and the error that is right at ``precision``.
+    """Limits by name of a tensor.
 
-    An error may be twice that of plain PyTorch at that precision, a gradient's three times, plus
-    ``FLOOR``. Gradients of the read-out are left out: they do not pass through the loop, and the
-    bias's nearly cancels.
+    An error may be twice that of plain PyTorch at ``precision``, a gradient's three times, plus
+    ``FLOOR``. Gradients of the read-out are left out: they do not pass through the loop, and that
+    of the bias nearly cancels.
     """
     plain_run = Workload(case, Contender("reference", precision), mode, device=device)
     # Recomputing leaves every value as it is, and in float64 saves gigabytes at a full batch.
@@ -62,7 +62,7 @@ def _factor(name: str) -> int:
 
 
 def check_results(run: Workload, limits: dict[str, Limit]) -> None:
-    """Hold predictions and gradients of ``run``, of a replay if it has graphs, against ``limits``.
+    """Check predictions and gradients of ``run``, of a replay if it has graphs.
 
     Raises:
         WrongResult: names the tensor, its error and the limit.
@@ -78,7 +78,7 @@ def check_results(run: Workload, limits: dict[str, Limit]) -> None:
 
 
 def _results(run: Workload) -> dict[str, Tensor]:
-    """Where a loss has no predictions, those of an inference call stand beside its gradients."""
+    """Predictions, of an inference call if the loss has none, and gradients."""
     predictions = run.forward() if run.mode == "inference" else run.forward_backward()
     if predictions is None:
         predictions = run.forward(run.case.window)
@@ -91,5 +91,5 @@ def _results(run: Workload) -> dict[str, Tensor]:
 
 
 def _error(tensor: Tensor, truth: Tensor) -> float:
-    """Relative, in the Frobenius norm, of [...] against float64 [...]."""
+    """Error relative to float64 ``truth``, in the Frobenius norm."""
     return ((tensor.double() - truth).norm() / truth.norm()).item()

@@ -1,4 +1,4 @@
-"""Which launches there can be: found by running the loop's host code, recording its kernels."""
+"""All launches there can be, found by running the loop's host code and recording its kernels."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ TILES = ("ROWS", "HIDDEN_CHUNK", "COLUMNS")  # constexprs that a Config gives
 
 
 class Loop(NamedTuple):
-    """A loop to launch; between them, those of ``LOOPS`` launch every form of every kernel."""
+    """A loop to launch; together ``LOOPS`` launch every form of every kernel."""
 
     injection: str
     n_layer: int
     n_loops: int
     window: int
     training: bool = True
-    recompute: bool = False  # also launches what a window in several chunks does
+    recompute: bool = False  # launches the same as a window in several chunks
     n_outputs: int = 1  # of the read-out; 0 for states
-    n_supervised: int = 2  # steps that the loss is of, in training; 0 for a loss of one's own
+    n_supervised: int = 2  # by the loss, in training; 0: the caller has a loss
 
 
 LOOPS = (
@@ -52,7 +52,7 @@ LOOPS = (
 
 
 def weights_of(n_layer: int, D: int) -> list[Tensor]:
-    """Weights of ``ops.loop``, all zero."""
+    """Zero weights for ``ops.loop``."""
     block = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,)]
     block += [(D,), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,)]
     return [torch.zeros(shape) for shape in [*block * n_layer, (D,), (D,)]]
@@ -61,7 +61,7 @@ def weights_of(n_layer: int, D: int) -> list[Tensor]:
 def launches_of(
     loop: Loop, precision: str, batch: int, seq_len: int, width: int, head_dim: int
 ) -> tuple[list[Launch], list[Launch]]:
-    """Those of the forward and of the backward of a loop on CPU tensors; no kernel runs."""
+    """Launches of the forward and of the backward of a loop on CPU tensors; no kernel runs."""
     if reason := triton_backend.load_error():
         raise RuntimeError(reason)
     shape = (batch, seq_len, width)
@@ -96,18 +96,18 @@ def launches_of(
 
 
 class Case(NamedTuple):
-    """A launch whose machine code differs from that of all others, up to its Config."""
+    """A launch whose machine code differs from all others, apart from its Config."""
 
     kernel: str
-    width: int  # D; of attention, head_dim, since the width enters its code as a stride alone
+    width: int  # D, or head_dim for attention, where D is only a stride
     precision: str
-    form: str  # tells the launches of a kernel apart that are alike in all of the above
+    form: str  # tells apart launches of a kernel that are equal in all of the above
     launch: Launch
 
 
 @functools.cache
 def cases(precision: str) -> tuple[Case, ...]:
-    """All at a precision."""
+    """All cases at a precision."""
     found: dict[tuple[str, int, str, str], Case] = {}
 
     def add(launches: list[Launch], width: int) -> None:
@@ -116,10 +116,10 @@ def cases(precision: str) -> tuple[Case, ...]:
             case = Case(launch.name, size, precision, form_of(launch), launch)
             found.setdefault(case[:4], case)
 
-    widths = [width for width in WIDTHS if (precision, width) != ("tf32", 512)]  # which is refused
+    widths = [width for width in WIDTHS if (precision, width) != ("tf32", 512)]  # refused
     runs = [(loop, 1, width, min(HEAD_DIMS)) for width in widths for loop in LOOPS]
     runs += [(LOOPS[0], 1, max(widths), head_dim) for head_dim in HEAD_DIMS]
-    # Sizes that nothing divides, so that no accident of alignment is taken for a property.
+    # Sizes without common divisors, so that no alignment is accidental.
     seq_len = 10
     many = MAX_ROWS // seq_len + 1  # sequences
     unsaved = [loop for loop in LOOPS if not loop.training or loop.recompute]
@@ -137,7 +137,7 @@ def cases(precision: str) -> tuple[Case, ...]:
 
 
 def form_of(launch: Launch) -> str:
-    """Tells launches of a kernel apart whose machine code differs at equal sizes and types."""
+    """Name that tells apart launches of a kernel that differ at equal sizes and types."""
     sizes = {*TILES, "D", "HEAD_DIM", "TF32"}
     parts = [f"{k}={v}" for k, v in launch.constexprs.items() if k not in sizes and v is not None]
     absent = [name for name, value in launch.constexprs.items() if value is None]

@@ -1,4 +1,4 @@
-"""Compiles a recorded kernel launch for a GPU that is not there, and measures its machine code."""
+"""Compile a recorded kernel launch without a GPU, and measure its machine code."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from looped_fast.kernels.launch import Launch
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from benchmarks.gpu.fake_driver import pretend, target_of
 from benchmarks.phases import SPILLS, Phase, duplication, parse, phases
-from looped_fast.kernels.launch import Launch
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -29,8 +29,8 @@ class Architecture:
     Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
     """
 
-    block_shared: int  # bytes of shared memory that one thread block may have
-    sm_shared: int  # and all that run at a time
+    block_shared: int  # bytes of shared memory for one thread block
+    sm_shared: int  # and for all that run at a time
     warps: int
     blocks: int
 
@@ -42,14 +42,14 @@ ARCHITECTURES = {
     "sm_90": Architecture(227 * KIB, 228 * KIB, warps=64, blocks=32),
     "sm_100": Architecture(227 * KIB, 228 * KIB, warps=64, blocks=32),
     "sm_120": Architecture(99 * KIB, 100 * KIB, warps=48, blocks=24),
-    # A compute unit; AMD's own tools say how many warps it holds.
+    # A compute unit. AMD's compiler reports how many warps it holds.
     "gfx942": Architecture(64 * KIB, 64 * KIB, warps=0, blocks=0),
 }
 _SM_REGISTERS = 64 * KIB
-_REGISTER_UNIT = 256  # registers of a warp are allotted in such steps
+_REGISTER_UNIT = 256  # registers of a warp are allocated in such steps
 _RESERVED_SHARED = KIB  # taken by the system from every thread block's share
 _SIMDS = 4  # in a compute unit; occupancy is in warps of one
-_SM_TENSOR_MEMORY = 512  # columns; sm_100 alone has it
+_SM_TENSOR_MEMORY = 512  # columns; only sm_100 has it
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class MachineCode:
     duplication: float  # tensor-core work issued / needed: 2 where two warps compute the same tile
     blocks_per_sm: int
     instructions: int
-    phases: list[Phase]  # what it does where; none of AMD, and where loops can't be told apart
+    phases: list[Phase]  # empty for AMD, and if loops can't be told apart
 
     def asdict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Values for JSON."""
         return asdict(self)
 
 
 def compile_launch(launch: Launch, arch: str) -> MachineCode | str:
-    """Machine code of ``launch`` on ``arch`` (of ``ARCHITECTURES``), or why it does not compile."""
-    pretend(arch)  # kernels ask what they are compiled for
+    """Machine code of ``launch`` on one of ``ARCHITECTURES``, or why it does not compile."""
+    pretend(arch)  # kernels query their target
     try:
         compiled = triton.compile(
             _source(launch),
@@ -103,7 +103,7 @@ def _source(launch: Launch) -> ASTSource:
 
 
 def measure(asm: dict[str, Any], metadata: Any, arch: Architecture) -> MachineCode:
-    """Count in the cubin, and in the representations of Triton's own that led to it."""
+    """Count in the cubin, and in the Triton representations that it was made from."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -141,7 +141,7 @@ def _tool(name: str, *args: str) -> str:
 
 
 def _spill_share(code: list[int], loops: list[tuple[int, int]], spills: list[int]) -> float:
-    """Share of the instructions in loops that ``spills`` are; all by address, or by index."""
+    """Share of ``spills`` in the instructions of loops; all by address, or by index."""
 
     def in_loops(addresses: list[int]) -> int:
         return sum(any(a <= address <= b for a, b in loops) for address in addresses)
@@ -150,7 +150,7 @@ def _spill_share(code: list[int], loops: list[tuple[int, int]], spills: list[int
 
 
 def measure_amd(asm: dict[str, Any], metadata: Any, arch: Architecture) -> MachineCode:
-    """The same of AMD's assembly, where the compiler says most of it in comments."""
+    """Count in AMD's assembly, where the compiler reports most of it in comments."""
     assembly = asm["amdgcn"]
     code, labels, branches = [], {}, []
     for line in assembly.splitlines():
@@ -166,11 +166,11 @@ def measure_amd(asm: dict[str, Any], metadata: Any, arch: Architecture) -> Machi
     def count(pattern: str) -> int:
         return sum(bool(re.match(pattern, name)) for name in code)
 
-    def said(name: str) -> int:
+    def reported(name: str) -> int:
         return int(re.findall(rf"; {name}: (\d+)", assembly)[0])
 
     return MachineCode(
-        registers=said("NumVgprs"),
+        registers=reported("NumVgprs"),
         spills=len(spills),
         spills_in_loop=sum(any(a <= spill <= b for a, b in loops) for spill in spills),
         spill_share=_spill_share(list(range(len(code))), loops, spills),
@@ -182,7 +182,7 @@ def measure_amd(asm: dict[str, Any], metadata: Any, arch: Architecture) -> Machi
         special_function=count("v_(exp|log|rcp|rsq|sqrt)_"),
         duplication=1.0,  # not looked for
         blocks_per_sm=min(
-            said("Occupancy") * _SIMDS // metadata.num_warps,
+            reported("Occupancy") * _SIMDS // metadata.num_warps,
             arch.sm_shared // max(1, metadata.shared),
         ),
         instructions=len(code),

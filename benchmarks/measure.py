@@ -1,7 +1,7 @@
-"""Measure contenders on cases in this process; prints a line of JSON for each as it is done.
+"""Measure contenders on cases in this process, and print a line of JSON for each.
 
-``benchmarks.compare`` starts it, on a CPU once per case and contender, so that nobody is timed
-beside another's threads, memory or compiled code.
+``benchmarks.compare`` starts it, on a CPU once per case and contender, so that no contender is
+timed beside another's threads, memory or compiled code.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from benchmarks.correctness import WrongResult, check, check_results, error_limi
 from benchmarks.workload import Workload, forget_compiled
 from looped_fast.ops import cpu_engine
 
-# Between two looks at the clock. Steps of a training on a GPU are enqueued ahead of it; a user of
-# inference waits for each result.
+# Calls per timing. Training steps are enqueued ahead of a GPU; inference waits for each result.
 CALLS = {"cpu": {"training": 1, "inference": 1}, "cuda": {"training": 10, "inference": 1}}
 
 
@@ -66,10 +65,10 @@ def measure_full_batch(
     device: str = "cuda",
     keep_wrong: bool = False,
 ) -> dict[str, Any]:
-    """Check and time one workload, so that it is compiled and captured once: GPUs have the memory.
+    """Check and time one workload, so that it is compiled and captured once.
 
     Args:
-        keep_wrong: time wrong results, too, for a diagnosis: ``wrong`` says what is off.
+        keep_wrong: for a diagnosis, also time wrong results; ``wrong`` says what is off.
 
     Raises:
         benchmarks.correctness.WrongResult: nothing was timed.
@@ -95,7 +94,7 @@ def measure_full_batch(
 
 
 def _times(run: Workload, repeats: int, seconds: float, calls: int = 1) -> list[float]:
-    """Seconds per call, each in the mean of ``calls``."""
+    """Seconds per call, each the mean of ``calls``."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < repeats and sum(times) * calls < seconds):
         times.append(seconds_of(run, calls))
@@ -126,8 +125,8 @@ def _best_threads(
 ) -> tuple[int, float]:
     """The fastest setting, and the longest first call in seconds (it compiles).
 
-    Where a full run may take half a minute two loop steps are timed: threads do not gain from a
-    larger number. In a run of milliseconds they do, as it pays once to wake them.
+    If a full run may take half a minute, two loop steps are timed: more steps do not change which
+    setting wins. In a run of milliseconds they do, as threads are woken once.
     """
     if len(threads) == 1:
         return threads[0], 0.0
@@ -145,7 +144,7 @@ def _best_threads(
 
 
 def seconds_of(run: Callable[[], object], calls: int = 1) -> float:
-    """Wall time of one call, in the mean of some in a row, until a GPU is done with them."""
+    """Mean wall time of ``calls`` calls in a row, until a GPU is done with them."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
@@ -158,8 +157,8 @@ def seconds_of(run: Callable[[], object], calls: int = 1) -> float:
 def memory_added_by(run: Callable[[], object], device: str = "cpu") -> float:
     """Peak memory during ``run`` above what was in use before, in MB.
 
-    On a GPU what PyTorch's allocator has given out, over three calls: the second may capture a
-    CUDA graph. On a CPU the process's resident memory, on Linux only.
+    On a GPU of PyTorch's allocator, over three calls: the second may capture a CUDA graph. On a CPU
+    resident memory of the process, on Linux only.
     """
     if device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -169,7 +168,7 @@ def memory_added_by(run: Callable[[], object], device: str = "cpu") -> float:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     cpu_engine.empty_cache()
-    ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back: its reuse would not show
+    ctypes.CDLL(None).malloc_trim(0)  # else reuse of freed memory would not show
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before = _status_mb("VmRSS")
     run()
@@ -191,7 +190,7 @@ def launches(run: Callable[[], object]) -> int:
 
 
 def count_launches(calls: Iterable[tuple[str, int]]) -> int:
-    """Those of ``LAUNCHES`` among (name, count) of a profile."""
+    """Number of ``LAUNCHES`` among the (name, count) of a profile."""
     return sum(count for name, count in calls if LAUNCHES.fullmatch(name))
 
 
@@ -207,7 +206,7 @@ PEAK_SHAPES = {  # (m, k, n) of torch.mm
 
 
 def peak_gflops(dtype: torch.dtype, seconds: float, device: str = "cpu") -> float:
-    """The best rate of ``torch.mm`` on this machine, over several shapes, ``seconds`` for each."""
+    """Best rate of ``torch.mm`` on this machine over ``PEAK_SHAPES``, ``seconds`` for each."""
     best = 0.0
     for m, k, n in PEAK_SHAPES[device]:
         a, b = (

@@ -1,7 +1,7 @@
-"""Splits a compiled kernel into its straight-line code and its loops, and counts what each does.
+"""Split a compiled kernel into its straight-line code and its loops, and count what each does.
 
 Instructions and shared memory are counted in the machine code; global memory, matrix products and
-how often a loop runs, in Triton's representations of the same kernel, which know shapes.
+how often a loop runs, in Triton's representations of the same kernel, which have shapes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 
 class Phase(NamedTuple):
-    """Straight-line code of a kernel, or one pass through a loop; bytes are a program's."""
+    """Straight-line code of a kernel, or one pass through a loop; bytes are per program."""
 
-    trips: int  # passes through the loop; 1 outside loops, 0 where the sequence's length decides
+    trips: int  # passes through the loop; 1 outside loops, 0 if the sequence's length decides
     instructions: int  # of a warp
     spills: int  # of these; loads and stores of local memory
     shared: int  # bytes of shared memory that are read and written
-    loaded: int  # bytes of global memory, and of local memory where registers are spilled to
+    loaded: int  # bytes of global memory, and of local memory, where spills go
     stored: int
-    flops: int  # of matrix products, as issued: with what two warps both compute
+    flops: int  # of matrix products, as issued: repetition by warps counts
 
 
 class Instruction(NamedTuple):
@@ -37,8 +37,8 @@ Loop = tuple[int, int]  # addresses of its first and last instruction
 def parse(assembly: str) -> tuple[list[Instruction], list[Loop]]:
     """Instructions and loops of nvdisasm's output.
 
-    A loop is a branch back. Those after the last EXIT are not: they are where a wait for an
-    asynchronous operation tries again, out of line.
+    A loop is a branch back, except after the last EXIT, where out-of-line waits for asynchronous
+    operations try again.
     """
     code, branches, labels, fresh = [], [], {}, []
     for line in assembly.splitlines():
@@ -60,9 +60,9 @@ def parse(assembly: str) -> tuple[list[Instruction], list[Loop]]:
 
 
 def phases(assembly: str, ttir: str, ttgir: str, num_warps: int) -> list[Phase]:
-    """The straight-line code, then each loop in order; none where loops can't be told apart."""
+    """The straight-line code, then each loop in order; empty if loops can't be told apart."""
     code, loops = parse(assembly)
-    # Waits for asynchronous operations try again in loops of their own, without any arithmetic.
+    # Waits for asynchronous operations are loops without matrix products.
     loops = [loop for loop in loops if any(_computes(i) for i in code if _inside(i, loop))]
     loops = [a for a in loops if not any(b[0] <= a[0] and a[1] <= b[1] and a != b for b in loops)]
     source, lowered = list(_blocks(ttir)), list(_blocks(ttgir))
@@ -111,10 +111,7 @@ def _computes(instruction: Instruction) -> bool:
 
 
 def _shared_bytes(instruction: Instruction) -> int:
-    """Bytes that one warp moves through shared memory, or through the L1 cache beside it.
-
-    Operands that the tensor cores read from there themselves are ``_dot``'s.
-    """
+    """Bytes that one warp moves through shared memory or L1; for tensor cores see ``_dot``."""
     name, modifiers = instruction.name, instruction.rest.split(" ")[0]
     if name in ("LDSM", "STSM"):  # 8 x 8 matrices of 16 bits
         several = re.search(r"88\.(\d)", modifiers)
@@ -195,7 +192,7 @@ def _layouts(ttgir: str) -> dict[str, _Layout]:
 
 
 def _dot(line: str, layouts: dict[str, _Layout]) -> _Dot | None:
-    """The matrix product in a line of Triton's GPU representation, if it is for tensor cores.
+    """Matrix product of a line of Triton's GPU representation, if it is for tensor cores.
 
     Chained products get all warps stacked along the rows: with fewer than 16 rows for each, warps
     repeat each other's rows (columns likewise, in instructions of 8 by mma.sync).
@@ -217,14 +214,14 @@ def _dot(line: str, layouts: dict[str, _Layout]) -> _Dot | None:
     repeats = max(1, 16 * layout.row_warps // rows)
     if layout.version == 2:
         repeats *= max(1, 8 * layout.column_warps // columns)
-        return _Dot(needed, repeats * needed, 0)  # its operands come by way of registers
-    # By four warps: 64 rows of a, and the columns of one instruction of b.
+        return _Dot(needed, repeats * needed, 0)  # operands come from registers
+    # Four warps read 64 rows of a, and the columns of one instruction of b.
     a *= repeats * -(-columns // layout.columns)
     return _Dot(needed, repeats * needed, a + b * -(-rows * repeats // 64))
 
 
 def duplication(ttgir: str) -> float:
-    """Tensor-core work issued over work needed; 1 where no two warps compute the same tile.
+    """Tensor-core work issued over work needed; 1 if no two warps compute the same tile.
 
     Products in tensor memory (sm_100) are issued once, whatever the layout.
     """

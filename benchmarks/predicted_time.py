@@ -1,4 +1,4 @@
-"""Predicts how long a kernel takes on a GPU that is not there, from the compile report.
+"""Predict how long a kernel takes on an absent GPU, from the compile report.
 
 **A prediction, not a measurement.** A kernel's entry says what a program (thread block) does in
 its straight-line code and in each loop (``phases.Phase``). A phase takes as long as the slowest of
@@ -9,12 +9,12 @@ its straight-line code and in each loop (``phases.Phase``). A phase takes as lon
                        clocks, and waits ``SPILL_STALL`` more for one that spills
 
 and phases follow each other. The multiprocessor with the most programs decides when a launch ends;
-those that it holds at a time overlap, up to the sum of what they ask of its slowest part. A launch
+those that it holds at a time overlap, up to the sum of their demands on its slowest part. A launch
 takes no less than the L2 cache and DRAM need for the bytes of all programs: loads and stores pass
-the L2 in opposite directions at a time; what loops load is weights, which DRAM delivers once.
-Spilled registers pass the L2 as well: beside 100 to 200 KiB of shared memory L1 is too small.
+the L2 in both directions at once; loops load weights, which DRAM delivers once. Spilled registers
+pass the L2 as well: beside 100 to 200 KiB of shared memory L1 is too small.
 
-What is left out: bank conflicts, latencies that neither warps nor the pipeline hide, clock changes.
+Left out are bank conflicts, latencies that neither warps nor the pipeline hide, clock changes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.phases import Phase
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU reaches."""
+    """Rates that a GPU reaches."""
 
     name: str
     arch: str
@@ -40,23 +40,23 @@ class Gpu:
 
 
 # H100: matrix rate, bandwidths and clock as measured on one (copies and large products of the
-# vendor's library). B200: the data sheet's, less as much as an H100 falls short of its own.
+# vendor's library). B200: those of the data sheet, less an H100's shortfall from its own.
 H100 = Gpu("H100 SXM", "sm_90", 132, 1.98e9, 790e12, 5.5e12, 3.0e12)
 B200 = Gpu("B200", "sm_100", 148, 1.85e9, 1800e12, 9.0e12, 7.2e12)
 GPUS = {gpu.arch: gpu for gpu in (H100, B200)}
 
-SHARED = 0.9 * 128  # bytes per clock and multiprocessor: a tenth for conflicts and barriers
+SHARED = 0.9 * 128  # bytes per clock and multiprocessor, less a tenth for conflicts and barriers
 MMA_SYNC = 0.62  # of wgmma's rate, as measured by others on an H100
 SCHEDULERS = 4  # of a multiprocessor; each issues an instruction per clock
-STALL = 2.0  # clocks from one instruction of a warp to its next, with the latencies it waits for
-SPILL_STALL = 10.0  # an L2 round trip of 250 clocks, with 25 on their way at a time
+STALL = 2.0  # clocks between instructions of a warp, latencies that it waits for included
+SPILL_STALL = 10.0  # an L2 round trip of 250 clocks, with 25 in flight
 GRAPH_START = 1.5e-6  # seconds from one kernel of a CUDA graph to the next
 
 Entry = dict[str, Any]  # of the compile report
 
 
 def is_predictable(entry: Entry, gpu: Gpu) -> bool:
-    """Whether the entry has what a prediction needs."""
+    """True if the entry has what a prediction needs."""
     return "error" not in entry and bool(entry["phases"]) and entry["arch"] == gpu.arch
 
 
@@ -64,13 +64,13 @@ def seconds(entry: Entry, programs: int, gpu: Gpu, trips: Sequence[float] = ()) 
     """Predicted time of one launch, inside a CUDA graph.
 
     Args:
-        entry: of the compile report, for ``gpu.arch``.
-        programs: of the launch.
-        gpu: where.
-        trips: mean passes through each loop, where the sequence's length decides.
+        entry: an entry of the compile report for ``gpu.arch``.
+        programs: number of programs of the launch.
+        gpu: GPU that it runs on.
+        trips: mean passes through each loop, if the sequence's length decides.
 
     Raises:
-        ValueError: the entry tells nothing about its loops, or ``trips`` are needed.
+        ValueError: the entry has no phases, or ``trips`` are needed.
     """
     if not is_predictable(entry, gpu):
         raise ValueError(f"nothing to predict from for {gpu.name}: {entry['kernel']}")
@@ -80,8 +80,8 @@ def seconds(entry: Entry, programs: int, gpu: Gpu, trips: Sequence[float] = ()) 
         raise ValueError(f"{entry['kernel']} has {len(parts) - 1} loops: give trips of each")
     warps = entry["config"][3]
     busiest = -(-programs // gpu.processors)
-    together = max(1, min(busiest, entry["blocks_per_sm"]))
-    alone = 0.0  # clocks of one program after another
+    resident = max(1, min(busiest, entry["blocks_per_sm"]))
+    latency = 0.0  # clocks of one program without others
     needed = [0.0, 0.0, 0.0]  # clocks of each part of the multiprocessor
     loaded = stored = 0.0
     rate = gpu.flops / gpu.processors / gpu.clock * (1 if entry["asynchronous_mma"] else MMA_SYNC)
@@ -89,14 +89,14 @@ def seconds(entry: Entry, programs: int, gpu: Gpu, trips: Sequence[float] = ()) 
         issued = n * phase.instructions * warps / SCHEDULERS
         stalled = n * (phase.instructions * STALL + phase.spills * SPILL_STALL)
         clocks = [n * phase.shared / SHARED, n * phase.flops / rate, issued]
-        alone += max(*clocks, stalled)
+        latency += max(*clocks, stalled)
         needed = [total + more for total, more in zip(needed, clocks, strict=True)]
         loaded += n * phase.loaded
         stored += n * phase.stored
-    of_busiest = max(-(-busiest // together) * alone, busiest * max(needed))
+    busiest_clocks = max(-(-busiest // resident) * latency, busiest * max(needed))
     return max(
         GRAPH_START,
-        of_busiest / gpu.clock,
+        busiest_clocks / gpu.clock,
         programs * max(loaded, stored) / gpu.l2_bandwidth,
         programs * (parts[0].loaded + stored) / gpu.bandwidth,
     )

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, whose results are read as they come."""
+"""Measurements in subprocesses, whose results are read as they come."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Measuring:
-    """``python -m benchmarks.measure ARGUMENTS`` while it runs; a context that ends it.
+    """A running ``python -m benchmarks.measure ARGUMENTS``; a context that ends it.
 
     Inductor starts without a cache, so that compile times are those of a first run.
     """
@@ -50,7 +50,7 @@ class Measuring:
         """Return the next value that the process prints.
 
         Raises:
-            RuntimeError: it failed, or took more than ``timeout`` seconds; the message says why.
+            RuntimeError: the process failed, and why, or took more than ``timeout`` seconds.
         """
         try:
             line = self._lines.get(timeout=timeout)

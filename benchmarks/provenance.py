@@ -1,4 +1,4 @@
-"""Where measurements come from: machine, versions, commit and command, to be stored beside them."""
+"""Provenance of measurements: machine, versions, commit and command, stored beside them."""
 
 from __future__ import annotations
 
@@ -39,10 +39,7 @@ def provenance(module: str, device: str = "cpu") -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of this source tree, ``+changes`` if there are any.
-
-    Without git, the one from which the tree was prepared, or ``unknown``.
-    """
+    """Commit of this tree, ``+changes`` if any; without git the prepared one, or ``unknown``."""
     if (head := _git("rev-parse", "HEAD")) is not None:
         return head + ("+changes" if _git("status", "--porcelain") else "")
     if PREPARED_COMMIT.exists():
@@ -51,7 +48,7 @@ def commit() -> str:
 
 
 def _git(*args: str) -> str | None:
-    """Output of git in this source tree; None where there is no git, or no repository."""
+    """Output of git in this source tree; None without git or a repository."""
     try:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -20,7 +20,7 @@ HEADERS = (
 def add_ratios(rows: list[Row], peak: dict[str, float]) -> None:
     """Add to each row its share of the peak, and its speed against opponents (None if absent).
 
-    ``best_opponent_ratio``: against the fastest of all opponents at the same precision.
+    ``best_opponent_ratio`` is against the fastest opponent at the same precision.
     """
     for row in rows:
         contender = CONTENDERS[row["contender"]]
@@ -58,7 +58,7 @@ def tables(rows: list[Row], style: str = "simple") -> str:
 
 
 def caption(result: dict[str, Any]) -> str:
-    """The machine in one line, with the rates that shares of the peak refer to."""
+    """The machine in one line, with the peak rates that shares refer to."""
     origin, peak = result["provenance"], result["peak_gflops"]
     machine = origin.get("gpu") or f"{origin['cpu']}, {origin['cores']} cores"
     return (

@@ -1,6 +1,6 @@
-"""Predicts times on a GPU that is not there: ``python -m benchmarks.roofline``.
+"""Predict times on an absent GPU: ``python -m benchmarks.roofline``.
 
-Those of training steps at the paper's size, and of inference with one prompt.
+Covers training steps at the paper's size, and inference with one prompt.
 
 **A prediction, not a measurement.** Our kernels are predicted from the compile report, by
 ``predicted_time``; PyTorch's ops from their shapes, see ``ASSUMPTIONS``.
@@ -18,8 +18,8 @@ from unittest import mock
 
 import torch
 from looped_fast.kernels import backward, few_rows, forward, tuning
+from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import Launch, recording
-from looped_fast.kernels.tuning import Config
 from tabulate import tabulate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,16 +33,16 @@ from benchmarks.work import CountingOps, Op, compiled, is_product
 from looped_fast.ops import reference
 from looped_fast.ops.call import LoopSettings
 
-# The best tiles without wgmma, which take 64 rows or more; ours are held against them.
+# The best tiles without wgmma, which needs 64 rows or more, to compare ours with.
 SHORT = {
     "row_forward_kernel": Config(32, 32, 32, 4),
     "row_backward_kernel": Config(32, 64, 64, 8),
 }
-HALF_RATE = 320  # a product that sums over so many terms reaches half of the matrix rate
+HALF_RATE = 320  # a product that sums so many terms reaches half of the matrix rate
 L2_SIZE = 50e6  # bytes
-STEP_BYTES = 32  # of a residual's element in a loop step: x and e in fp32, 12 values in bf16
-# Read-in, loss, clipping and optimizer of every contender, and the read-out of PyTorch's: little
-# more for them than for our kernels, which read out as they go.
+STEP_BYTES = 32  # per element of the residual in a loop step: x and e in fp32, 12 values in bf16
+# Read-in, loss, clipping and optimizer of every contender, and the read-out of PyTorch's, which
+# adds little; our kernels include it.
 SMALL_LAUNCHES = {"training": 100, "inference": 5}
 ASSUMPTIONS = f"""Prediction for one {H100.name}, bf16, from counted work and these assumptions:
 - our kernels: benchmarks/predicted_time.py, in the candidates that take least at the case's size;
@@ -72,8 +72,8 @@ def ours(case: Case, report: Report, version: str, configs: dict[str, Config]) -
     Args:
         case: the size.
         report: the compile report.
-        version: of Triton, whose entries count.
-        configs: kernel -> configuration, for those that are not to be the best predicted.
+        version: version of Triton whose entries count.
+        configs: kernel -> configuration, instead of the one predicted to be fastest.
     """
     tensors = _tensors(case)
     with recording(execute=False) as launches, CountingOps() as ops:
@@ -116,7 +116,7 @@ def _kernel(
     S = 2 * case.n_points
     trips: tuple[float, ...] = ()
     name = launches[0].name.removesuffix("_kernel")
-    programs = None  # those of each launch
+    programs = None  # the same for each launch
     if name.startswith("row_"):
         programs = -(-case.batch * S // config.rows)
     elif name.startswith("attention_"):
@@ -147,26 +147,26 @@ def attention_trips(kernel: str, seq_len: int, config: Config) -> tuple[float, .
 
 
 def torch_parts(ops: list[Op], kernels: list[Part]) -> Iterator[Part]:
-    """Predicted times of PyTorch's ops; its attention takes as long as that among ``kernels``."""
+    """Predicted times of PyTorch's ops, with the attention of ``kernels``."""
     attention = {part.name.split(" ")[0]: part.seconds for part in kernels}
     for op in ops:
         if "scaled_dot_product" in op.name:
-            way = "backward" if "backward" in op.name else "forward"
-            yield Part("attention", attention[f"attention_{way}"])
+            direction = "backward" if "backward" in op.name else "forward"
+            yield Part("attention", attention[f"attention_{direction}"])
         else:
             name = "product" if is_product(op) else "other op"
             yield Part(name, op_seconds(op, H100))
 
 
 def op_seconds(op: Op, gpu: Gpu) -> float:
-    """How long one of PyTorch's ops takes, in a CUDA graph."""
+    """Predicted time of one of PyTorch's ops, in a CUDA graph."""
     rate = gpu.flops * op.inner / (op.inner + HALF_RATE) if op.flops else 1.0
     bandwidth = gpu.l2_bandwidth if op.bytes < L2_SIZE / 2 else gpu.bandwidth
     return max(GRAPH_START, op.flops / rate, op.bytes / bandwidth)
 
 
 def _tensors(case: Case) -> tuple[list[Any], Tensor]:
-    """Tensors of ``loop_forward``, up to the read-out, and targets; none holds anything."""
+    """Meta tensors of ``loop_forward``, up to the read-out, and targets."""
     S, D = 2 * case.n_points, case.n_embd
     with torch.device("meta"):
         embeddings, targets = torch.empty(case.batch, S, D), torch.empty(case.batch, S // 2, 1)
@@ -175,7 +175,7 @@ def _tensors(case: Case) -> tuple[list[Any], Tensor]:
 
 
 def _run(case: Case, tensors: list[Any], targets: Tensor) -> None:
-    """Host code of the loop's forward and backward, with what it would choose on an H100."""
+    """Run the host code of the loop's forward and backward, with its choices on an H100."""
     training = _mode(case) == "training"
     settings = _settings(case, "bf16")
     with mock.patch.object(tuning, "architecture", return_value=H100.arch):
@@ -192,12 +192,12 @@ def _settings(case: Case, precision: str) -> LoopSettings:
 
 
 def _mode(case: Case) -> str:
-    """What is predicted of a case: training where it has that."""
+    """Mode that is predicted of a case: training if it has that."""
     return case.modes[0]
 
 
 def plain(case: Case, precision: str = "bf16") -> list[Op]:
-    """What plain PyTorch launches for the loop of a training step, or of inference."""
+    """Ops that plain PyTorch launches for the loop of a training step, or of inference."""
     S, D, training = 2 * case.n_points, case.n_embd, _mode(case) == "training"
     with FakeTensorMode(), CountingOps() as ops:
         embeddings, state = torch.zeros(case.batch, S, D), torch.zeros(case.batch, S, D)
@@ -213,14 +213,14 @@ def plain(case: Case, precision: str = "bf16") -> list[Op]:
 
 
 def contenders(case: Case, report: Report) -> dict[str, list[Part]]:
-    """Kernels of the loop of a training step, or of inference, of everyone compared."""
+    """Kernels of each contender in the loop of a training step, or of inference."""
     versions = sorted({key.triton for key in report})
     if _mode(case) == "training":
-        worse, how = ours(case, report, versions[0], SHORT), "in tiles of 32 rows"
+        worse, variant = ours(case, report, versions[0], SHORT), "in tiles of 32 rows"
     else:
         with mock.patch.object(few_rows, "MAX_ROWS", 0):
-            worse, how = ours(case, report, versions[0], {}), "as for many rows"
-    found = {f"ours {how}, Triton {versions[0]}": worse}
+            worse, variant = ours(case, report, versions[0], {}), "as for many rows"
+    found = {f"ours {variant}, Triton {versions[0]}": worse}
     for version in versions:
         found[f"ours, Triton {version}"] = ours(case, report, version, {})
     kernels, ops = found[f"ours, Triton {versions[0]}"], plain(case)
@@ -235,7 +235,7 @@ def total_seconds(case: Case, parts: list[Part]) -> float:
 
 
 def main() -> int:
-    """The command."""
+    """Print the predictions."""
     report = load()
     print(ASSUMPTIONS)
     for name in ("lr", "dt", "lr_b1", "dt_b1"):

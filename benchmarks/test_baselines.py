@@ -1,6 +1,6 @@
 """Regression timings of the baselines on a few prompts: ``pytest benchmarks --benchmark-only``.
 
-``python -m benchmarks.baselines`` measures a whole figure, against the loop over prompts.
+``python -m benchmarks.baselines`` measures a whole figure, and the loop over prompts.
 """
 
 import pytest

@@ -1,6 +1,6 @@
-"""Regression timings: ``pytest benchmarks --benchmark-only`` (``--benchmark-compare`` to hold
-them against an earlier run). Each runs on the backend that is chosen for it by default, and a
-training step takes the loss that the trainer takes.
+"""Regression timings: ``pytest benchmarks --benchmark-only`` (``--benchmark-compare``: with a run).
+
+Each runs on the default backend, and a training step takes the loss that the trainer takes.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""Samplers at training size, and the tree sampler against a loop over prompts.
+"""Samplers at training size, and the tree sampler compared with a loop over prompts.
 
 As in the official code a task sampler draws functions and evaluates them at points that another
-sampler drew. The baseline is in the manner of the official ``scripts/tasks.py``: a Python loop
-over the prompts of a batch, and in it one gather for each level of the tree.
+sampler drew. The baseline follows the official ``scripts/tasks.py``: a Python loop over the prompts
+of a batch, with one gather for each level of the tree.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ B, N, D, DEPTH = 64, 101, 20, 4
 
 
 def draw_loop() -> tuple[Tensor, Tensor]:
-    """As in the official code a coordinate and a value for every node, leaf or not."""
+    """Draw a coordinate and a value for every node, leaf or not, as in the official code."""
     n_nodes = 2 ** (DEPTH + 1) - 1
     return torch.randint(0, D, (B, n_nodes)), torch.randn(B, n_nodes)
 
 
 def evaluate_loop(xs: Tensor, coordinates: Tensor, values: Tensor) -> Tensor:
-    """One prompt after the other."""
+    """Evaluate one prompt after another."""
     ys = torch.zeros(xs.shape[:2])
     for i in range(len(xs)):
         is_positive = xs[i] > 0
         nodes = torch.zeros(xs.shape[1], dtype=torch.int64)
         for _ in range(DEPTH):
-            asked = coordinates[i][nodes]
-            nodes = 2 * nodes + 1 + is_positive[torch.arange(xs.shape[1]), asked]
+            tested = coordinates[i][nodes]
+            nodes = 2 * nodes + 1 + is_positive[torch.arange(xs.shape[1]), tested]
         ys[i] = values[i][nodes]
     return ys
 
@@ -54,7 +54,7 @@ def evaluate_ours(xs: Tensor, coordinates: Tensor, values: Tensor) -> Tensor:
 
 
 def least_seconds(function, repeats: int) -> float:
-    """What a call costs when nothing else runs, caches warm as the loop's are within one call."""
+    """Time of an undisturbed call, with caches as warm as the loop's are within one call."""
     return min(timeit.repeat(function, number=1, repeat=repeats))
 
 
@@ -66,14 +66,14 @@ def xs():
 
 @pytest.mark.parametrize("name", list(TASKS))
 def test_sampler(benchmark, name):
-    """Points and functions."""
+    """Draw points and functions."""
     benchmark.group = "samplers"
     task = make_task(name, D)
     benchmark(sample_batch, task, B, N, seed=0, step=0)
 
 
 def test_points_alone(benchmark):
-    """What no sampler can undercut: the normal numbers of xs."""
+    """Time the normal numbers of xs, a lower bound for every sampler."""
     benchmark.group = "samplers"
     benchmark(torch.randn, B, N, D)
 
@@ -85,10 +85,10 @@ def test_tree_sampler(benchmark, xs, sample):
 
 
 def test_trees_cost_at_most_a_twentieth_of_the_loop(benchmark, xs, capsys):
-    """Prints the ratio; the values must agree."""
+    """Print the ratio; values must agree."""
     trees = draw_loop()
     assert torch.equal(evaluate_ours(xs, *trees), evaluate_loop(xs, *trees))
-    # About as long for both: a short disturbance would otherwise spoil all calls of the faster one.
+    # Time both equally long: else a short disturbance would spoil all calls of the faster one.
     loop = least_seconds(lambda: sample_loop(xs), repeats=100)
     ours = benchmark.pedantic(least_seconds, args=(lambda: sample_ours(xs), 3000), rounds=1)
     benchmark.extra_info["ratio"] = ours / loop

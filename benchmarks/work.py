@@ -1,4 +1,4 @@
-"""Counts what PyTorch's ops do, from the shapes of tensors that may hold nothing."""
+"""Count the work of PyTorch's ops, from the shapes of tensors, which may be fake."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Op(NamedTuple):
-    """One op, or several in one kernel."""
+    """An op, or several in one kernel."""
 
     name: str
     flops: float  # of matrix products, 2 per multiplication and addition
-    inner: int  # what they sum over; 0 where there is none
+    inner: int  # terms that they sum over; 0 without products
     reads: dict[int, int]  # memory -> bytes
     writes: dict[int, int]
 
     @property
     def bytes(self) -> int:
-        """Read and written."""
+        """Bytes read and written."""
         return sum(self.reads.values()) + sum(self.writes.values())
 
 
 class CountingOps(TorchDispatchMode):
-    """Collects PyTorch's ops: one each, unless it only makes a view or a fresh tensor."""
+    """Collects PyTorch's ops, except those that only make a view or an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[Op] = []
-        self._alive: list[Tensor] = []  # so that no memory is taken for another
+        self._alive: list[Tensor] = []  # so that no memory is reused
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -52,14 +52,14 @@ class CountingOps(TorchDispatchMode):
 
 
 def is_product(op: Op) -> bool:
-    """Whether it multiplies matrices, attention included."""
+    """True if ``op`` multiplies matrices, attention included."""
     return op.flops > 0 or "scaled_dot_product" in op.name
 
 
 def compiled(ops: Sequence[Op]) -> list[Op]:
-    """The kernels of a compiled step: what lies between two matrix products is one.
+    """The kernels of a compiled step: ops between two matrix products are one.
 
-    It reads what was written before it, and writes what is read after it, or never: a result.
+    It reads what earlier ops wrote, and writes what later ops read, or none: a result.
     """
     last_read = {memory: i for i, op in enumerate(ops) for memory in op.reads}
     kernels: list[Op] = []

@@ -16,7 +16,7 @@ from looped_fast.ops.graphs import graphs_on
 class Workload:
     """A training step (forward, loss, backward, Adam) or an inference call.
 
-    Parameters and prompts depend on the case alone, so results of contenders can be compared.
+    Parameters and prompts depend only on the case, so results of contenders can be compared.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Workload:
             self.predict = torch.compile(self.model, dynamic=False, mode=contender.compile_mode)
 
     def __call__(self) -> None:
-        """Do one such step or call."""
+        """Run one step or call."""
         if self.mode == "inference":
             self.forward()
         else:
@@ -68,7 +68,7 @@ class Workload:
             return self.predict(self.xs, self.ys, window=window)
 
     def forward_backward(self) -> Tensor | None:
-        """Leaves gradients in the parameters. The window's predictions, if the loss has them."""
+        """Compute gradients of the parameters; return predictions if the loss has them."""
         return self.graphs.run("forward and backward", self._forward_backward)
 
     def _forward_backward(self) -> Tensor | None:

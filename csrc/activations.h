@@ -1,4 +1,4 @@
-// Activations that the forward leaves for the backward, and where they lie.
+// Layout of the activations that the forward saves for the backward.
 #pragma once
 
 #include "engine.h"
@@ -9,8 +9,7 @@
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-// Of one item in one block of one loop step. `rows` are the item's tokens. Pointers that are null
-// are not wanted.
+// Activations of one item in one block of one loop step; null: not saved. `rows` are its tokens.
 template <class T>
 struct BlockActivations {
   T* x_hat_1;          // [rows, D], normalised by LayerNorm 1; null in block 0
@@ -23,35 +22,35 @@ struct BlockActivations {
   float* log_sum_exp;  // [sequences, H, S], of attention, in base 2
 };
 
-// Of one item in the final LayerNorm of one loop step. From x_hat comes z', and so where the next
-// step begins: x_hat_1 of its block 0 is not saved.
+// Activations of one item in the final LayerNorm of one loop step. x_hat gives z', which the next
+// step starts from: x_hat_1 of its block 0 need not be saved.
 template <class T>
 struct FinalActivations {
   T* x_hat;      // [rows, D]
   float* rstd;   // [rows]
 };
 
-// An array of activations of one step over `n_tokens` tokens, of which an item sees its own:
-// activations [10 L, n_tokens * D] of T and statistics [(H + 2) L + 1, n_tokens] of float.
+// An item's view of one step's activations over `n_tokens` tokens: activations
+// [10 L, n_tokens * D] of T and statistics [(H + 2) L + 1, n_tokens] of float.
 template <class T>
 struct StepActivations {
   static constexpr int64_t kWidths = 10;  // D-wide columns of a block: 1 + 3 + 1 + 1 + 4
 
-  static int64_t n_activations(const Problem& p, int64_t n_tokens) {
+  static int64_t n_activations(const LoopShape& p, int64_t n_tokens) {
     return kWidths * p.n_layer * p.n_embd * n_tokens;
   }
-  static int64_t n_statistics(const Problem& p, int64_t n_tokens) {
+  static int64_t n_statistics(const LoopShape& p, int64_t n_tokens) {
     return ((p.n_heads + 2) * p.n_layer + 1) * n_tokens;
   }
 
-  const Problem& problem;
+  const LoopShape& shape;
   int64_t n_tokens;
   int64_t first_token;
   T* activations;
   float* statistics;
 
   BlockActivations<T> block(int64_t layer) const {
-    const int64_t D = problem.n_embd, H = problem.n_heads;
+    const int64_t D = shape.n_embd, H = shape.n_heads;
     T* a = activations + layer * kWidths * D * n_tokens;
     float* s = statistics + layer * (H + 2) * n_tokens;
     const auto column = [&](int64_t offset, int64_t width) {
@@ -68,15 +67,15 @@ struct StepActivations {
   }
 
   FinalActivations<T> final() const {
-    float* s = statistics + (problem.n_heads + 2) * problem.n_layer * n_tokens;
-    T* x_hat = activations + problem.n_embd * first_token;  // in place of block 0's x_hat_1
+    float* s = statistics + (shape.n_heads + 2) * shape.n_layer * n_tokens;
+    T* x_hat = activations + shape.n_embd * first_token;  // in place of block 0's x_hat_1
     return {x_hat, s + first_token};
   }
 };
 
 // The item's part of what was saved at step `w` of the window.
 template <class T>
-inline StepActivations<T> saved_step(const Problem& p, const Saved& saved, int64_t w,
+inline StepActivations<T> saved_step(const LoopShape& p, const SavedActivations& saved, int64_t w,
                                      const Item& item) {
   const int64_t n = p.n_tokens();
   return {p, n, item.first_token(),
@@ -84,9 +83,9 @@ inline StepActivations<T> saved_step(const Problem& p, const Saved& saved, int64
           saved.statistics + w * StepActivations<T>::n_statistics(p, n)};
 }
 
-// One item's own, in a workspace: for a backward that recomputes.
+// One item's activations in a workspace, for a backward that recomputes or follows at once.
 template <class T>
-inline StepActivations<T> scratch_step(const Problem& p, Arena& arena) {
+inline StepActivations<T> scratch_step(const LoopShape& p, Arena& arena) {
   const int64_t n = rows_per_item(p);
   T* activations = arena.take<T>(StepActivations<T>::n_activations(p, n));
   return {p, n, 0, activations, arena.take<float>(StepActivations<T>::n_statistics(p, n))};

@@ -1,6 +1,6 @@
 // Causal softmax(q k^T / sqrt(head_dim)) v of one head of one sequence: forward.
 //
-// A tile of queries meets all keys that it may see, in chunks that stay in cache: one chunk up to
+// A tile of queries goes through all keys that it sees, in chunks that stay in cache: one up to
 // S = 256, and the running maximum and sum of an online softmax beyond. Scores are computed
 // transposed, so that a lane is a query and no sum or maximum runs across lanes.
 #pragma once
@@ -27,7 +27,7 @@ struct Head {
   int64_t seq_len;
   int64_t head_dim;
 
-  // Of scores, in the natural base; softmax takes it times kLog2E, for 2^x rather than e^x.
+  // Factor of the scores; softmax multiplies it by kLog2E to use 2^x rather than e^x.
   float scale() const { return 1.f / std::sqrt(static_cast<float>(head_dim)); }
 };
 
@@ -59,7 +59,7 @@ struct SoftmaxState {
   Vec total[kVecs];    // of 2^(scale * score - log_max)
 };
 
-// The largest of n rows of a column of vectors, or `floor`. Four chains: one would wait for itself.
+// Maximum of `floor` and n rows of a column of vectors, in four chains to hide latency.
 inline Vec max_of_column(const float* column, int64_t n, Vec floor) {
   Vec max_[4] = {floor, floor, floor, floor};
   int64_t k = 0;
@@ -72,17 +72,17 @@ inline Vec max_of_column(const float* column, int64_t n, Vec floor) {
   return max(max(max_[0], max_[1]), max(max_[2], max_[3]));
 }
 
-// Scores of n keys, first_key.., to numerators of the softmax, for queries first_query... Keys
-// that a query does not see get zero; a missing last row of a pair too. Returns in `correction`
-// what is to be multiplied to results of earlier chunks. Overwrites scores of keys out of sight.
+// Turns scores of n keys, first_key.., and of queries first_query.. into numerators of the softmax,
+// zero where a query does not see the key and in a missing last row of a pair. `correction` becomes
+// the factor of earlier chunks' results. Overwrites scores of unseen keys.
 template <class T>
 inline void softmax_chunk(float* scores, int64_t first_key, int64_t n, int64_t first_query,
                           float scale, bool first_chunk, SoftmaxState& state, T* probs,
                           Vec* correction) {
-  const Vec lowest(-1e30f);  // 2^x of it is below 1e-37; of infinity it is NaN
+  const Vec lowest(-1e30f);  // 2^x is below 1e-37; infinity would give NaN
   for (int64_t q = 0; q < SoftmaxState::kVecs; ++q) {
     float* column = scores + q * kVec;
-    // Of the keys, those that all lanes see come first, then those that some do.
+    // Keys that all lanes see come first, then keys that some lanes see.
     const int64_t diagonal = first_query + q * kVec - first_key;
     const int64_t n_seen = std::clamp<int64_t>(diagonal + kVec, 0, n);
     for (int64_t k = std::max<int64_t>(0, diagonal + 1); k < n_seen; ++k) {
@@ -112,7 +112,7 @@ inline void softmax_chunk(float* scores, int64_t first_key, int64_t n, int64_t f
 }
 
 // out: [S, head_dim] at stride ld_out. log_sum_exp: [S], log2 of the softmax denominators; null
-// where no backward follows.
+// if no backward follows.
 template <class T>
 inline void attention_forward(const Head<T>& head, T* out, int64_t ld_out, float* log_sum_exp,
                               const AttentionScratch<T>& scratch) {

@@ -1,8 +1,8 @@
 // Causal attention of one head of one sequence: backward.
 //
-// Works on transposed scores, a tile of keys against chunks of the queries that see them. The
-// log-sum-exp of the forward makes them probabilities without a reduction, and they come out as
-// the left-hand matrices of dv = p^T do and dk = ds^T q.
+// Scores are transposed: a tile of keys against chunks of the queries that see them. The forward's
+// log-sum-exp makes them probabilities without a reduction, and they come out as the left-hand
+// matrices of dv = p^T do and dk = ds^T q.
 #pragma once
 
 #include "attention.h"
@@ -52,7 +52,7 @@ struct AttentionBackwardScratch {
         dk_tile(arena.take<float>(kKeyTile * head_dim)) {}
 };
 
-// From scores and d_probs of `m` keys, first_key.., and queries first_query..first_query + n:
+// Fills probs and d_scores of `m` keys, first_key.., and queries first_query..first_query + n:
 // p = 2^(scale * score - lse) and ds = p * (dp - delta) / sqrt(head_dim), zero where the query
 // does not see the key. Columns n.. up to the next multiple of a vector become zero.
 template <class T>
@@ -85,7 +85,7 @@ inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const He
   }
 }
 
-// out, d_out: [S, head_dim] at stride ld_out. log_sum_exp: [S]. Gradients dq, dk, dv: as head's.
+// out, d_out: [S, head_dim] at stride ld_out. log_sum_exp: [S]. dq, dk, dv: laid out like q, k, v.
 template <class T>
 inline void attention_backward(const Head<T>& head, const T* out, const T* d_out, int64_t ld_out,
                                const float* log_sum_exp, T* dq, T* dk, T* dv,

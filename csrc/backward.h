@@ -2,7 +2,7 @@
 //
 // Products are of two kinds: gradients of inputs, dx = dy w, tile by tile like the forward's; and
 // gradients of weights, dw = dy^T x, summed per thread (weight_gradients.h) a chunk of rows at a
-// time. Everything but attention is again a matter of rows.
+// time. Every phase but attention works on rows.
 #pragma once
 
 #include "activations.h"
@@ -17,10 +17,10 @@
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-// z, [rows, D], where a step began: as it is, or as output of the LayerNorm that made it.
+// Input z of a step, [rows, D]: itself, or x_hat of the LayerNorm that made it.
 template <class T>
 struct StepInput {
-  const float* z;  // null: to be restored
+  const float* z;  // null: recomputed from x_hat
   const T* x_hat;
 };
 
@@ -28,11 +28,11 @@ struct StepInput {
 template <class T>
 class BackwardStep {
  public:
-  BackwardStep(const Problem& problem, const Inputs& inputs, const PackedWeights<T>& weights,
+  BackwardStep(const LoopShape& shape, const Inputs& inputs, const PackedWeights<T>& weights,
                const Gradients& gradients, const BackwardBuffers<T>& buffers,
                const BackwardScratch<T>& scratch, const ThreadSums& sums, const Item& item,
                const Team& team)
-      : problem_(problem),
+      : shape_(shape),
         inputs_(inputs),
         weights_(weights),
         gradients_(gradients),
@@ -41,7 +41,7 @@ class BackwardStep {
         sums_(sums),
         item_(item),
         team_(team),
-        D_(problem.n_embd),
+        D_(shape.n_embd),
         rows_(team.share(item.rows(), 2)) {}
 
   void begin_item() const {
@@ -50,31 +50,31 @@ class BackwardStep {
     if (has_embedding_sums()) clear_rows(gradients_.embeddings + first());
   }
 
-  // Takes dx from the gradient of z', to which that of the step's output is added, to that of z.
-  // grad: [rows, D], or [rows, n_outputs] with a read-out, the item's.
+  // Adds `grad`, of the step's output, to dx, the gradient of z'; turns dx into the gradient of z.
+  // grad: the item's, [rows, D], or [rows, n_outputs] with a read-out.
   void run(const float* grad, const StepInput<T>& input, const StepActivations<T>& saved) const {
-    if (problem_.n_outputs == 0) {
+    if (shape_.n_outputs == 0) {
       add_rows(grad, buffers_.dx);
     } else {
       read_out(grad, saved.final());
     }
     final_norm(saved.final());
-    for (int64_t layer = problem_.n_layer - 1; layer >= 0; --layer) {
+    for (int64_t layer = shape_.n_layer - 1; layer >= 0; --layer) {
       const BlockActivations<T> block = saved.block(layer);
       for_each_chunk([&](Range chunk) {
         mlp(layer, block, chunk);
         attention_projection(layer, block, chunk);
       });
-      team_.wait();  // all rows' d_attn are there
+      team_.wait();  // for all rows' d_attn
       attention(block);
-      team_.wait();  // all heads' d_qkv are there
+      team_.wait();  // for all heads' d_qkv
       for_each_chunk([&](Range chunk) { qkv(layer, block, input, chunk); });
-      if (problem_.injection == Injection::kEveryBlock) {
+      if (shape_.injection == Injection::kEveryBlock) {
         add_rows(buffers_.dx, gradients_.embeddings + first());
       }
     }
     add_rows(buffers_.dx, buffers_.dx_sum);
-    if (problem_.injection == Injection::kMul) {
+    if (shape_.injection == Injection::kMul) {
       for_each_chunk([&](Range chunk) { multiply_by_embeddings(input, chunk); });
     }
   }
@@ -82,10 +82,10 @@ class BackwardStep {
   void end_item() const {
     for (int64_t i = rows_.begin; i < rows_.end; ++i) {
       const float* row = buffers_.dx_sum + i * D_;
-      float* position = sums_.positions + i % problem_.seq_len * D_;
+      float* position = sums_.positions + i % shape_.seq_len * D_;
       for (int64_t j = 0; j < D_; j += kVec) add_to(position + j, Vec::loadu(row + j));
     }
-    if (problem_.injection == Injection::kAdd) {
+    if (shape_.injection == Injection::kAdd) {
       copy_rows(buffers_.dx_sum, gradients_.embeddings + first());
     }
     if (gradients_.state) copy_rows(buffers_.dx, gradients_.state + first());
@@ -94,7 +94,7 @@ class BackwardStep {
 
  private:
   bool has_embedding_sums() const {
-    return problem_.injection == Injection::kMul || problem_.injection == Injection::kEveryBlock;
+    return shape_.injection == Injection::kMul || shape_.injection == Injection::kEveryBlock;
   }
   int64_t first() const { return item_.first_token() * D_; }
 
@@ -108,9 +108,9 @@ class BackwardStep {
     }
   }
 
-  // predictions = z' w^T + bias: dx of z', from grad [rows, n_outputs].
+  // predictions = z' w^T + bias: adds to dx of z', from grad [rows, n_outputs].
   void read_out(const float* grad, const FinalActivations<T>& final) const {
-    const int64_t D = D_, n_outputs = problem_.n_outputs;
+    const int64_t D = D_, n_outputs = shape_.n_outputs;
     const float* ln_f_weight = inputs_.ln_f_weight;
     const float* ln_f_bias = inputs_.ln_f_bias;
     float* dx = buffers_.dx;
@@ -147,7 +147,7 @@ class BackwardStep {
         ln, D, rows_, [=](int64_t i, int64_t j) { return Vec::loadu(dz + i * D + j); });
   }
 
-  // x2 = x1 + Wproj gelu(fc) + bias, fc = Wfc LN2(x1) + bias: dx of x2 to dx of x1.
+  // x2 = x1 + Wproj gelu(fc) + bias, fc = Wfc LN2(x1) + bias: turns dx of x2 into dx of x1.
   void mlp(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
@@ -173,7 +173,7 @@ class BackwardStep {
     norm(x_hat, block.rstd_2, w.ln_2_weight, grad.ln_2_weight, grad.ln_2_bias, chunk);
   }
 
-  // x1 = x0 + Wo attn + bias: d_attn, as operand.
+  // x1 = x0 + Wo attn + bias: fills d_attn.
   void attention_projection(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     dx_to_operand(chunk, sums_.item_vectors.block(layer).attn_c_proj_bias);
     const PackedMatrix<T> attn{scratch_.right, scratch_.max_rows, D_};
@@ -193,7 +193,7 @@ class BackwardStep {
   }
 
   void attention(const BlockActivations<T>& block) const {
-    const int64_t S = problem_.seq_len, H = problem_.n_heads, head_dim = problem_.head_dim();
+    const int64_t S = shape_.seq_len, H = shape_.n_heads, head_dim = shape_.head_dim();
     const Range heads = team_.share(item_.n_sequences * H);
     for (int64_t index = heads.begin; index < heads.end; ++index) {
       const int64_t row = index / H * S, column = index % H * head_dim;
@@ -206,7 +206,7 @@ class BackwardStep {
     }
   }
 
-  // qkv = Wqkv LN1(x0) + bias: dx of x1 to dx of x0.
+  // qkv = Wqkv LN1(x0) + bias: turns dx of x1 into dx of x0.
   void qkv(int64_t layer, const BlockActivations<T>& block, const StepInput<T>& input,
            Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
@@ -228,7 +228,7 @@ class BackwardStep {
     norm(x_hat, block.rstd_1, w.ln_1_weight, grad.ln_1_weight, grad.ln_1_bias, chunk);
   }
 
-  // x0 = z e + p: dx of x0 to that of z, and the gradient of e.
+  // x0 = z e + p: turns dx of x0 into dx of z; adds to the gradient of e.
   void multiply_by_embeddings(const StepInput<T>& input, Range chunk) const {
     const float* z = step_input(input, chunk);
     float* dx_of_chunk = buffers_.dx + chunk.begin * D_;
@@ -249,17 +249,17 @@ class BackwardStep {
     return scratch_.dy;
   }
 
-  // x_hat and h of the first LayerNorm of a step, as the forward had them.
+  // Recomputes x_hat and h of a step's first LayerNorm.
   [[gnu::flatten]] void norm_step_input(const StepInput<T>& input, const float* weight,
                                         const float* bias, Range chunk) const {
     const float* z = step_input(input, chunk);
-    with_step_input(problem_, inputs_, item_.first_token() + chunk.begin, z, [&](auto x_0) {
+    with_step_input(shape_, inputs_, item_.first_token() + chunk.begin, z, [&](auto x_0) {
       normalize_to_operands({0, chunk.size()}, D_, scratch_.dy, x_0, weight, bias, scratch_.x_hat,
                             scratch_.h, nullptr);
     });
   }
 
-  // d_fc = d_hidden gelu'(fc) as left- and right-hand matrix, and gelu(fc) as right-hand one.
+  // d_fc = d_hidden gelu'(fc) as left- and right-hand matrix, and gelu(fc) as right-hand matrix.
   // tile: d_hidden; fc: [rows][kPanel].
   static void gelu_tile(const Tile& tile, const T* fc, T* d_fc, int64_t ld, T* d_fc_right,
                         T* hidden_right, float* bias_sum) {
@@ -321,7 +321,7 @@ class BackwardStep {
     add_product(sums, scratch_.left, scratch_.max_rows, right, round_up_to_pack<T>(m));
   }
 
-  // out = x_hat * weight + bias: the output of a LayerNorm, as the forward had it. Both [m, D].
+  // out = x_hat * weight + bias: recomputes the output of a LayerNorm. Both [m, D].
   template <class Out>
   void restore_norm(const T* x_hat, const float* weight, const float* bias, int64_t m,
                     Out* out) const {
@@ -337,7 +337,7 @@ class BackwardStep {
     }
   }
 
-  // dx += what the gradient dy of a LayerNorm's output gives its input. x_hat: the chunk's.
+  // Adds the gradient of a LayerNorm's input, given that of its output in dy, to dx of the chunk.
   void norm(const T* x_hat, const float* rstd, const float* weight, float* grad_weight,
             float* grad_bias, Range chunk) const {
     const int64_t D = D_;
@@ -361,7 +361,7 @@ class BackwardStep {
     }
   }
 
-  const Problem& problem_;
+  const LoopShape& shape_;
   const Inputs& inputs_;
   const PackedWeights<T>& weights_;
   const Gradients& gradients_;

@@ -1,4 +1,4 @@
-// Memory that the backward works in, beside sums and what the forward saved.
+// Buffers of the backward, besides gradient sums and saved activations.
 #pragma once
 
 #include "attention_backward.h"
@@ -9,39 +9,39 @@
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-// Buffers that the team of an item shares. All fp32 ones are gradients of the residual stream.
+// Gradients that the team of an item shares; fp32 for the residual stream.
 template <class T>
 struct BackwardBuffers {
-  float* dx;      // [rows, D], of the point that the backward has reached
+  float* dx;      // [rows, D], at the point that the backward has reached
   float* dx_sum;  // [rows, D], of x0, summed over steps
   T* d_attn;      // [rows, D], of attention before its output projection
   T* d_qkv;       // [rows, 3 D]
 
-  BackwardBuffers(Arena& arena, const Problem& p)
+  BackwardBuffers(Arena& arena, const LoopShape& p)
       : dx(arena.take<float>(rows_per_item(p) * p.n_embd)),
         dx_sum(arena.take<float>(rows_per_item(p) * p.n_embd)),
         d_attn(arena.take<T>(rows_per_item(p) * p.n_embd)),
         d_qkv(arena.take<T>(rows_per_item(p) * p.n_embd * 3)) {}
 };
 
-// One thread's own, for a chunk of at most kChunkRows rows.
+// Buffers of one thread, for a chunk of at most kChunkRows rows.
 template <class T>
 struct BackwardScratch {
   static constexpr int64_t kChunkRows = 256;
 
-  int64_t max_rows;  // in a chunk, even
+  int64_t max_rows;  // of a chunk; even
   float* tile;       // [kTileRows][kPanel]
   T* dx_operand;     // [max_rows, D], dx as left-hand matrix
   T* x_hat;          // [max_rows, D], of a LayerNorm, recomputed
-  T* h;              // [max_rows, D], its output, likewise
+  T* h;              // [max_rows, D], output of the LayerNorm, recomputed
   T* d_fc;           // [max_rows, 4 D]
   float* dy;         // [max_rows, D], gradient of h; before that, z
-  T* left;           // [D][max_rows], the transposed side of a weight's gradient
-  T* right;          // [max_rows, 4 D] in panels, the other side
+  T* left;           // [D][max_rows], transposed left-hand side of a weight's gradient
+  T* right;          // [max_rows, 4 D] in panels, the right-hand side
   T* d_fc_right;     // likewise
   AttentionBackwardScratch<T> attention;
 
-  BackwardScratch(Arena& arena, const Problem& p)
+  BackwardScratch(Arena& arena, const LoopShape& p)
       : max_rows((std::min(kChunkRows, rows_per_item(p)) + 1) / 2 * 2),
         tile(arena.take<float>(kTileRows * kPanel)),
         dx_operand(arena.take<T>(max_rows * p.n_embd)),

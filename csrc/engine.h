@@ -14,20 +14,20 @@ namespace looped_fast {
 
 enum class Injection : int64_t { kAdd, kMul, kNone, kEveryBlock };  // order of config.INJECTIONS
 
-struct Problem {
+struct LoopShape {
   int64_t batch;     // B
   int64_t seq_len;   // S
   int64_t n_embd;    // D, a multiple of 32
   int64_t n_heads;   // H
   int64_t n_layer;   // L, blocks in one loop step
   int64_t n_loops;   // b
-  int64_t window;    // W, last steps that are returned and carry gradient
+  int64_t window;    // W, last steps, which are returned and differentiated
   Injection injection;
-  int64_t n_outputs;  // of the read-out; 0: there is none, and states are what is asked for
+  int64_t n_outputs;  // of the read-out; 0 without one: states are returned
 
   int64_t head_dim() const { return n_embd / n_heads; }
   int64_t n_tokens() const { return batch * seq_len; }
-  int64_t n_x() const { return (seq_len + 1) / 2; }  // even tokens of a sequence, which are x
+  int64_t n_x() const { return (seq_len + 1) / 2; }  // x tokens, the even ones of a sequence
 };
 
 // One block's tensors in the order of reference.Block: parameters, or their gradients.
@@ -58,26 +58,26 @@ struct Inputs {
   const float* read_out_bias;         // [n_outputs]
 };
 
-// What the backward needs of the forward. Layouts: activations.h.
-struct Saved {
+// What the forward saves for the backward. Layouts: activations.h.
+struct SavedActivations {
   void* activations;  // operand type, [W, 10 L, B S D]; null: recompute from states
   float* statistics;  // [W, (H + 2) L + 1, B S]; null with activations
-  float* start;       // [B, S, D], z before the window; null where `state` is that
+  float* start;       // [B, S, D], z before the window; null if that is `state`
 };
 
 struct ForwardOutputs {
-  float* states;       // [W, B, S, D]; null where they are not wanted
+  float* states;       // [W, B, S, D]; null: not wanted
   float* predictions;  // [W, B, S, n_outputs]; null without a read-out
-  Saved saved;         // all null where no gradient is needed
+  SavedActivations saved;  // all null if no gradient is needed
 };
 
 struct BackwardInputs {
   const float* grad;    // of states [W, B, S, D], or of predictions [W, B, S, n_outputs]
-  const float* states;  // [W, B, S, D]; read where there are no activations, else maybe null
-  Saved saved;
+  const float* states;  // [W, B, S, D]; may be null with saved activations
+  SavedActivations saved;
 };
 
-// What predictions of the x tokens are held against.
+// Targets of the predictions at x tokens.
 struct Targets {
   const float* ys;  // [B, n_x, n_outputs]
   int64_t n_supervised;  // last steps of the window whose predictions count
@@ -94,17 +94,17 @@ struct Gradients {
   float* read_out_bias;        // [n_outputs]
 };
 
-// Kernels for one instruction set and operand type. `workspace` is 64-byte aligned memory of the
-// size that the matching *_workspace function names, in bytes.
+// Kernels for one instruction set and operand type. `workspace` is 64-byte aligned memory, of the
+// size in bytes that the matching *_workspace function returns.
 struct Engine {
-  size_t (*forward_workspace)(const Problem&, int n_threads);
-  void (*forward)(const Problem&, const Inputs&, const ForwardOutputs&, void* workspace,
+  size_t (*forward_workspace)(const LoopShape&, int n_threads);
+  void (*forward)(const LoopShape&, const Inputs&, const ForwardOutputs&, void* workspace,
                   int n_threads);
-  size_t (*backward_workspace)(const Problem&, bool recompute, int n_threads);
-  void (*backward)(const Problem&, const Inputs&, const BackwardInputs&, const Gradients&,
+  size_t (*backward_workspace)(const LoopShape&, bool recompute, int n_threads);
+  void (*backward)(const LoopShape&, const Inputs&, const BackwardInputs&, const Gradients&,
                    void* workspace, int n_threads);
-  size_t (*mse_workspace)(const Problem&, int n_threads);
-  float (*mse)(const Problem&, const Inputs&, const Targets&, const Gradients&, void* workspace,
+  size_t (*mse_workspace)(const LoopShape&, int n_threads);
+  float (*mse)(const LoopShape&, const Inputs&, const Targets&, const Gradients&, void* workspace,
                int n_threads);
 };
 

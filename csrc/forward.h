@@ -22,17 +22,17 @@ template <class T>
 struct ForwardBuffers {
   float* x;  // [rows, D], residual stream
   T* h;      // [rows, D], operand: output of a LayerNorm
-  T* qkv;    // [rows, 3 D], where activations are not saved
+  T* qkv;    // [rows, 3 D], used if activations are not saved
   T* attn;   // [rows, D], likewise
 
-  ForwardBuffers(Arena& arena, const Problem& p)
+  ForwardBuffers(Arena& arena, const LoopShape& p)
       : x(arena.take<float>(rows_per_item(p) * p.n_embd)),
         h(arena.take<T>(rows_per_item(p) * p.n_embd)),
         qkv(arena.take<T>(rows_per_item(p) * p.n_embd * 3)),
         attn(arena.take<T>(rows_per_item(p) * p.n_embd)) {}
 };
 
-// One thread's own.
+// Buffers of one thread.
 template <class T>
 struct ForwardScratch {
   static constexpr int64_t kMlpRows = 96;  // rows of the hidden layer that are in cache at a time
@@ -41,7 +41,7 @@ struct ForwardScratch {
   T* hidden;    // [kMlpRows, 4 D], GELU's output
   AttentionScratch<T> attention;
 
-  ForwardScratch(Arena& arena, const Problem& p)
+  ForwardScratch(Arena& arena, const LoopShape& p)
       : tile(arena.take<float>(kTileRows * kPanel)),
         hidden(arena.take<T>(kMlpRows * 4 * p.n_embd)),
         attention(arena, p.seq_len, p.head_dim()) {}
@@ -51,22 +51,22 @@ struct ForwardScratch {
 template <class T>
 class ForwardStep {
  public:
-  ForwardStep(const Problem& problem, const Inputs& inputs, const PackedWeights<T>& weights,
+  ForwardStep(const LoopShape& shape, const Inputs& inputs, const PackedWeights<T>& weights,
               const ForwardBuffers<T>& buffers, const ForwardScratch<T>& scratch, const Item& item,
               const Team& team)
-      : problem_(problem),
+      : shape_(shape),
         inputs_(inputs),
         weights_(weights),
         buffers_(buffers),
         scratch_(scratch),
         item_(item),
         team_(team),
-        D_(problem.n_embd),
+        D_(shape.n_embd),
         rows_(team.share(item.rows(), 2)) {}
 
-  // z and z_next: [rows, D], the item's; they may be the same. `saved`: null to save nothing.
+  // z and z_next: the item's, [rows, D]; may be the same. `saved`: null to save nothing.
   void run(const float* z, float* z_next, const StepActivations<T>* saved) const {
-    for (int64_t layer = 0; layer < problem_.n_layer; ++layer) {
+    for (int64_t layer = 0; layer < shape_.n_layer; ++layer) {
       BlockActivations<T> block{};
       if (saved) {
         block = saved->block(layer);
@@ -83,7 +83,7 @@ class ForwardStep {
 
   // z: [rows, D], predictions: [rows, n_outputs], the item's.
   void read_out(const float* z, float* predictions) const {
-    const int64_t D = D_, n_outputs = problem_.n_outputs;
+    const int64_t D = D_, n_outputs = shape_.n_outputs;
     for (int64_t i = rows_.begin; i < rows_.end; ++i) {
       for (int64_t o = 0; o < n_outputs; ++o) {
         const float* weight = inputs_.read_out_weight + o * D;
@@ -110,21 +110,21 @@ class ForwardStep {
       norm(x_0, w.ln_1_weight, w.ln_1_bias, block.x_hat_1, block.rstd_1);
     };
     if (layer == 0) {
-      with_step_input(problem_, inputs_, item_.first_token(), z, norm_1);
+      with_step_input(shape_, inputs_, item_.first_token(), z, norm_1);
       return;
     }
     const int64_t D = D_;
     const float* e = inputs_.embeddings + item_.first_token() * D;
     const float* bias = inputs_.blocks[layer - 1].mlp_c_proj_bias;
     const float* x = buffers_.x;
-    const bool every_block = problem_.injection == Injection::kEveryBlock;
+    const bool every_block = shape_.injection == Injection::kEveryBlock;
     norm_1([=](int64_t i, int64_t j) {
       const Vec x_2 = Vec::loadu(x + i * D + j) + Vec::loadu(bias + j);
       return every_block ? x_2 + Vec::loadu(e + i * D + j) : x_2;
     });
   }
 
-  // x1 = x0 + Wo attn(h), but for the bias, and h = LN2(x1).
+  // x1 = x0 + Wo attn(h) without the bias, and h = LN2(x1).
   void attention(int64_t layer, const BlockActivations<T>& block) const {
     const Block<const float> w = inputs_.blocks[layer];
     const int64_t D = D_;
@@ -140,8 +140,8 @@ class ForwardStep {
         }
       }
     });
-    team_.wait();  // all rows' keys and values are there
-    const int64_t S = problem_.seq_len, H = problem_.n_heads, head_dim = problem_.head_dim();
+    team_.wait();  // for all rows' keys and values
+    const int64_t S = shape_.seq_len, H = shape_.n_heads, head_dim = shape_.head_dim();
     const Range heads = team_.share(item_.n_sequences * H);
     for (int64_t index = heads.begin; index < heads.end; ++index) {
       const int64_t row = index / H * S, column = index % H * head_dim;
@@ -151,7 +151,7 @@ class ForwardStep {
                         block.log_sum_exp ? block.log_sum_exp + index * S : nullptr,
                         scratch_.attention);
     }
-    team_.wait();  // all heads' outputs are there
+    team_.wait();  // for all heads' outputs
     multiply_into(block.attn, D_, weights_.attn_c_proj(layer), rows_, buffers_.x, true);
     const float* x = buffers_.x;
     const float* bias = w.attn_c_proj_bias;
@@ -161,7 +161,7 @@ class ForwardStep {
     norm(x_1, w.ln_2_weight, w.ln_2_bias, block.x_hat_2, block.rstd_2);
   }
 
-  // x2 = x1 + Wproj gelu(Wfc h), but for the last bias.
+  // x2 = x1 + Wproj gelu(Wfc h) without the last bias.
   void mlp(int64_t layer, const BlockActivations<T>& block) const {
     const float* bias = inputs_.blocks[layer].c_fc_bias;
     const int64_t width = 4 * D_;
@@ -182,7 +182,7 @@ class ForwardStep {
     }
   }
 
-  // hidden = gelu(tile + bias), and its argument to fc [rows][kPanel] unless that is null.
+  // hidden = gelu(tile + bias); stores GELU's argument in fc [rows][kPanel] unless that is null.
   static void gelu_tile(const Tile& tile, const float* bias, T* fc, T* hidden, int64_t ld) {
     const float* from = tile.data;
     const int64_t m = tile.rows.size();
@@ -200,7 +200,7 @@ class ForwardStep {
   [[gnu::flatten]] void final_norm(float* z_next, const StepActivations<T>* saved) const {
     const int64_t D = D_;
     const float* x = buffers_.x;
-    const float* last_bias = inputs_.blocks[problem_.n_layer - 1].mlp_c_proj_bias;
+    const float* last_bias = inputs_.blocks[shape_.n_layer - 1].mlp_c_proj_bias;
     const float* weight = inputs_.ln_f_weight;
     const float* bias = inputs_.ln_f_bias;
     const FinalActivations<T> final = saved ? saved->final() : FinalActivations<T>{};
@@ -226,7 +226,7 @@ class ForwardStep {
     normalize_to_operands(rows_, D_, buffers_.x, load, weight, bias, x_hat, buffers_.h, rstd);
   }
 
-  const Problem& problem_;
+  const LoopShape& shape_;
   const Inputs& inputs_;
   const PackedWeights<T>& weights_;
   const ForwardBuffers<T>& buffers_;

@@ -9,7 +9,7 @@ inline namespace CPU_CAPABILITY {
 constexpr float kGeluSlope = 2 * 0.7978845608028654f;  // 2 sqrt(2 / pi)
 constexpr float kGeluCubic = 0.044715f;
 
-// 1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)): one over the sigmoid.
+// 1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)), the reciprocal of the sigmoid.
 template <class T>
 inline Vec gelu_denominator(Vec x, Vec x_squared) {
   const Vec slope = at::vec::fmadd(x_squared, Vec(-kGeluSlope * kGeluCubic * kLog2E),

@@ -13,7 +13,7 @@ namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
 // Columns of a packed matrix that are stored together. A tile of kTileRows x kPanel floats and
-// its operands stay in the first-level cache between the product and what is done to it next.
+// its operands stay in the first-level cache between the product and its epilogue.
 constexpr int64_t kPanel = 64;
 constexpr int64_t kTileRows = 96;
 
@@ -25,14 +25,14 @@ inline void brgemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, con
                               /*is_vnni=*/Operand<T>::kPack == 2);
 }
 
-// Gives back per-thread tile state (AMX) when a thread has done its last product.
+// Releases per-thread tile state (AMX) after a thread's last product.
 template <class T>
 struct BrgemmScope {
   ~BrgemmScope() { at::native::cpublas::brgemm_release(Operand<T>::kPack == 2); }
 };
 
 // A right-hand matrix [depth, n_columns] in panels: [n_columns / 64][depth / kPack][64][kPack].
-// The last panel is narrower where n_columns is not a multiple of 64.
+// The last panel is narrower if n_columns is not a multiple of 64.
 template <class T>
 struct PackedMatrix {
   T* data;
@@ -51,7 +51,7 @@ struct Tile {
   Range columns;
 };
 
-// epilogue(tile) for every tile of a[rows] b. a: [., depth] row-major.
+// Calls epilogue(tile) for every tile of a[rows] b. a: [., depth] row-major.
 template <class T, class Epilogue>
 inline void multiply(const T* a, int64_t lda, const PackedMatrix<T>& b, Range rows, float* tile,
                      Epilogue&& epilogue) {

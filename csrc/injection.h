@@ -1,4 +1,4 @@
-// Where a loop step begins: x0 = inject(z, e) + p.
+// Input of a loop step: x0 = inject(z, e) + p.
 #pragma once
 
 #include "engine.h"
@@ -7,11 +7,11 @@
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-// f(x0), with x0(row, column) a Vec. z: [., D], whose row 0 is token `first` of the batch.
+// Calls f(x0); x0(row, column) is a Vec. z: [., D], whose row 0 is token `first` of the batch.
 template <class F>
-inline void with_step_input(const Problem& problem, const Inputs& inputs, int64_t first,
+inline void with_step_input(const LoopShape& shape, const Inputs& inputs, int64_t first,
                             const float* z, F&& f) {
-  const int64_t D = problem.n_embd, S = problem.seq_len;
+  const int64_t D = shape.n_embd, S = shape.seq_len;
   const float* e = inputs.embeddings + first * D;
   const auto at = [=](const float* rows, int64_t i, int64_t j) {
     return Vec::loadu(rows + i * D + j);
@@ -19,9 +19,9 @@ inline void with_step_input(const Problem& problem, const Inputs& inputs, int64_
   const auto p = [=, positions = inputs.positions](int64_t i, int64_t j) {
     return at(positions, (first + i) % S, j);
   };
-  switch (problem.injection) {
+  switch (shape.injection) {
     case Injection::kAdd:
-    case Injection::kEveryBlock:  // the same in the first block
+    case Injection::kEveryBlock:  // like kAdd in the first block
       f([=](int64_t i, int64_t j) { return at(z, i, j) + at(e, i, j) + p(i, j); });
       break;
     case Injection::kMul:

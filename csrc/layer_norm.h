@@ -18,7 +18,7 @@ inline Vec scale_and_shift(Vec x_hat, const float* weight, const float* bias, in
   return at::vec::fmadd(x_hat, Vec::loadu(weight + j), Vec::loadu(bias + j));
 }
 
-// Normalises rows i..i + kRows - 1 together: sums of one row alone would wait for each other.
+// Normalises rows i..i + kRows - 1 at a time, which hides the latency of the sums of each.
 template <int kRows, class Load, class Emit>
 inline void normalize_rows(int64_t i, int64_t D, float* x, Load load, Emit emit,
                            float* rstd_out) {
@@ -61,7 +61,7 @@ inline void normalize_rows(int64_t i, int64_t D, float* x, Load load, Emit emit,
 }
 
 // Normalises rows of x [., D]: x = load(row, column) first, then emit(row, column, x_hat, next
-// x_hat) for every two vectors. rstd: 1 / std of each row; null where it is not wanted.
+// x_hat) for every two vectors. rstd: 1 / std of each row; null: not wanted.
 template <class Load, class Emit>
 inline void normalize(Range rows, int64_t D, float* x, Load load, Emit emit, float* rstd) {
   int64_t i = rows.begin;
@@ -69,7 +69,7 @@ inline void normalize(Range rows, int64_t D, float* x, Load load, Emit emit, flo
   if (i < rows.end) normalize_rows<1>(i, D, x, load, emit, rstd);
 }
 
-// Rows of h = LN(x), and x_hat unless that is null, as operands T; x = load(row, column) first.
+// Stores rows of h = LN(x), and x_hat unless null, as operands T; x = load(row, column) first.
 template <class T, class Load>
 inline void normalize_to_operands(Range rows, int64_t D, float* x, Load load, const float* weight,
                                   const float* bias, T* x_hat, T* h, float* rstd) {
@@ -84,7 +84,7 @@ inline void normalize_to_operands(Range rows, int64_t D, float* x, Load load, co
       rstd);
 }
 
-// What a LayerNorm's backward reads and writes, at row 0 of an item. X: what x_hat was saved as.
+// Arguments of a LayerNorm's backward, from row 0 of an item. X: the type of the saved x_hat.
 template <class X>
 struct LayerNormBackward {
   const X* x_hat;       // [rows, D]
@@ -98,7 +98,7 @@ struct LayerNormBackward {
 // dx (+)= rstd * (g - mean(g) - x_hat * mean(g * x_hat)), g = dy * weight; dy(row, j) is a Vec.
 template <bool kAccumulate, class X, class Dy>
 inline void layer_norm_backward(const LayerNormBackward<X> ln, int64_t D, Range rows, Dy dy) {
-  constexpr int64_t kRows = 4;  // sums over rows stay in registers for as many
+  constexpr int64_t kRows = 4;  // rows whose sums stay in registers
   for (int64_t i = rows.begin; i < rows.end; i += kRows) {
     const int64_t m = rows.end - i < kRows ? rows.end - i : kRows;
     float mean_g[kRows], mean_gx[kRows];

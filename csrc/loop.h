@@ -1,4 +1,4 @@
-// The whole loop on all threads: memory, weights, and items dealt out to steps.
+// The whole loop on all threads: its memory, its packed weights, and its items.
 #pragma once
 
 #include <optional>
@@ -17,16 +17,16 @@ struct ForwardPlan {
   std::vector<ForwardBuffers<T>> buffers;  // per thread, as owner of an item
   std::vector<ForwardScratch<T>> scratch;  // per thread
 
-  ForwardPlan(Arena& arena, const Problem& problem, int n_threads)
-      : weights(arena, problem, PackedWeights<T>::kForward) {
+  ForwardPlan(Arena& arena, const LoopShape& shape, int n_threads)
+      : weights(arena, shape, PackedWeights<T>::kForward) {
     for (int i = 0; i < n_threads; ++i) {
-      buffers.emplace_back(arena, problem);
-      scratch.emplace_back(arena, problem);
+      buffers.emplace_back(arena, shape);
+      scratch.emplace_back(arena, shape);
     }
   }
 };
 
-// Where what comes out of a loop step goes. Null: it is not wanted.
+// Destinations of a loop step's outputs; null: not wanted.
 template <class T>
 struct StepOutputs {
   float* z;            // [rows, D], the item's
@@ -34,12 +34,12 @@ struct StepOutputs {
   std::optional<StepActivations<T>> saved;
 };
 
-// All loop steps on one item. outputs_of(w): of step w of the window, and for w = -1 of the one
-// before it.
+// Runs all loop steps on one item. outputs_of(w): outputs of step w of the window; w = -1 is the
+// step before it.
 template <class T, class OutputsOf>
-inline void run_steps(const Problem& problem, const ForwardStep<T>& step, const float* z, float* x,
+inline void run_steps(const LoopShape& shape, const ForwardStep<T>& step, const float* z, float* x,
                       OutputsOf&& outputs_of) {
-  for (int64_t w = problem.window - problem.n_loops; w < problem.window; ++w) {
+  for (int64_t w = shape.window - shape.n_loops; w < shape.window; ++w) {
     const StepOutputs<T> outputs = w >= -1 ? outputs_of(w) : StepOutputs<T>{};
     float* z_next = outputs.z ? outputs.z : x;
     step.run(z, z_next, outputs.saved ? &*outputs.saved : nullptr);
@@ -49,10 +49,10 @@ inline void run_steps(const Problem& problem, const ForwardStep<T>& step, const 
 }
 
 template <class T>
-inline void loop_forward(const Problem& problem, const Inputs& inputs,
+inline void loop_forward(const LoopShape& shape, const Inputs& inputs,
                          const ForwardOutputs& outputs, void* workspace, int n_threads) {
   Arena arena(workspace);
-  const ForwardPlan<T> plan(arena, problem, n_threads);
+  const ForwardPlan<T> plan(arena, shape, n_threads);
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     {
       const Phase phase("looped_fast::pack_weights", thread);
@@ -60,23 +60,23 @@ inline void loop_forward(const Problem& problem, const Inputs& inputs,
       barrier.wait(n);
     }
     const BrgemmScope<T> brgemm_scope;
-    for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
+    for_each_item(shape, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const Phase phase("looped_fast::loop_steps", thread);
-      const int64_t D = problem.n_embd, first = item.first_token();
+      const int64_t D = shape.n_embd, first = item.first_token();
       const ForwardBuffers<T>& buffers = plan.buffers[owner];
-      const ForwardStep<T> step(problem, inputs, plan.weights, buffers, plan.scratch[thread], item,
+      const ForwardStep<T> step(shape, inputs, plan.weights, buffers, plan.scratch[thread], item,
                                 team);
-      run_steps(problem, step, inputs.state + first * D, buffers.x, [&](int64_t w) {
+      run_steps(shape, step, inputs.state + first * D, buffers.x, [&](int64_t w) {
         StepOutputs<T> to{};
-        const int64_t row = w * problem.n_tokens() + first;
+        const int64_t row = w * shape.n_tokens() + first;
         if (w < 0) {
           if (outputs.saved.start) to.z = outputs.saved.start + first * D;
           return to;
         }
         if (outputs.states) to.z = outputs.states + row * D;
-        if (outputs.predictions) to.predictions = outputs.predictions + row * problem.n_outputs;
+        if (outputs.predictions) to.predictions = outputs.predictions + row * shape.n_outputs;
         if (outputs.saved.activations) {
-          to.saved.emplace(saved_step<T>(problem, outputs.saved, w, item));
+          to.saved.emplace(saved_step<T>(shape, outputs.saved, w, item));
         }
         return to;
       });
@@ -84,92 +84,92 @@ inline void loop_forward(const Problem& problem, const Inputs& inputs,
   });
 }
 
-// Memory of a backward on n_threads threads. With n_kept > 0 it has activations of so many steps
-// of an item, and what a forward needs to fill them.
+// Memory of a backward on n_threads threads; with n_saved > 0 also of a forward and of the
+// activations that it saves in so many steps of an item.
 template <class T>
 struct BackwardPlan {
   PackedWeights<T> weights;
   std::vector<BackwardBuffers<T>> buffers;  // per thread, as owner of an item
   std::vector<BackwardScratch<T>> scratch;  // per thread
   std::vector<ThreadSums> sums;             // per thread
-  std::optional<ForwardPlan<T>> forward;    // if n_kept > 0
+  std::optional<ForwardPlan<T>> forward;    // if n_saved > 0
   std::vector<std::vector<StepActivations<T>>> activations;  // per thread, as owner of an item
 
-  BackwardPlan(Arena& arena, const Problem& problem, int64_t n_kept, int n_threads)
-      : weights(arena, problem, PackedWeights<T>::kBackward), activations(n_threads) {
+  BackwardPlan(Arena& arena, const LoopShape& shape, int64_t n_saved, int n_threads)
+      : weights(arena, shape, PackedWeights<T>::kBackward), activations(n_threads) {
     for (int i = 0; i < n_threads; ++i) {
-      buffers.emplace_back(arena, problem);
-      scratch.emplace_back(arena, problem);
-      sums.emplace_back(arena, problem);
-      for (int64_t w = 0; w < n_kept; ++w) {
-        activations[i].push_back(scratch_step<T>(problem, arena));
+      buffers.emplace_back(arena, shape);
+      scratch.emplace_back(arena, shape);
+      sums.emplace_back(arena, shape);
+      for (int64_t w = 0; w < n_saved; ++w) {
+        activations[i].push_back(scratch_step<T>(shape, arena));
       }
     }
-    if (n_kept > 0) forward.emplace(arena, problem, n_threads);
+    if (n_saved > 0) forward.emplace(arena, shape, n_threads);
   }
 
-  // Before items, by each of n threads.
+  // Each of n threads calls this before its items.
   void begin(const Inputs& inputs, int thread, int n, Barrier& barrier) {
     const Phase phase("looped_fast::pack_weights", thread);
     weights.pack(inputs.blocks, thread, n);
     if (forward) forward->weights.pack(inputs.blocks, thread, n);
-    if (thread == 0) sums.erase(sums.begin() + n, sums.end());  // threads that we did not get
+    if (thread == 0) sums.erase(sums.begin() + n, sums.end());  // of threads that did not start
     barrier.wait(n);
     sums[thread].clear();
   }
 
-  // After them.
-  void end(const Problem& problem, const Gradients& gradients, int thread, int n,
+  // Each of n threads calls this after its items.
+  void end(const LoopShape& shape, const Gradients& gradients, int thread, int n,
            Barrier& barrier) const {
     barrier.wait(n);
     const Phase phase("looped_fast::reduce_gradients", thread);
-    reduce(sums, problem, gradients, thread, n);
+    reduce(sums, shape, gradients, thread, n);
   }
 };
 
 template <class T>
-inline void loop_backward(const Problem& problem, const Inputs& inputs,
+inline void loop_backward(const LoopShape& shape, const Inputs& inputs,
                           const BackwardInputs& outer, const Gradients& gradients,
                           void* workspace, int n_threads) {
   const bool recompute = outer.saved.activations == nullptr;
   Arena arena(workspace);
-  BackwardPlan<T> plan(arena, problem, recompute ? 1 : 0, n_threads);
-  // One region: OpenMP may give the next one another number of threads, and so of sums.
+  BackwardPlan<T> plan(arena, shape, recompute ? 1 : 0, n_threads);
+  // One region: OpenMP may start another number of threads, and so of sums, in the next one.
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     plan.begin(inputs, thread, n, barrier);
     const BrgemmScope<T> brgemm_scope;
-    for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
+    for_each_item(shape, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const Phase phase("looped_fast::loop_steps_backward", thread);
-      const int64_t D = problem.n_embd, offset = item.first_token() * D;
-      const int64_t grad_width = problem.n_outputs ? problem.n_outputs : D;
-      const BackwardStep<T> step(problem, inputs, plan.weights, gradients, plan.buffers[owner],
+      const int64_t D = shape.n_embd, offset = item.first_token() * D;
+      const int64_t grad_width = shape.n_outputs ? shape.n_outputs : D;
+      const BackwardStep<T> step(shape, inputs, plan.weights, gradients, plan.buffers[owner],
                                  plan.scratch[thread], plan.sums[thread], item, team);
       step.begin_item();
-      for (int64_t w = problem.window - 1; w >= 0; --w) {
-        const int64_t row = w * problem.n_tokens() + item.first_token();
+      for (int64_t w = shape.window - 1; w >= 0; --w) {
+        const int64_t row = w * shape.n_tokens() + item.first_token();
         const float* grad = outer.grad + row * grad_width;
         StepInput<T> input{};
         if (w == 0) {
           input.z = (outer.saved.start ? outer.saved.start : inputs.state) + offset;
         } else if (recompute) {
-          input.z = outer.states + (row - problem.n_tokens()) * D;
+          input.z = outer.states + (row - shape.n_tokens()) * D;
         } else {
-          input.x_hat = saved_step<T>(problem, outer.saved, w - 1, item).final().x_hat;
+          input.x_hat = saved_step<T>(shape, outer.saved, w - 1, item).final().x_hat;
         }
         if (recompute) {
           const ForwardPlan<T>& forward = *plan.forward;
           const StepActivations<T>& activations = plan.activations[owner][0];
-          ForwardStep<T>(problem, inputs, forward.weights, forward.buffers[owner],
+          ForwardStep<T>(shape, inputs, forward.weights, forward.buffers[owner],
                          forward.scratch[thread], item, team)
               .run(input.z, forward.buffers[owner].x, &activations);
           step.run(grad, input, activations);
         } else {
-          step.run(grad, input, saved_step<T>(problem, outer.saved, w, item));
+          step.run(grad, input, saved_step<T>(shape, outer.saved, w, item));
         }
       }
       step.end_item();
     });
-    plan.end(problem, gradients, thread, n, barrier);
+    plan.end(shape, gradients, thread, n, barrier);
   });
 }
 

@@ -1,8 +1,7 @@
-// The loop, the mean squared error of its predictions, and the error's gradient, in one go.
+// The loop, the mean squared error of its predictions, and the error's gradient, in one pass.
 //
-// The gradient of a squared error is known as soon as the prediction is, so a thread goes back
-// over an item right after it went forward: activations are those of one item per thread rather
-// than of the whole batch.
+// The gradient of a squared error is known as soon as the prediction is, so a thread runs an item's
+// backward right after its forward and saves activations of one item, not of the whole batch.
 #pragma once
 
 #include <numeric>
@@ -13,46 +12,46 @@
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-// Of an item, beside its activations; its team shares them.
+// Buffers of an item besides its activations, shared by its team.
 struct MseBuffers {
   float* start;        // [rows, D], z before the window
   float* predictions;  // [W, rows, n_outputs], then their gradient
 
-  MseBuffers(Arena& arena, const Problem& p)
+  MseBuffers(Arena& arena, const LoopShape& p)
       : start(arena.take<float>(rows_per_item(p) * p.n_embd)),
         predictions(arena.take<float>(p.window * rows_per_item(p) * p.n_outputs)) {}
 };
 
-// Memory on n_threads threads.
+// Memory of loop_mse on n_threads threads.
 template <class T>
 struct MsePlan {
   BackwardPlan<T> backward;
   std::vector<MseBuffers> buffers;  // per thread, as owner of an item
 
-  MsePlan(Arena& arena, const Problem& problem, int n_threads)
-      : backward(arena, problem, problem.window, n_threads) {
-    for (int i = 0; i < n_threads; ++i) buffers.emplace_back(arena, problem);
+  MsePlan(Arena& arena, const LoopShape& shape, int n_threads)
+      : backward(arena, shape, shape.window, n_threads) {
+    for (int i = 0; i < n_threads; ++i) buffers.emplace_back(arena, shape);
   }
 };
 
-// Turns an item's predictions, [W, rows, n_outputs], into the gradient of the mean squared error of
-// the batch; by one member of its team, whose rows' part of the error it returns.
-inline double mse_gradient(const Problem& problem, const Targets& targets, const Item& item,
+// Turns an item's predictions, [W, rows, n_outputs], into the gradient of the batch's mean squared
+// error, on the rows of one member of its team. Returns those rows' part of the error.
+inline double mse_gradient(const LoopShape& shape, const Targets& targets, const Item& item,
                            const Team& team, float* predictions) {
-  const int64_t S = problem.seq_len, n_outputs = problem.n_outputs;
-  const Range rows = team.share(item.rows(), 2);  // as of the steps, which so need not wait
-  const double count = targets.n_supervised * problem.batch * problem.n_x() * n_outputs;
+  const int64_t S = shape.seq_len, n_outputs = shape.n_outputs;
+  const Range rows = team.share(item.rows(), 2);  // split as in the steps, so no wait is needed
+  const double count = targets.n_supervised * shape.batch * shape.n_x() * n_outputs;
   const auto scale = static_cast<float>(2.0 / count);
   double total = 0.0;
-  for (int64_t w = 0; w < problem.window; ++w) {
+  for (int64_t w = 0; w < shape.window; ++w) {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       float* row = predictions + (w * item.rows() + i) * n_outputs;
       const int64_t sequence = item.first_sequence + i / S, token = i % S;
-      if (w < problem.window - targets.n_supervised || token % 2 != 0) {
+      if (w < shape.window - targets.n_supervised || token % 2 != 0) {
         std::fill_n(row, n_outputs, 0.f);
         continue;
       }
-      const float* y = targets.ys + (sequence * problem.n_x() + token / 2) * n_outputs;
+      const float* y = targets.ys + (sequence * shape.n_x() + token / 2) * n_outputs;
       for (int64_t o = 0; o < n_outputs; ++o) {
         const float error = row[o] - y[o];
         total += static_cast<double>(error) * error;
@@ -63,35 +62,35 @@ inline double mse_gradient(const Problem& problem, const Targets& targets, const
   return total / count;
 }
 
-// The error, and its gradients.
+// Returns the error and fills its gradients.
 template <class T>
-inline float loop_mse(const Problem& problem, const Inputs& inputs, const Targets& targets,
+inline float loop_mse(const LoopShape& shape, const Inputs& inputs, const Targets& targets,
                       const Gradients& gradients, void* workspace, int n_threads) {
   Arena arena(workspace);
-  MsePlan<T> plan(arena, problem, n_threads);
+  MsePlan<T> plan(arena, shape, n_threads);
   std::vector<double> errors(n_threads, 0.0);
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     BackwardPlan<T>& backward = plan.backward;
     const ForwardPlan<T>& forward = *backward.forward;
     backward.begin(inputs, thread, n, barrier);
     const BrgemmScope<T> brgemm_scope;
-    for_each_item(problem, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
-      const int64_t W = problem.window, first = item.first_token() * problem.n_embd;
-      const int64_t step_size = item.rows() * problem.n_outputs;
+    for_each_item(shape, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
+      const int64_t W = shape.window, first = item.first_token() * shape.n_embd;
+      const int64_t step_size = item.rows() * shape.n_outputs;
       const std::vector<StepActivations<T>>& activations = backward.activations[owner];
       const MseBuffers& buffers = plan.buffers[owner];
       {
         const Phase phase("looped_fast::loop_steps", thread);
-        const ForwardStep<T> step(problem, inputs, forward.weights, forward.buffers[owner],
+        const ForwardStep<T> step(shape, inputs, forward.weights, forward.buffers[owner],
                                   forward.scratch[thread], item, team);
-        run_steps(problem, step, inputs.state + first, forward.buffers[owner].x, [&](int64_t w) {
+        run_steps(shape, step, inputs.state + first, forward.buffers[owner].x, [&](int64_t w) {
           if (w < 0) return StepOutputs<T>{buffers.start, nullptr, std::nullopt};
           return StepOutputs<T>{nullptr, buffers.predictions + w * step_size, activations[w]};
         });
       }
-      errors[thread] += mse_gradient(problem, targets, item, team, buffers.predictions);
+      errors[thread] += mse_gradient(shape, targets, item, team, buffers.predictions);
       const Phase phase("looped_fast::loop_steps_backward", thread);
-      const BackwardStep<T> step(problem, inputs, backward.weights, gradients,
+      const BackwardStep<T> step(shape, inputs, backward.weights, gradients,
                                  backward.buffers[owner], backward.scratch[thread],
                                  backward.sums[thread], item, team);
       step.begin_item();
@@ -100,13 +99,13 @@ inline float loop_mse(const Problem& problem, const Inputs& inputs, const Target
         if (w > 0) {
           input.x_hat = activations[w - 1].final().x_hat;
         } else {
-          input.z = W < problem.n_loops ? buffers.start : inputs.state + first;
+          input.z = W < shape.n_loops ? buffers.start : inputs.state + first;
         }
         step.run(buffers.predictions + w * step_size, input, activations[w]);
       }
       step.end_item();
     });
-    backward.end(problem, gradients, thread, n, barrier);
+    backward.end(shape, gradients, thread, n, barrier);
   });
   return static_cast<float>(std::accumulate(errors.begin(), errors.end(), 0.0));
 }

@@ -11,21 +11,21 @@ inline namespace CPU_CAPABILITY {
 template <class T>
 constexpr Engine make_engine() {
   return {
-      [](const Problem& problem, int n_threads) {
+      [](const LoopShape& shape, int n_threads) {
         Arena arena(nullptr);
-        ForwardPlan<T>(arena, problem, n_threads);
+        ForwardPlan<T>(arena, shape, n_threads);
         return arena.size();
       },
       loop_forward<T>,
-      [](const Problem& problem, bool recompute, int n_threads) {
+      [](const LoopShape& shape, bool recompute, int n_threads) {
         Arena arena(nullptr);
-        BackwardPlan<T>(arena, problem, recompute ? 1 : 0, n_threads);
+        BackwardPlan<T>(arena, shape, recompute ? 1 : 0, n_threads);
         return arena.size();
       },
       loop_backward<T>,
-      [](const Problem& problem, int n_threads) {
+      [](const LoopShape& shape, int n_threads) {
         Arena arena(nullptr);
-        MsePlan<T>(arena, problem, n_threads);
+        MsePlan<T>(arena, shape, n_threads);
         return arena.size();
       },
       loop_mse<T>,

@@ -17,8 +17,8 @@ namespace looped_fast {
 
 namespace {
 
-// Of a step, in turn: states where they are asked for, activations and statistics of the forward
-// and its workspace, the backward's workspace.
+// Buffers of a training step: states if requested, activations, statistics, and the workspaces of
+// the forward and the backward.
 constexpr size_t kKept = 5;
 
 class Recycler {
@@ -33,8 +33,8 @@ class Recycler {
           return data;
         }
       }
-      // The size has changed, as at a step of a curriculum: old and new together would double
-      // the peak.
+      // The size has changed, at a step of a curriculum, say: free buffers of the old size, which
+      // would double the peak.
       const auto is_similar = [n_bytes](const Buffer& buffer) {
         return n_bytes / 2 <= buffer.n_bytes && buffer.n_bytes <= 2 * n_bytes;
       };
@@ -46,7 +46,7 @@ class Recycler {
   }
 
   void give(c10::DataPtr data, size_t n_bytes) {
-    c10::DataPtr oldest;  // is freed after the lock
+    c10::DataPtr oldest;  // freed after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back({std::move(data), n_bytes});
     if (free_.size() > kKept) {
@@ -56,7 +56,7 @@ class Recycler {
   }
 
   void clear() {
-    std::deque<Buffer> freed;  // after the lock
+    std::deque<Buffer> freed;  // after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     freed.swap(free_);
   }
@@ -81,7 +81,7 @@ class Recycler {
 };
 
 Recycler& recycler() {
-  static auto* instance = new Recycler;  // outlives tensors that die at exit
+  static auto* instance = new Recycler;  // never destroyed: tensors may outlive statics
   return *instance;
 }
 

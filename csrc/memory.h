@@ -1,4 +1,4 @@
-// Large buffers that are used again by the next call.
+// Large buffers that the next call reuses.
 //
 // The C library gives memory of this size back to the system when it is freed, and a training
 // step would spend a tenth of its time on faulting hundreds of megabytes of pages in again.
@@ -8,12 +8,12 @@
 
 namespace looped_fast {
 
-// An uninitialised CPU tensor (filled with NaN when torch is asked to fill such memory). When it
-// dies its memory is kept for the next one of the same size in bytes; a few such are kept, until
-// a size near theirs is asked for.
+// An uninitialised CPU tensor (filled with NaN if torch is set to fill such memory). When it dies
+// its memory is kept for the next one of as many bytes. A few are kept, each until another size
+// near its own is requested.
 at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// Frees what is kept.
+// Frees the memory that is kept.
 void free_recycled();
 
 }  // namespace looped_fast

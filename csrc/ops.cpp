@@ -31,8 +31,8 @@ constexpr int64_t kBlockTensors = 12;
 // torch's own choice, so that ATEN_CPU_CAPABILITY governs this engine too.
 bool torch_uses(const char* capability) { return at::get_cpu_capability() == capability; }
 
-// Why bf16 products can't run here; empty where they can. brgemm throws, or on a machine without
-// the instructions would have to convert operands, so one small product is tried.
+// Why bf16 products can't run here; empty if they can. A small product is tried: without the
+// instructions brgemm throws, or is wrong unless operands are converted.
 std::string try_bf16() {
   constexpr int64_t n = 32;
   std::vector<at::BFloat16> a(n * n, at::BFloat16(1.f)), b(n * n, at::BFloat16(0.5f));
@@ -51,7 +51,7 @@ std::string try_bf16() {
 
 struct Selection {
   const Engine* engine;
-  std::string unsupported;  // why there is none
+  std::string unsupported;  // why `engine` is null
 };
 
 Selection select_engine(const std::string& precision) {
@@ -86,28 +86,32 @@ Injection parse_injection(const std::string& name) {
   TORCH_CHECK_VALUE(false, "unknown injection ", name);
 }
 
-// Tensors of a call, contiguous, and the plain structs that point to them. weights: twelve of each
+// Contiguous tensors of a call, and the plain structs that point to them. weights: twelve of each
 // block, two of the final LayerNorm, and two of the read-out if there is one.
 class Call {
  public:
   Call(const Tensor& embeddings, const Tensor& positions, const Tensor& state,
        at::TensorList weights, int64_t n_heads, int64_t n_loops, int64_t window,
        const std::string& injection) {
-    TORCH_CHECK_VALUE(embeddings.dim() == 3, "embeddings: [B, S, D] is needed");
+    TORCH_CHECK_VALUE(embeddings.dim() == 3, "embeddings have shape ", embeddings.sizes(),
+                      "; [B, S, D] is needed");
     const int64_t n_weights = static_cast<int64_t>(weights.size());
     const int64_t n_layer = n_weights / kBlockTensors, n_last = n_weights % kBlockTensors;
-    TORCH_CHECK_VALUE(n_last == 2 || n_last == 4, n_weights, " weights");
+    TORCH_CHECK_VALUE(n_last == 2 || n_last == 4, n_weights,
+                      " weights; 12 per block, 2, and 2 for a read-out are needed");
     const int64_t n_outputs = n_last == 4 ? weights.back().numel() : 0;
-    problem_ = {embeddings.size(0), embeddings.size(1), embeddings.size(2), n_heads, n_layer,
+    shape_ = {embeddings.size(0), embeddings.size(1), embeddings.size(2), n_heads, n_layer,
                 n_loops,            window,             parse_injection(injection), n_outputs};
-    const int64_t D = problem_.n_embd, S = problem_.seq_len;
+    const int64_t D = shape_.n_embd, S = shape_.seq_len;
     TORCH_CHECK_VALUE(D % 32 == 0 && D % n_heads == 0 && D / n_heads % 8 == 0, "D = ", D,
-                      " with ", n_heads, " heads");
-    TORCH_CHECK_VALUE(1 <= window && window <= n_loops, "window = ", window);
-    const float* e = keep(embeddings, problem_.batch * S * D);
+                      " with ", n_heads,
+                      " heads; D must be a multiple of 32, and D / heads of 8");
+    TORCH_CHECK_VALUE(1 <= window && window <= n_loops, "window = ", window, "; 1 .. n_loops = ",
+                      n_loops, " is needed");
+    const float* e = keep(embeddings, shape_.batch * S * D);
     const float* p = keep(positions, S * D);
-    const float* z = keep(state, problem_.batch * S * D);
-    // Elements of the twelve, in units of D.
+    const float* z = keep(state, shape_.batch * S * D);
+    // Elements of a block's tensors, in units of D.
     const std::array<int64_t, kBlockTensors> sizes = {1, 1, 3 * D, 3, D,     1,
                                                       1, 1, 4 * D, 4, 4 * D, 1};
     for (int64_t layer = 0; layer < n_layer; ++layer) {
@@ -127,7 +131,7 @@ class Call {
   }
   Call(const Call&) = delete;
 
-  const Problem& problem() const { return problem_; }
+  const LoopShape& shape() const { return shape_; }
   const Inputs& inputs() const { return inputs_; }
 
   // The data of a float tensor, which this call keeps alive.
@@ -141,7 +145,7 @@ class Call {
   }
 
  private:
-  Problem problem_;
+  LoopShape shape_;
   Inputs inputs_;
   std::vector<Block<const float>> blocks_;
   std::vector<Tensor> tensors_;
@@ -151,20 +155,19 @@ float* data_or_null(const Tensor& tensor) {
   return tensor.numel() ? tensor.data_ptr<float>() : nullptr;
 }
 
-// Memory for the length of a call.
 Tensor workspace(size_t n_bytes) {
   return empty_recycled({static_cast<int64_t>(n_bytes)}, at::kByte);
 }
 
-// Predictions if there is a read-out, else states; and what the backward needs beside them, with no
-// elements where it does not.
+// Returns predictions if there is a read-out, else states; then what the backward needs besides, as
+// tensors without elements if it does not.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& embeddings, const Tensor& positions, const Tensor& state, at::TensorList weights,
     int64_t n_heads, int64_t n_loops, int64_t window, std::string injection, std::string precision,
     bool save_activations, bool save_states) {
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
-  const Problem& p = call.problem();
+  const LoopShape& p = call.shape();
   const auto floats = embeddings.options().requires_grad(false);
   const auto operand = precision == "bf16" ? at::kBFloat16 : at::kFloat;
   const int64_t B = p.batch, S = p.seq_len, D = p.n_embd, L = p.n_layer, H = p.n_heads;
@@ -194,19 +197,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return {predictions, activations, statistics, states, start};
 }
 
-// Gradients of embeddings, positions, state and then of the weights, uninitialised; of state, no
-// elements where the window does not cover every step. All are 0 where there are no tokens.
+// Uninitialised gradients of embeddings, positions, state and the weights; that of state is empty
+// unless the window covers every step. All are 0 if there are no tokens.
 class GradientTensors {
  public:
-  GradientTensors(const Problem& p, const Tensor& embeddings, const Tensor& positions,
+  GradientTensors(const LoopShape& p, const Tensor& embeddings, const Tensor& positions,
                   const Tensor& state, at::TensorList weights) {
     const auto empty = [](const Tensor& like) {
       return at::empty_like(like, like.options().requires_grad(false),
                             at::MemoryFormat::Contiguous);
     };
-    const bool of_state = p.window == p.n_loops;
+    const bool has_state = p.window == p.n_loops;
     tensors_ = {empty(embeddings), empty(positions),
-                of_state ? empty(state) : at::empty({0}, state.options())};
+                has_state ? empty(state) : at::empty({0}, state.options())};
     for (const Tensor& w : weights) tensors_.push_back(empty(w));
     if (p.injection == Injection::kNone) tensors_[0].zero_();
     if (p.n_tokens() == 0) {
@@ -242,7 +245,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& outputs, const Te
                              std::string injection, std::string precision) {
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
-  const Problem& p = call.problem();
+  const LoopShape& p = call.shape();
   const GradientTensors grads(p, embeddings, positions, state, weights);
   if (p.n_tokens() == 0) return grads.tensors();
   const Tensor& states = p.n_outputs > 0 ? saved_states : outputs;
@@ -266,9 +269,10 @@ std::tuple<Tensor, std::vector<Tensor>> mse(const Tensor& embeddings, const Tens
                                             std::string injection, std::string precision) {
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
-  const Problem& p = call.problem();
+  const LoopShape& p = call.shape();
   TORCH_CHECK_VALUE(p.n_outputs > 0, "a read-out is needed");
-  TORCH_CHECK_VALUE(1 <= n_supervised && n_supervised <= window, "n_supervised = ", n_supervised);
+  TORCH_CHECK_VALUE(1 <= n_supervised && n_supervised <= window, "n_supervised = ", n_supervised,
+                    "; 1 .. window = ", window, " is needed");
   const GradientTensors grads(p, embeddings, positions, state, weights);
   Tensor error = at::full({}, NAN, embeddings.options().requires_grad(false));
   const float* ys = call.keep(targets, p.batch * p.n_x() * p.n_outputs);

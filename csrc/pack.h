@@ -7,7 +7,7 @@
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-// dst[j][i] = src[i][j] of 32-bit words, whatever they hold. src: [m, n], dst: [n, m].
+// dst[j][i] = src[i][j] of 32-bit words of any type. src: [m, n], dst: [n, m].
 inline void transpose_words(const void* src, int64_t ld_src, void* dst, int64_t ld_dst, int64_t m,
                             int64_t n) {
   constexpr int64_t kBlock = 16;
@@ -28,7 +28,7 @@ inline void transpose_words(const void* src, int64_t ld_src, void* dst, int64_t 
   }
 }
 
-// Rows of operands, [n_rows, n_columns] at stride ld, as a packed matrix of width ld_packed.
+// Packs rows of operands, [n_rows, n_columns] at stride ld, into a matrix of width ld_packed.
 // A missing last row of a pair is zero.
 template <class T>
 inline void pack_rows(const T* src, int64_t ld, int64_t n_rows, int64_t n_columns, T* dst,
@@ -49,7 +49,7 @@ inline void pack_rows(const T* src, int64_t ld, int64_t n_rows, int64_t n_column
   }
 }
 
-// The same into the panels of `dst`, at rows 0..n_rows.
+// Packs rows into the panels of `dst`, at rows 0..n_rows.
 template <class T>
 inline void pack_rows(const T* src, int64_t ld, int64_t n_rows, const PackedMatrix<T>& dst) {
   for (int64_t p = 0; p < dst.n_panels(); ++p) {
@@ -75,7 +75,7 @@ inline void transpose_rows(const T* src, int64_t ld, int64_t n_rows, int64_t n_c
   }
 }
 
-// Rows of floats to operands. src: [m, n], contiguous; dst at stride ld.
+// Converts floats to operands. src: [m, n], contiguous; dst at stride ld.
 template <class T>
 inline void store_as_operands(const float* src, int64_t m, int64_t n, T* dst, int64_t ld) {
   for (int64_t i = 0; i < m; ++i) {
@@ -86,8 +86,8 @@ inline void store_as_operands(const float* src, int64_t m, int64_t n, T* dst, in
   }
 }
 
-// Weights w of a Linear, [n_out, n_in] floats, as the right-hand matrix [n_in, n_out] of x w^T:
-// panel `p` of dst.
+// Packs weights w of a Linear, [n_out, n_in] floats, as the right-hand matrix [n_in, n_out] of
+// x w^T: panel `p` of dst.
 template <class T>
 inline void pack_linear(const float* w, const PackedMatrix<T>& dst, int64_t p) {
   constexpr int64_t kPack = Operand<T>::kPack, kDepth = 32;
@@ -105,7 +105,7 @@ inline void pack_linear(const float* w, const PackedMatrix<T>& dst, int64_t p) {
   }
 }
 
-// The same weights as the right-hand matrix [n_out, n_in] of dy w, for the input's gradient.
+// Packs w as the right-hand matrix [n_out, n_in] of dy w, for the input's gradient.
 template <class T>
 inline void pack_linear_backward(const float* w, const PackedMatrix<T>& dst, int64_t p) {
   const int64_t n_out = dst.depth, n_in = dst.n_columns, width = dst.width(p);

@@ -1,8 +1,8 @@
 // Which thread runs which sequences.
 //
 // Sequences are independent, so a thread takes an item of them and runs all loop steps on it, with
-// its state in its own cache. Items that are left over when the rest is dealt out evenly, or all
-// where there are fewer than threads, are run by all threads together.
+// its state in its own cache. Items that do not divide evenly among the threads are run by all
+// threads as one team.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace looped_fast {
 
-// Consecutive sequences that are worked on together.
+// Consecutive sequences that are processed together.
 struct Item {
   int64_t first_sequence;
   int64_t n_sequences;
@@ -24,46 +24,46 @@ struct Item {
 
 // Short sequences share an item, to give products enough rows. Saved activations depend on this
 // split, so it must not depend on the number of threads, which may change before the backward.
-inline int64_t sequences_per_item(const Problem& problem) {
+inline int64_t sequences_per_item(const LoopShape& shape) {
   constexpr int64_t kRows = 96, kMinItems = 16;
-  const int64_t by_rows = kRows / problem.seq_len, by_items = problem.batch / kMinItems;
+  const int64_t by_rows = kRows / shape.seq_len, by_items = shape.batch / kMinItems;
   return std::max<int64_t>(1, std::min(by_rows, by_items));
 }
 
-inline int64_t rows_per_item(const Problem& problem) {
-  return sequences_per_item(problem) * problem.seq_len;
+inline int64_t rows_per_item(const LoopShape& shape) {
+  return sequences_per_item(shape) * shape.seq_len;
 }
 
-inline int64_t n_items(const Problem& problem) {
-  const int64_t n = sequences_per_item(problem);
-  return (problem.batch + n - 1) / n;
+inline int64_t n_items(const LoopShape& shape) {
+  const int64_t n = sequences_per_item(shape);
+  return (shape.batch + n - 1) / n;
 }
 
-inline Item item_at(const Problem& problem, int64_t index) {
-  const int64_t n = sequences_per_item(problem), first = index * n;
-  return {first, std::min(n, problem.batch - first), problem.seq_len};
+inline Item item_at(const LoopShape& shape, int64_t index) {
+  const int64_t n = sequences_per_item(shape), first = index * n;
+  return {first, std::min(n, shape.batch - first), shape.seq_len};
 }
 
-// Threads that are of use: a team of many would only wait for each other on a short item.
-inline int useful_threads(const Problem& problem, int available) {
+// Number of threads worth using: members of a large team mostly wait on a short item.
+inline int useful_threads(const LoopShape& shape, int available) {
   constexpr int64_t kMinRowsPerThread = 8;
-  const int64_t by_rows = std::max<int64_t>(1, rows_per_item(problem) / kMinRowsPerThread);
-  return static_cast<int>(std::min<int64_t>(available, std::max(n_items(problem), by_rows)));
+  const int64_t by_rows = std::max<int64_t>(1, rows_per_item(shape) / kMinRowsPerThread);
+  return static_cast<int>(std::min<int64_t>(available, std::max(n_items(shape), by_rows)));
 }
 
-// f(item, team, owner) for each item of mine; `owner` is the thread whose buffers the team shares.
-// Deterministic at a given number of threads.
+// Calls f(item, team, owner) for each item of this thread; the team shares the buffers of thread
+// `owner`. Deterministic at a given number of threads.
 template <class F>
-void for_each_item(const Problem& problem, int thread, int n_threads, Barrier& barrier, F&& f) {
-  const int64_t n = n_items(problem), n_alone = n / n_threads * n_threads;
-  const Range mine = split(n_alone, thread, n_threads);
+void for_each_item(const LoopShape& shape, int thread, int n_threads, Barrier& barrier, F&& f) {
+  const int64_t n = n_items(shape), n_even = n / n_threads * n_threads;
+  const Range mine = split(n_even, thread, n_threads);
   for (int64_t i = mine.begin; i < mine.end; ++i) {
-    f(item_at(problem, i), Team{0, 1, nullptr}, thread);
+    f(item_at(shape, i), Team{0, 1, nullptr}, thread);
   }
   const Team all{thread, n_threads, &barrier};
-  for (int64_t i = n_alone; i < n; ++i) {
-    all.wait();  // the owner's buffers are free
-    f(item_at(problem, i), all, 0);
+  for (int64_t i = n_even; i < n; ++i) {
+    all.wait();  // for the owner's buffers
+    f(item_at(shape, i), all, 0);
   }
 }
 

@@ -40,7 +40,7 @@ void run_parallel(int n_threads, ThreadBody body, void* context) {
       body(context, omp_get_thread_num(), omp_get_num_threads(), barrier);
     } catch (...) {
 #pragma omp critical(looped_fast_error)
-      if (!error) error = std::current_exception();  // the cause: waits throw after it
+      if (!error) error = std::current_exception();  // the cause; aborted waits throw later
       barrier.abort();
     }
   }
@@ -70,7 +70,7 @@ void Barrier::wait(int n_threads) {
 Phase::Phase(const char* name, int thread) : record_(nullptr) {
   if (thread != 0) return;
   auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
-  if (!callbacks) return;  // nobody is profiling
+  if (!callbacks) return;  // no profiler is active
   auto* record = new at::RecordFunction(std::move(*callbacks));
   record->before(name);
   record_ = record;

@@ -19,8 +19,8 @@ inline Range split(int64_t n, int64_t index, int64_t n_parts, int64_t unit = 1) 
   return {begin < n ? begin : n, end < n ? end : n};
 }
 
-// Spinning barrier: waits of a few microseconds are the rule. Yields when they grow long, since
-// a thread that waits for one without a core would spin for a whole time slice.
+// Spinning barrier, as most waits take a few microseconds. Long waits yield: spinning for a whole
+// time slice could keep the awaited thread from its core.
 class Barrier {
  public:
   // Throws after abort(): a thread that failed will not arrive.
@@ -33,7 +33,7 @@ class Barrier {
   std::atomic<bool> aborted_{false};
 };
 
-// The threads that work on one item together, as one of them sees it: thread `rank` of `size`.
+// Membership in the team that works on an item: this is thread `rank` of `size`.
 struct Team {
   int rank;
   int size;
@@ -42,7 +42,7 @@ struct Team {
   void wait() const {
     if (size > 1) barrier->wait(size);
   }
-  // My share of n things; `unit` keeps rows that are stored in pairs with one thread.
+  // This member's share of n things; `unit` keeps rows that are stored in pairs with one thread.
   Range share(int64_t n, int64_t unit = 1) const { return split(n, rank, size, unit); }
 };
 
@@ -52,7 +52,7 @@ using ThreadBody = void (*)(void* context, int thread, int n_threads, Barrier& b
 // done. An exception in one ends the waits of the others and is rethrown here.
 void run_parallel(int n_threads, ThreadBody body, void* context);
 
-// f(thread, n_threads, barrier). n_threads is what OpenMP gave, and may differ between regions.
+// Calls f(thread, n_threads, barrier); OpenMP may start fewer threads, and other numbers later.
 template <class F>
 void parallel(int n_threads, F&& f) {
   run_parallel(
@@ -63,7 +63,7 @@ void parallel(int n_threads, F&& f) {
       &f);
 }
 
-// Threads that the engine may use: torch.get_num_threads(), and 1 in a forked child, where the
+// Number of threads the engine may use: torch.get_num_threads(); 1 in a forked child, where the
 // OpenMP pool that the parent may have started is gone and waiting for it would hang.
 int available_threads();
 

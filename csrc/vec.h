@@ -24,7 +24,7 @@ inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, v);
 }
 
-// The larger of each lane; b where one is NaN. at::vec::maximum would look for NaN.
+// Maximum of each lane; b where one is NaN. at::vec::maximum spends time on NaN.
 inline Vec max(Vec a, Vec b) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_max_ps(a, b);
@@ -69,7 +69,7 @@ struct Operand<float> {
     row_0.store(packed);
     row_1.store(packed + ld);
   }
-  // The same, and as rows at stride ld_rows.
+  // Stores both rows in the packed matrix, and at stride ld_rows.
   static void store_rows(float* packed, int64_t ld, float* rows, int64_t ld_rows, Vec row_0,
                          Vec row_1) {
     store_rows(packed, ld, row_0, row_1);
@@ -78,7 +78,7 @@ struct Operand<float> {
 };
 
 #if defined(__AVX512BF16__)
-// Intrinsics, as at::vec converts to bf16 in eight integer instructions, for machines without.
+// Intrinsics: at::vec converts to bf16 by eight integer instructions, to run without AVX512_BF16.
 template <>
 struct Operand<at::BFloat16> {
   static constexpr int64_t kPack = 2;
@@ -140,7 +140,7 @@ struct Operand<at::BFloat16> {
     return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
   }
 
-  // Lanes 0, 16, 1, 17, ...: one of the lower half, one of the upper.
+  // Lanes 0, 16, 1, 17, ...: the two halves in turn.
   static __m512i interleave(__m512i halves) {
     alignas(64) static constexpr uint16_t kLanes[32] = {
         0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -161,7 +161,7 @@ inline int64_t round_up_to_pack(int64_t n) {
   return (n + Operand<T>::kPack - 1) / Operand<T>::kPack * Operand<T>::kPack;
 }
 
-// p(r) * 2^n. AVX-512 has an instruction, which also covers overflow and underflow.
+// p * 2^n. The AVX-512 instruction also covers overflow and underflow.
 inline Vec scale_by_power(Vec p, Vec n) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);

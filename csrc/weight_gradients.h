@@ -1,8 +1,8 @@
 // Gradients of the weights: dW = sum over rows of dy x^T, accumulated per thread.
 //
-// A thread adds each step's product to its own accumulators; threads are summed in the end, in
-// order, so that results repeat bit by bit. Accumulators are tiles of 64 x 64 that lie whole
-// beside each other: products in the order of the matrix would touch a page per row.
+// A thread adds each step's product to its own accumulators; in the end these are summed in the
+// order of threads, so that results repeat bit for bit. Accumulators are contiguous tiles of
+// 64 x 64: products in the order of the matrix would touch a page per row.
 #pragma once
 
 #include <vector>
@@ -53,8 +53,8 @@ inline void add_product(const TiledMatrix& sums, const T* left, int64_t ld,
   }
 }
 
-// What one thread has summed for one block. Matrices have the D-wide side first, which is the
-// one that is transposed to be the left-hand matrix: two of them are transposes of the weights.
+// One thread's sums for one block. Matrices have the D-wide side first, which is the one that is
+// transposed to be the left-hand matrix: two of them are transposes of the weights.
 struct BlockSums {
   TiledMatrix c_attn_t;     // [D, 3D]
   TiledMatrix attn_c_proj;  // [D, D]
@@ -82,7 +82,7 @@ struct VectorSums {
   int64_t n_outputs;
   float* data;
 
-  VectorSums(Arena& arena, const Problem& p)
+  VectorSums(Arena& arena, const LoopShape& p)
       : D(p.n_embd), n_layer(p.n_layer), n_outputs(p.n_outputs), data(arena.take<float>(size())) {}
 
   // A multiple of kVec.
@@ -92,10 +92,9 @@ struct VectorSums {
   }
   void clear() const { std::fill_n(data, size(), 0.f); }
 
-  // Matrices are null: only the vectors are here.
   Block<float> block(int64_t layer) const {
     float* p = data + layer * kBlockWidths * D;
-    Block<float> b{};
+    Block<float> b{};  // matrices stay null
     b.ln_1_weight = p;
     b.ln_1_bias = p + D;
     b.c_attn_bias = p + 2 * D;
@@ -112,8 +111,8 @@ struct VectorSums {
   float* read_out_bias() const { return read_out_weight() + n_outputs * D; }
 };
 
-// All that one thread has summed. Vectors are summed over an item first: sums over all tokens
-// are long enough for the order to cost accuracy.
+// All sums of one thread. Vectors are summed over an item first: one running sum over all tokens
+// would cost accuracy.
 struct ThreadSums {
   std::vector<BlockSums> blocks;
   VectorSums vectors;
@@ -121,7 +120,7 @@ struct ThreadSums {
   float* positions;  // [S, D]
   int64_t n_positions;
 
-  ThreadSums(Arena& arena, const Problem& p)
+  ThreadSums(Arena& arena, const LoopShape& p)
       : vectors(arena, p), item_vectors(arena, p), n_positions(p.seq_len * p.n_embd) {
     positions = arena.take<float>(n_positions);
     for (int64_t i = 0; i < p.n_layer; ++i) blocks.emplace_back(arena, p.n_embd);
@@ -167,7 +166,7 @@ inline void reduce_tile(const std::vector<const TiledMatrix*>& threads, int64_t 
 }
 
 // This thread's share of summing `sums` of all threads into `gradients`.
-inline void reduce(const std::vector<ThreadSums>& sums, const Problem& problem,
+inline void reduce(const std::vector<ThreadSums>& sums, const LoopShape& shape,
                    const Gradients& gradients, int thread, int n_threads) {
   const auto reduce_matrix = [&](int64_t layer, TiledMatrix BlockSums::*matrix, bool transposed,
                                  float* grad) {
@@ -184,8 +183,8 @@ inline void reduce(const std::vector<ThreadSums>& sums, const Problem& problem,
       for (int64_t j = 0; j < n; ++j) grad[j] += from[j];
     }
   };
-  const int64_t D = problem.n_embd;
-  for (int64_t layer = 0; layer < problem.n_layer; ++layer) {
+  const int64_t D = shape.n_embd;
+  for (int64_t layer = 0; layer < shape.n_layer; ++layer) {
     const Block<float>& g = gradients.blocks[layer];
     reduce_matrix(layer, &BlockSums::c_attn_t, true, g.c_attn_weight);
     reduce_matrix(layer, &BlockSums::attn_c_proj, false, g.attn_c_proj_weight);
@@ -206,9 +205,9 @@ inline void reduce(const std::vector<ThreadSums>& sums, const Problem& problem,
   const VectorSums& v = sums[0].vectors;
   reduce_vector(v.ln_f_weight(), D, gradients.ln_f_weight);
   reduce_vector(v.ln_f_bias(), D, gradients.ln_f_bias);
-  reduce_vector(v.read_out_weight(), problem.n_outputs * D, gradients.read_out_weight);
-  reduce_vector(v.read_out_bias(), problem.n_outputs, gradients.read_out_bias);
-  reduce_vector(sums[0].positions, problem.seq_len * D, gradients.positions);
+  reduce_vector(v.read_out_weight(), shape.n_outputs * D, gradients.read_out_weight);
+  reduce_vector(v.read_out_bias(), shape.n_outputs, gradients.read_out_bias);
+  reduce_vector(sums[0].positions, shape.seq_len * D, gradients.positions);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -14,10 +14,10 @@ class PackedWeights {
  public:
   enum Direction { kForward, kBackward };
 
-  PackedWeights(Arena& arena, const Problem& problem, Direction direction)
+  PackedWeights(Arena& arena, const LoopShape& shape, Direction direction)
       : direction_(direction),
-        D_(problem.n_embd),
-        n_layer_(problem.n_layer),
+        D_(shape.n_embd),
+        n_layer_(shape.n_layer),
         data_(arena.take<T>(n_layer_ * 12 * D_ * D_)) {}
 
   PackedMatrix<T> c_attn(int64_t layer) const { return matrix(layer, 0, 3, 1); }
@@ -25,7 +25,6 @@ class PackedWeights {
   PackedMatrix<T> c_fc(int64_t layer) const { return matrix(layer, 4, 4, 1); }
   PackedMatrix<T> mlp_c_proj(int64_t layer) const { return matrix(layer, 8, 1, 4); }
 
-  // Packs this thread's share of all panels.
   void pack(const Block<const float>* blocks, int thread, int n_threads) const {
     for (int64_t layer = 0; layer < n_layer_; ++layer) {
       pack_share(blocks[layer].c_attn_weight, c_attn(layer), thread, n_threads);

@@ -11,8 +11,8 @@
 namespace looped_fast {
 
 // Hands out 64-byte aligned pieces of a block, in order. Over a null block it only counts, so the
-// code that lays buffers out also says how much memory they take. AddressSanitizer sees pieces as
-// allocations of their own.
+// code that lays buffers out also computes how much memory they take. AddressSanitizer sees each
+// piece as an allocation.
 class Arena {
  public:
   explicit Arena(void* block) : block_(static_cast<char*>(block)) {}

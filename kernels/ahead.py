@@ -1,9 +1,9 @@
 """Compile the kernels that a run needs before the first of them is launched, all at once.
 
-Triton compiles a kernel when it is first launched, and nothing else happens meanwhile: 60 to 100
-seconds of a training run's first step on one core. Here the host code runs once without launching
-anything, and what it would launch is compiled by as many threads as there are cores. Triton lets go
-of Python's lock in its passes, in LLVM and in ptxas, which are most of the work.
+Triton compiles a kernel at its first launch, on one core: 60 to 100 seconds of a training run's
+first step. Here the host code runs once without launching anything, and what it would launch is
+compiled by as many threads as there are cores. Triton releases Python's lock in its passes, in LLVM
+and in ptxas, which are most of the work.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from . import tuning
-from .launch import Call, intercepting, is_intercepted
+from .launch import Call, intercepting, is_intercepted, postponing
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ _done: set[Hashable] = set()
 
 
 def compile_ahead(key: Hashable, device: torch.device, host_code: Callable[[], Any]) -> None:
-    """Compile what ``host_code`` launches, and choose configurations, before it runs for real.
+    """Compile what ``host_code`` launches, and choose configurations, before it runs.
 
     The host code runs once or twice with its launches left out, the second time when there are
     configurations to choose: then their candidates are compiled and timed in between. Nothing
@@ -39,9 +38,9 @@ def compile_ahead(key: Hashable, device: torch.device, host_code: Callable[[], A
     Args:
         key: equal keys promise host code that launches the same kernels.
         device: where the tensors of the host code are.
-        host_code: allocates and launches, and may be repeated: what it changes is its own.
+        host_code: allocates and launches, and may be repeated: it changes only its own tensors.
     """
-    key = (key, device, torch.are_deterministic_algorithms_enabled())  # which bars timing
+    key = (key, device, torch.are_deterministic_algorithms_enabled())  # it bars timing
     if key in _done or is_intercepted() or not _can_compile(device):
         return
     try:
@@ -62,10 +61,10 @@ def _can_compile(device: torch.device) -> bool:
 
 
 def _compile(host_code: Callable[[], Any]) -> list[Callable[[], Any]]:
-    """Compile what ``host_code`` launches; of kernels without a choice yet, their candidates.
+    """Compile what ``host_code`` launches, or all candidates of a kernel without a choice yet.
 
     Returns:
-        What makes those choices.
+        Functions that make those choices.
     """
     open_choices: dict[str, Callable[[], Any]] = {}
 
@@ -84,17 +83,14 @@ def _compile(host_code: Callable[[], Any]) -> list[Callable[[], Any]]:
             with intercepting(compile_candidate):
                 run_all()
 
-    with compiling_together(), intercepting(compile_chosen), tuning.postponing(postpone):
+    with compiling_together(), intercepting(compile_chosen), postponing(postpone):
         host_code()
     return list(open_choices.values())
 
 
 @contextlib.contextmanager
 def compiling_together() -> Iterator[None]:
-    """Have the kernels of every ``Call.compile`` inside the block compiled by threads.
-
-    They are ready when the block ends. Errors are left to the launch.
-    """
+    """Compile by threads what calls ``Call.compile`` in the block, until it ends; ignore errors."""
     n_threads, start = len(os.sched_getaffinity(0)), time.perf_counter()
     with _Threads(n_threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
         yield

@@ -176,15 +176,13 @@ def attention_backward_kernel(
 
 
 def forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
-    """Fill ``out`` and ``lse``.
+    """Fill ``out`` and ``lse``; all tensors are contiguous.
 
     Args:
         qkv: queries, keys and values side by side, [B, S, 3D], in the dtype of matrix operands.
         out: [B, S, D], same dtype.
         lse: log-sum-exp of the scores, natural, [B, H, S] fp32.
         n_heads: H; D / H is 16, 32 or 64.
-
-    All contiguous.
     """
     _launch(attention_forward_kernel, qkv, out, lse, n_heads=n_heads)
 
@@ -192,7 +190,7 @@ def forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
 def backward(
     qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int
 ) -> None:
-    """Fill ``d_qkv`` [B, S, 3D], given ``d_out`` [B, S, D] and what ``forward`` took and filled."""
+    """Fill ``d_qkv`` [B, S, 3D], given ``d_out`` [B, S, D] and the tensors of ``forward``."""
     _launch(attention_backward_kernel, qkv, out, lse, d_out, d_qkv, n_heads=n_heads)
 
 

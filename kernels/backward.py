@@ -1,8 +1,7 @@
-"""Host code of the loop's backward: which kernel runs on what, and what is kept in between.
+"""Host code of the loop's backward: which kernel runs on which tensors.
 
-The window's steps are gone through in reverse, in chunks: as many steps as there is room for what
-their weight gradients multiply, or one step where its activations have to be computed again because
-the forward did not keep them.
+It goes through the window's steps in reverse, in chunks: as many steps as there is room for the
+operands of their weight gradients, or one step if its activations are recomputed.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from torch import Tensor
 from looped_fast.ops.call import LoopSettings
 from looped_fast.ops.reference import split_weights
 
+from .candidates import Config, operand_precision
 from .forward import injected, run_steps
 from .launch import launch
 from .providers import PROVIDERS
 from .row_backward import row_backward_kernel
 from .saved_activations import SavedActivations, with_scratch
-from .tuning import Config, choose, operand_precision
+from .tuning import choose
 from .weight_gradients import (
     Outputs,
     empty_outputs,
@@ -46,15 +46,15 @@ def loop_backward(
     """Gradients of embeddings, positions, state, every weight and the read-out.
 
     Args:
-        grad: of what the forward returned, [W, B, S, D] or [R, B, S, n_outputs] fp32.
+        grad: gradient of ``result``, [W, B, S, D] or [R, B, S, n_outputs] fp32.
         result: what the forward returned: states, or with a read-out the predictions (errors) of
             the last R steps.
-        saved: what it kept; activations that it did not keep are computed again.
+        saved: what the forward saved; activations that it did not save are recomputed.
         embeddings, positions, state, weights, read_out, settings: as the forward took them.
 
     Returns:
-        fp32, in the order of the arguments. [0] for embeddings that are not injected, and for the
-        state where the window does not reach the first step or it was None.
+        fp32, in the order of the arguments. Shape [0] for embeddings that are not injected, and for
+        a state that was None or lies before the window.
     """
     blocks, norm_weight, norm_bias = split_weights(weights)
     L, D = len(blocks), embeddings.shape[-1]
@@ -77,14 +77,14 @@ def loop_backward(
     for last in range(window, 0, -steps):
         first = max(0, last - steps)
         if has_activations:
-            chunk = _of_steps(saved, L, first, last)
+            chunk = _select_steps(saved, L, first, last)
         else:
             before = states[first - 1] if first else start
             run_steps(
                 before, saved, inputs, weights[-2:], settings._replace(n_loops=1, window=1),
                 save_activations=True, states=scratch,
             )  # fmt: skip
-            chunk = _of_steps(saved, L, 0, 1)
+            chunk = _select_steps(saved, L, 0, 1)
         ends = None  # (block, step of the chunk) whose attention backward came before
         for step in reversed(range(last - first)):
             for i in reversed(range(L)):
@@ -100,8 +100,8 @@ def loop_backward(
                 )
                 ends = here
         rows.launch(chunk, first, ends, None)
-        of_chunk = folded_gradients(outputs, chunk)
-        d_folded = list(map(torch.add, d_folded, of_chunk)) if d_folded else of_chunk
+        d_chunk = folded_gradients(outputs, chunk)
+        d_folded = list(map(torch.add, d_folded, d_chunk)) if d_folded else d_chunk
 
     grads = [
         rows.embeddings_gradient(),
@@ -121,7 +121,7 @@ def loop_backward(
     return grads
 
 
-def _of_steps(saved: SavedActivations, n_layer: int, first: int, last: int) -> SavedActivations:
+def _select_steps(saved: SavedActivations, n_layer: int, first: int, last: int) -> SavedActivations:
     """The activations of steps first .. last - 1 of the window, as [L, steps, ...] by block."""
     names = ("xhat1", "rstd1", "qkv", "attention", "lse", "xhat2", "rstd2")
     by_block = {
@@ -135,7 +135,7 @@ Place = tuple[int, int]  # (block, step of the chunk)
 
 
 class _Sums(NamedTuple):
-    """Sums over the rows of each program P of the rows' kernel, fp32."""
+    """fp32 sums over the rows of each of the P programs of the row kernel."""
 
     d_biases: Tensor  # [L, W, P, 9D]: of the folded biases, in the order of ``fold.fold``
     d_norm: Tensor  # [W, 2, P, D]: of the final LayerNorm's scale and shift
@@ -143,7 +143,7 @@ class _Sums(NamedTuple):
 
 
 class _Rows:
-    """The launches of the rows' kernel over the whole window, and what they hand on."""
+    """Launches of the row kernel over the whole window, and the tensors they share."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class _Rows:
         start: Tensor | None,  # [B, S, D]: the state before the window; None: the neutral element
         embeddings: Tensor,  # [B, S, D]
         norm_weight: Tensor,  # [D]
-        read_out: Sequence[Tensor],  # what makes predictions
+        read_out: Sequence[Tensor],  # weight and bias, if there are predictions
         saved: SavedActivations,
         outputs: Outputs,
         injection: str,
@@ -168,19 +168,19 @@ class _Rows:
         self.tf32 = precision == "tf32"
 
         self.dx = torch.empty_like(embeddings)  # the residual's, and z's between chunks
-        self.has_dx = False  # until the window's last step wrote it
+        self.has_dx = False  # True once the window's last step has written it
         self.d_attention = torch.empty_like(embeddings, dtype=self.weights.dtype)
-        # What is injected, see ``forward.Injected``.
+        # Gradients of ``forward.Injected``.
         self.d_shift = torch.zeros_like(embeddings)
         self.d_inner_shift = torch.zeros_like(embeddings) if injection == "every_block" else None
         self.d_scale = torch.zeros_like(embeddings) if injection == "mul" else None
 
         L, steps = outputs.d_qkv.shape[:2]
         n = min(2, steps)
-        chunk = _of_steps(saved, L, 0, n)
-        first = window - n if 2 * len(grad) > window else 0  # with a gradient, or without
+        chunk = _select_steps(saved, L, 0, n)
+        first = window - n if 2 * len(grad) > window else 0  # as most steps, with or without grad
 
-        def run(config: Config) -> None:  # the commonest form: between two steps
+        def run(config: Config) -> None:  # the most frequent form: between two steps
             self._run(config, self._sums(config, window), chunk, first, (0, n - 1), (L - 1, 0))
 
         self.config = choose(
@@ -202,13 +202,13 @@ class _Rows:
     def launch(
         self, chunk: SavedActivations, first: int, ends: Place | None, begins: Place | None
     ) -> None:
-        """From the attention backward of one place to that of the place before it.
+        """Launch the kernel between the attention backwards of two places.
 
         Args:
             chunk: activations of the chunk's steps, [L, steps, ...].
             first: step of the window with which the chunk begins.
-            ends: whose attention backward came before; None where the chunk starts, at its end.
-            begins: whose comes next; None where the chunk is done.
+            ends: place of the attention backward before the launch; None at the start of a chunk.
+            begins: place of the one after the launch; None at the end of a chunk.
         """
         self._run(self.config, self.sums, chunk, first, ends, begins)
         self.has_dx = True
@@ -259,7 +259,7 @@ class _Rows:
         )  # fmt: skip
 
     def embeddings_gradient(self) -> Tensor:
-        """[B, S, D], or [0] where no step takes the embeddings in."""
+        """Gradient of the embeddings, [B, S, D]; [0] if no step takes them in."""
         if self.injection == "none":
             return self.dx.new_empty(0)
         if self.d_scale is not None:

@@ -1,4 +1,4 @@
-"""The rows' part of a loop step where there are few rows: inference with a prompt or three.
+"""The row kernels for few rows, as in inference with one to three prompts.
 
 In ``row_forward_kernel`` a program streams all weights of a block, and few programs do so one
 weight after another while the rest of the GPU waits. Here a launch of that kernel becomes three,
@@ -9,8 +9,8 @@ each cut by columns as well as by rows, so that many programs stream a share of 
     input     STEP_END and TAIL, as there
 
 A row needs all columns of the launch before, which has ended when the next one starts. Programs
-that share rows repeat what is little work: the output projection and the norms. Activations are not
-kept for a backward.
+that share rows repeat the cheap work, the output projection and the norms. Activations are not
+saved for a backward.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .candidates import Config, operand_precision
 from .launch import launch
 from .numerics import cast, statistics
 from .row_forward import (
@@ -32,13 +33,12 @@ from .row_forward import (
     inject,
     linear,
 )
-from .tuning import Config, operand_precision
 
-# Predicted times are equal near 500 rows; the prediction is kind to many short launches.
+# Predicted times are equal near 500 rows; the prediction favours many short launches.
 MAX_ROWS = 256
 ROWS = 16
 SHARES = 8  # programs among which the hidden units of a row are divided
-TILE_BYTES = 32 * 1024  # of a weight, at most, that a program loads at a time
+TILE_BYTES = 32 * 1024  # the most of a weight that a program loads at a time
 
 Arguments = Sequence[Tensor | None]
 
@@ -167,7 +167,7 @@ def few_rows_input_kernel(
 
 
 class FewRows:
-    """Launches of the three kernels, and what they hand on."""
+    """Launches of the three kernels, and the tensors they pass on."""
 
     def __init__(self, like: Tensor, operand: torch.dtype) -> None:
         """``like``: [B, S, D] fp32; ``operand``: dtype of the products' operands."""
@@ -183,7 +183,7 @@ class FewRows:
         self.input = Config(ROWS, 0, columns, num_warps=8)
 
     def launch(self, head: Arguments, step_end: Arguments, tail: Arguments) -> None:
-        """From one attention to the next; arguments are those of ``row_forward_kernel``."""
+        """Launch from one attention to the next; arguments as in ``row_forward_kernel``."""
         N, tiles = self.n_rows, triton.cdiv(self.n_rows, ROWS)
         attention, weights, biases, *_ = head
         norm_weight, norm_bias, _, _, state, *read_out = step_end

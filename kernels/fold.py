@@ -2,7 +2,7 @@
 
     norm(x) = xhat * scale + shift,  so  W norm(x) + b = (W * scale) xhat + (b + W shift)
 
-Once per forward this spares the kernels, at every step, two vectors and the registers for them.
+Folding once per forward spares the kernels two vectors, and registers for them, at every step.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from looped_fast.ops.reference import Block
 
+from .candidates import Config
 from .launch import launch
 from .numerics import cast
-from .tuning import Config
 
 
 @triton.jit
@@ -78,10 +78,10 @@ def _fold(weight, bias, row, to_weight, to_bias, scale, shift, D: tl.constexpr, 
 
 
 def fold(weights: Sequence[Tensor], folded_weights: Tensor, folded_biases: Tensor) -> None:
-    """Fill the last two.
+    """Fill ``folded_weights`` and ``folded_biases``.
 
     Args:
-        weights: of ``ops.loop``, fp32 and contiguous.
+        weights: as in ``ops.loop``, fp32 and contiguous.
         folded_weights: [L, 12 D D] operand: Wqkv' [3D, D], Wo [D, D], Wfc' [4D, D], Wproj [D, 4D].
         folded_biases: [L, 9 D] fp32, in the same order.
     """

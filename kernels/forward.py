@@ -1,4 +1,4 @@
-"""The forward of the loop: two launches for every block, attention and the rows' kernel."""
+"""The forward of the loop: two launches for every block, attention and the row kernel."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from looped_fast.ops.call import LoopSettings
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 from . import few_rows
+from .candidates import Config, operand_precision
 from .few_rows import Arguments, FewRows
 from .fold import fold
 from .launch import launch
 from .providers import PROVIDERS
 from .row_forward import row_forward_kernel
 from .saved_activations import SavedActivations, empty_saved, with_scratch
-from .tuning import Config, choose, operand_precision
+from .tuning import choose
 
 
 class Injected(NamedTuple):
-    """What a block's input is multiplied with and added to; None where with nothing. [B, S, D]."""
+    """Factor and summands of the blocks' inputs, [B, S, D] each; None: there is none."""
 
     scale: Tensor | None  # at a step's start
     shift: Tensor  # at a step's start
@@ -40,7 +41,7 @@ class ReadOut(NamedTuple):
 
 
 def injected(embeddings: Tensor, positions: Tensor, injection: str) -> Injected:
-    """``Injected`` of a loop. embeddings: [B, S, D], positions: [S, D]."""
+    """Make ``Injected`` of ``embeddings`` [B, S, D] and ``positions`` [S, D]."""
     if injection == "add":
         return Injected(None, embeddings + positions, None)
     if injection == "every_block":
@@ -62,18 +63,18 @@ def loop_forward(
     targets: Tensor | None = None,
     n_supervised: int | None = None,
 ) -> tuple[Tensor, SavedActivations]:
-    """States of the last ``window`` steps, predictions or errors of them; and what was saved.
+    """Run the loop: states of the last ``window`` steps, or predictions or errors of them.
 
     Args:
         embeddings, positions, state, weights, read_out: as in ``ops.loop``; fp32 and contiguous.
-        settings: of the call; ``attention`` names a provider.
-        save_activations, save_start, save_states: what to keep, see ``SavedActivations``.
+        settings: the call's; ``attention`` names a provider.
+        save_activations, save_start, save_states: what to save, see ``SavedActivations``.
         targets: [B, (S + 1) // 2, n_outputs], subtracted from the even tokens' predictions.
         n_supervised: last steps whose predictions are wanted; ``window`` by default.
 
     Returns:
         States [W, B, S, D]; with a read-out predictions [n_supervised, B, S, n_outputs], or with
-        targets their errors, 0 at odd tokens; fp32. And what was kept on the way there.
+        targets their errors, 0 at odd tokens; fp32. And the saved activations.
     """
     n_layer = len(weights) // 12
     operand, window = AUTOCAST_DTYPES[settings.precision] or torch.float32, settings.window
@@ -104,13 +105,13 @@ def loop_forward(
 
 
 class Rows:
-    """Launches of the rows' kernel, in the tiles that suit so many rows."""
+    """Launches of the row kernel, with tiles that suit the number of rows."""
 
     def __init__(
         self,
         like: Tensor,  # [B, S, D] fp32
         operand: torch.dtype,
-        common: tuple[Arguments, Arguments, Arguments],  # of ``launch``, in its commonest form
+        common: tuple[Arguments, Arguments, Arguments],  # most frequent of ``launch``
     ) -> None:
         self.x, self.S, self.D = torch.empty_like(like), *like.shape[-2:]
         precision = operand_precision(operand)
@@ -125,7 +126,7 @@ class Rows:
         )
 
     def launch(self, head: Arguments, step_end: Arguments, tail: Arguments) -> None:
-        """From one attention to the next."""
+        """Launch from one attention to the next."""
         self._launch(self.config, head, step_end, tail)
 
     def _launch(
@@ -154,12 +155,12 @@ def run_steps(
     Args:
         state: before the first step, [B, S, D]; None for the injection's neutral element.
         saved: with slots for all steps of the window if ``save_activations``, or scratch.
-        inputs: what every step gets.
+        inputs: what every step takes in.
         norm: scale and shift of the final LayerNorm, [D] each.
-        settings: of the call; ``n_loops`` steps run, and results of the last ``window`` are wanted.
-        save_activations: whether a backward needs them.
-        states: after the last steps, [W, B, S, D]; None where nobody wants them.
-        read_out: makes predictions of these states; None where nobody wants any.
+        settings: the call's; ``n_loops`` steps run, and the last ``window`` give results.
+        save_activations: True if a backward needs them.
+        states: after the last steps, [W, B, S, D]; None: not wanted.
+        read_out: makes predictions of these states; None: not wanted.
     """
     B, S, D = inputs.shift.shape
     n_loops, window = settings.n_loops, settings.window
@@ -168,11 +169,11 @@ def run_steps(
     n_slots = len(saved.qkv)
 
     def slot(step: int, block: int) -> int:
-        """Steps before the window leave their activations where its first step does."""
+        """Slot of a step's block; steps before the window share those of its first step."""
         return (block * window + max(step - before, 0)) % n_slots
 
     def step_end(step: int) -> list[Tensor | None]:
-        """The kernel's arguments from ``norm_weight`` to ``targets``."""
+        """Arguments of the kernel from ``norm_weight`` to ``targets``."""
         w = step - before
         normed: list[Tensor | None] = [None, None]
         z = None

@@ -1,9 +1,9 @@
 """The one place that launches a Triton kernel, and the ways to see launches without executing them.
 
 ``launch`` works on a GPU, while a CUDA graph is being captured (it neither allocates nor
-synchronises), and in Triton's interpreter. ``intercepting`` hands the launches of a block of code
-to somebody else: ``recording`` lists them (tests count them, ``benchmarks.compile_report`` compiles
-them for architectures that are not there), ``ahead`` compiles them, ``trial`` times them.
+synchronises), and in Triton's interpreter. ``intercepting`` passes the launches of a block of code
+to a function instead: ``recording`` lists them (tests count them, ``benchmarks.compile_report``
+compiles them for absent architectures), ``ahead`` compiles them, ``trial`` times them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tuning import Config
+from .candidates import Config
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Call(NamedTuple):
         return next(arg.device for arg in self.args if isinstance(arg, Tensor))
 
     def execute(self) -> None:
-        """Launch on the current stream of the arguments' device; compile before if necessary."""
+        """Compile if necessary, and launch on the current stream of the arguments' device."""
         self._run(warmup=False)
 
     def compile(self) -> None:
@@ -88,7 +88,7 @@ _intercept: contextvars.ContextVar[Interceptor | None] = contextvars.ContextVar(
 def intercepting(intercept: Interceptor) -> Iterator[None]:
     """Hand every launch inside the block to ``intercept``, and execute it if that returns True.
 
-    Of nested blocks, the innermost alone gets a launch.
+    In nested blocks, only the innermost ``intercept`` gets a launch.
     """
     token = _intercept.set(intercept)
     try:
@@ -107,7 +107,7 @@ def recording(execute: bool = True) -> Iterator[list[Launch]]:
     """Collect the launches inside the block, in order.
 
     Args:
-        execute: False records only, so that host code runs where no kernel can: outputs stay as
+        execute: False only records, so that host code runs where no kernel can; outputs stay as
             they were allocated.
     """
     launches: list[Launch] = []
@@ -130,11 +130,11 @@ def launch(
     """Launch ``kernel`` on the current stream of the device of its first tensor.
 
     Args:
-        kernel: a ``@triton.jit`` function; of the tile sizes of ``config`` it declares those it
-            uses as constexpr parameters, in capitals: ``ROWS``, ``HIDDEN_CHUNK``, ``COLUMNS``.
+        kernel: a ``@triton.jit`` function, with a constexpr parameter in capitals for each tile
+            size of ``config`` that it uses: ``ROWS``, ``HIDDEN_CHUNK``, ``COLUMNS``.
         grid: number of programs along one to three axes.
-        args: the kernel's parameters that are not constexpr, in order; None where this form of the
-            kernel has no use for one.
+        args: the kernel's parameters that are not constexpr, in order; None for one that this
+            launch does not use.
         config: tile sizes, warps and pipeline stages, see ``tuning.choose``.
         constexprs: all other constexpr parameters, by name.
     """
@@ -145,24 +145,24 @@ def launch(
 
 
 def settle_cache_key(kernel: Any) -> None:
-    """Compute the cache keys of a kernel and of the functions it calls, those called first.
+    """Compute the cache keys of a kernel and of the functions it calls, called functions first.
 
     Triton keeps a key once it is computed. In Triton 3.6 the key of a kernel covers the global
     constants of a function that it calls only if that function's own key was computed before
     (``DependenciesFinder._update_hash`` merges ``used_global_vals`` before it asks for the
     ``cache_key`` that fills them in). So keys depended on which kernels a process had launched
-    before, and a cache of compiled kernels made by another process missed without a word. With the
-    called functions first, the keys are the same in every order, and those of later versions.
+    before, and lookups in a cache that another process had made missed silently. With the called
+    functions first, the keys are the same in every order, and those of later versions.
 
-    Every launch comes here first. Whoever asks for ``kernel.cache_key`` or ``hash(kernel)`` before
-    any launch must come here, too.
+    Every launch calls this first; so must code that reads ``kernel.cache_key`` or ``hash(kernel)``
+    before any launch.
     """
-    if getattr(kernel, "hash", True) is not None:  # known already; or interpreted, without a key
+    if getattr(kernel, "hash", True) is not None:  # known, or interpreted and without a key
         return
     for node in ast.walk(kernel.parse()):
         if isinstance(node, ast.Name):
             value = kernel.fn.__globals__.get(node.id)
-            if hasattr(type(value), "cache_key"):  # of the type: the property computes the key
+            if hasattr(type(value), "cache_key"):  # asks the type: the property computes the key
                 settle_cache_key(value)
     _ = kernel.cache_key
 
@@ -183,7 +183,7 @@ def _describe(call: Call) -> Launch:
             continue
         if isinstance(value, Tensor):
             types[name] = "*" + _TYPES[value.dtype]
-            # Storage starts aligned; and a fake tensor has no address.
+            # Storage is aligned; a fake tensor has no address to check.
             multiple_of_16 = value.storage_offset() * value.element_size() % 16 == 0
         else:
             types[name] = "fp32" if isinstance(value, float) else "i32"
@@ -200,3 +200,25 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+
+# Called for a pending choice: (kernel, function that runs all candidates, function that chooses).
+Postpone = Callable[[Any, Callable[[], None], Callable[[], Config]], None]
+_postpone: contextvars.ContextVar[Postpone | None] = contextvars.ContextVar(
+    "looped_fast_postpone", default=None
+)
+
+
+@contextlib.contextmanager
+def postponing(postpone: Postpone) -> Iterator[None]:
+    """Pass pending choices in the block to ``postpone``; ``choose`` returns the first candidate."""
+    token = _postpone.set(postpone)
+    try:
+        yield
+    finally:
+        _postpone.reset(token)
+
+
+def postponed() -> Postpone | None:
+    """The argument of ``postponing`` around the caller, or None."""
+    return _postpone.get()

@@ -1,4 +1,4 @@
-"""What all kernels compute with: products, rounding, GELU and LayerNorm, on tiles in registers.
+"""Arithmetic of all kernels: products, rounding, GELU and LayerNorm, on tiles in registers.
 
 Kernels multiply through ``dot`` and round through ``cast``, never ``tl.dot`` or ``.to`` themselves:
 Triton's interpreter (3.9) multiplies the bit patterns of bf16 and truncates where the hardware
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language import target_info
 
-# Whether kernels are interpreted on the CPU; fixed when triton.jit decorates them, at import.
+# True if kernels are interpreted on the CPU; fixed when triton.jit decorates them, at import.
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LAYER_NORM_EPS = tl.constexpr(1e-5)
 

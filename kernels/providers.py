@@ -1,9 +1,9 @@
-"""Who computes attention inside the loop: this project's kernel, PyTorch, or flash-attn.
+"""Providers of attention inside the loop: this project's kernel, PyTorch, and flash-attn.
 
 Short sequences go to the project's kernel, whose tiles fit them: FlashAttention's are 128 x 128
 scores, so that at 82 tokens it computes 4.8 times the causal ones, and it returns fresh tensors,
-which take more launches to copy to where the loop keeps them. Its backward has 5 products to our 7,
-which pays beyond ``SHORT`` tokens. That is counted, not timed: ``make gpu-check`` times all three.
+which take more launches to copy into the saved activations. Its backward has 5 products to our 7,
+which pays beyond ``SHORT`` tokens. These are counts, not times: ``make gpu-check`` times all three.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from . import attention
 
 SHORT = 256  # tokens: 49152 scores in FlashAttention's tiles, 36864 in tiles of 32, 32896 needed
 MIN_FLASH_ATTN = "2.7"  # since then its inner functions take window_size_left and _right
-MIN_CAPABILITY = (8, 0)  # of both FlashAttentions
+MIN_CAPABILITY = (8, 0)  # for either FlashAttention
 
 
 @dataclass(frozen=True)
 class Provider:
     """One way to compute attention. ``forward`` and ``backward`` are as in ``attention.py``."""
 
-    unsupported: Callable[[Call], str | None]  # why it can't; None where it can
+    unsupported: Callable[[Call], str | None]  # why it can't run a call, or None
     forward: Callable[[Tensor, Tensor, Tensor, int], None]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
 
 
 def select(call: Call) -> Selection:
-    """Who computes attention in ``call``; ``call.settings.attention`` forces one.
+    """Select the provider of attention for ``call``; ``call.settings.attention`` forces one.
 
     Raises:
-        ValueError: the name is unknown, or forced and unable; the reason is in the message.
+        ValueError: the name is unknown, or the forced provider can't run, and why.
     """
     if call.seq_len <= SHORT:
         order, preference = ("triton", "flash_attn", "sdpa"), f"comes first up to {SHORT} tokens"
@@ -57,7 +57,7 @@ def _heads(packed: Tensor, n_heads: int) -> Tensor:
 
 
 def _flash_unsupported(call: Call) -> str | None:
-    """Why FlashAttention can't run ``call``, whoever built it."""
+    """Why no build of FlashAttention can run ``call``, or None."""
     if call.settings.precision == "fp32":
         return "it multiplies bf16 and fp16 only, not fp32"
     if call.device != "cuda" or torch.version.hip:

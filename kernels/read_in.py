@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .candidates import Config
 from .launch import launch
-from .tuning import Config
 
 
 @triton.jit(do_not_specialize=["n_tokens", "n_dims"])

@@ -1,13 +1,13 @@
 """The backward of ``row_forward.py``: all of a loop step's backward but attention's, in one kernel.
 
 A launch sits between two attention backwards. It ends one block's backward and begins that of the
-block before it, going through the forward's parts in reverse:
+block before it, with the forward's parts in reverse:
 
     TAIL      dx = norm'(d_qkv @ Wqkv') + dx, where the second dx came along the residual
               gradients of what was injected; where a step begins, of the state z before it
     STEP_END  gradient of z, with its part from outside the loop (of the state itself, or of
               predictions: grad_predictions @ Wout), through scale and norm
-    HEAD      u, slope = gelu(xhat2 @ Wfc'^T + bfc'), computed again
+    HEAD      u, slope = gelu(xhat2 @ Wfc'^T + bfc'), recomputed
               dpre = (dx2 @ Wproj) slope ;  dx1 = dx2 + norm'(dpre @ Wfc') ;  d_attention = dx1 @ Wo
 
 norm'(d) is the gradient before a normalisation, given that after it. What the weight gradients
@@ -15,8 +15,8 @@ multiply (u, dpre, dx1, dx2) is stored in the operands' dtype; the residual's gr
 Sums over rows (gradients of biases, of the final LayerNorm and of the read-out) are stored by
 program: their sum over programs and steps has a fixed order, without atomics. Loads of gradients
 are masked, so that rows past the end are zero and add nothing.
-The backward's first launch is a STEP_END and HEAD alone, its last a TAIL alone: what a launch
-leaves out, it gets None for.
+The backward's first launch is only a STEP_END and HEAD, its last only a TAIL; arguments of the
+parts that a launch leaves out are None.
 """
 
 import triton
@@ -41,7 +41,7 @@ def _through_memory(y, buffer, offsets, mask):
     return tl.load(buffer + offsets, mask=mask, other=0.0)
 
 
-# Slots of one statistic a row start at any multiple of 4 bytes: no reason to compile twice.
+# Slots of statistics, 4 bytes per row, start at any multiple of 4: do not compile for alignment.
 @triton.jit(
     do_not_specialize=["N"],
     do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf", "grad_predictions"],
@@ -152,8 +152,8 @@ def row_backward_kernel(
             wide = rows[:, None] * (4 * D) + chunk[None, :]
             tl.store(hidden + wide, cast(u, xhat.dtype), mask=mask)
             tl.store(d_hidden + wide, cast(d_pre, xhat.dtype), mask=mask)
-        # In a loop of its own, and from memory: Triton has every group of warps compute products
-        # for itself that it sees another product follow.
+        # A second loop, which reads memory: Triton has every group of warps repeat a product if it
+        # sees that another product follows.
         tl.debug_barrier()
         d = tl.zeros([ROWS, D], tl.float32)
         for c in range(0, 4 * D, HIDDEN_CHUNK):

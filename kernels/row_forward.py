@@ -1,7 +1,7 @@
 """All of a loop step but attention, in one kernel: it is local to a row.
 
 A launch sits between two attentions. It ends one block and begins the next, so that a row's
-residual stays on the chip meanwhile:
+residual stays on the chip in between:
 
     HEAD      x1 = x + attention @ Wo^T + bo
               x2 = x1 + gelu(norm(x1) @ Wfc'^T + bfc') @ Wproj^T + bproj
@@ -10,8 +10,8 @@ residual stays on the chip meanwhile:
     TAIL      x = inject(z, e) + p where a step begins, x2 inside one
               qkv = norm(x) @ Wqkv'^T + bqkv'
 
-The loop's first launch is a TAIL alone, its last a HEAD and STEP_END alone: what a launch has no
-use for is None. ``Wfc'`` and ``Wqkv'`` carry the LayerNorms' scale and shift, see ``fold.py``.
+The loop's first launch is only a TAIL, its last only a HEAD and STEP_END; arguments of the parts
+that a launch leaves out are None. ``Wfc'`` and ``Wqkv'`` include the LayerNorms, see ``fold.py``.
 """
 
 import triton
@@ -136,7 +136,7 @@ def inject(z, scale, shift, offsets):
     return z
 
 
-# Slots of one statistic a row start at any multiple of 4 bytes: no reason to compile twice.
+# Slots of statistics, 4 bytes per row, start at any multiple of 4: do not compile for alignment.
 @triton.jit(
     do_not_specialize=["N", "S"],
     do_not_specialize_on_alignment=["rstd1", "rstd2", "rstdf", "read_out_bias", "predictions"],
@@ -154,8 +154,8 @@ def row_forward_kernel(
     norm_bias,
     xhatf,  # out [N, D], 16 bits or fp32; may be None
     rstdf,  # out [N] fp32; may be None
-    state,  # [N, D] fp32 or None: z, an output of STEP_END; the input of a TAIL alone, which takes
-    # the injection's neutral element, 0 or 1, for None
+    state,  # [N, D] fp32 or None: z, an output of STEP_END; input of a launch that is only a TAIL,
+    # where None stands for the injection's neutral element, 0 or 1
     read_out_weight,  # [OUTPUTS, D] fp32; None: no predictions
     read_out_bias,  # [OUTPUTS] fp32
     predictions,  # out [N, OUTPUTS] fp32; with targets their errors at even tokens, 0 at odd ones
@@ -181,9 +181,9 @@ def row_forward_kernel(
     HEAD: tl.constexpr = attention is not None
     STEP_END: tl.constexpr = norm_weight is not None
     TAIL: tl.constexpr = qkv is not None
-    # A row is a tuple of parts, so many columns each: what is done to one part is over before the
-    # next one's turn, and takes registers for a part only. Wider than high, or tensor cores of
-    # sm_80 would do chained products twice over.
+    # A row is a tuple of parts of PART columns, processed one after another, so that temporaries
+    # take the registers of one part. Parts are wider than high: else tensor cores of sm_80 would do
+    # chained products twice.
     PART: tl.constexpr = min(D, 128 if ROWS >= 64 else 64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = rows < N
@@ -208,9 +208,8 @@ def row_forward_kernel(
             y = add_product(y, tl.load(attention + chunk), weights + 3 * D * D, c, D, TF32)
         xhat = _norm(y, xhat2, rstd2, rows, valid, D)
         y = add_bias(y, biases + 8 * D)
-        # A chunk of hidden units is multiplied while the next one is computed. That also keeps
-        # Triton from seeing two products in a row, whose first one it would have every group of
-        # warps compute for itself.
+        # A chunk of hidden units is multiplied while the next one is computed. That also hides two
+        # products in a row from Triton, which would have every group of warps repeat the first.
         hidden = hidden_units(xhat, weights, biases, 0, HIDDEN_CHUNK, TF32)
         for c in range(HIDDEN_CHUNK, 4 * D, HIDDEN_CHUNK):
             y = add_product(y, hidden, weights + 8 * D * D, c - HIDDEN_CHUNK, 4 * D, TF32)

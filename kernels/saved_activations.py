@@ -1,9 +1,9 @@
-"""What the forward keeps for the backward: the outputs of ``triton_loop_forward`` after the first.
+"""Activations saved for the backward: the outputs of ``triton_loop_forward`` after the first.
 
 N = B*S rows, D width, H heads, L blocks, W window. "operand" is the dtype of matrix products.
 Tensors of a block have one slot per (block l, window step w): l * W + w, so that one block's steps
-are one matrix [W N, D], which is what its weight gradients multiply. A tensor that was not asked
-for has shape [0].
+are one matrix [W N, D], the operand of its weight gradients. A tensor that is not saved has shape
+[0].
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class SavedActivations(NamedTuple):
-    """In the order of the op's outputs; ``folded_*`` are what ``fold.fold`` makes."""
+    """Tensors in the order of the op's outputs; ``fold.fold`` makes ``folded_*``."""
 
     folded_weights: Tensor  # [L, 12 D D] operand
     folded_biases: Tensor  # [L, 9 D] fp32
     start: Tensor  # [B, S, D] fp32: the state before the window's first step
-    states: Tensor  # [W, B, S, D] fp32: where the op's result is predictions, and they are needed
+    states: Tensor  # [W, B, S, D] fp32: needed, and not the op's result
     xhat1: Tensor  # [L W, N, D] operand: LN1's output before its scale, in the step it feeds
     rstd1: Tensor  # [L W, N] fp32
     qkv: Tensor  # [L W, N, 3D] operand
@@ -42,7 +42,7 @@ def empty_saved(
     save_start: bool,
     save_states: bool,
 ) -> SavedActivations:
-    """Room for saved activations beside ``embeddings`` [B, S, D] fp32, which may be a fake tensor.
+    """Allocate saved activations for ``embeddings`` [B, S, D] fp32, which may be a fake tensor.
 
     Args:
         embeddings: gives B, S, D and the device.
@@ -50,9 +50,7 @@ def empty_saved(
         n_heads: H.
         window: W.
         operand: dtype of the matrix products' operands.
-        save_activations: whether activations and statistics are kept, or ``[0]`` in their place.
-        save_start: whether ``start`` is.
-        save_states: whether ``states`` are.
+        save_activations, save_start, save_states: what to save; other tensors get shape [0].
     """
     D, empty = embeddings.shape[-1], embeddings.new_empty
     n_steps = window if save_activations else 0
@@ -68,7 +66,7 @@ def empty_saved(
 def with_scratch(
     saved: SavedActivations, embeddings: Tensor, n_heads: int, n_layer: int = 1
 ) -> SavedActivations:
-    """``saved`` with room for one step of ``n_layer`` blocks, to be written over and over."""
+    """``saved`` with room for one step of ``n_layer`` blocks, which every step overwrites."""
     operand = saved.folded_weights.dtype
     return saved._replace(**_activations(embeddings, n_layer, n_heads, 1, operand))
 
@@ -84,7 +82,7 @@ def _activations(
     slots, N = n_layer * n_steps, B * S
     # Nothing multiplies xhatf as a matrix: gradients of the final LayerNorm and of the read-out are
     # sums of products with it. Below sqrt(D) it is in fp16's range, with 3 more bits than in bf16.
-    of_norm = torch.float32 if operand == torch.float32 else torch.float16
+    norm_dtype = torch.float32 if operand == torch.float32 else torch.float16
     return {
         "xhat1": empty(slots, N, D, dtype=operand),
         "rstd1": empty(slots, N),
@@ -93,6 +91,6 @@ def _activations(
         "lse": empty(slots, B, n_heads, S),
         "xhat2": empty(slots, N, D, dtype=operand),
         "rstd2": empty(slots, N),
-        "xhatf": empty(n_steps, N, D, dtype=of_norm),
+        "xhatf": empty(n_steps, N, D, dtype=norm_dtype),
         "rstdf": empty(n_steps, N),
     }

@@ -1,13 +1,13 @@
-"""Find the fastest of a kernel's configurations whose numbers are right.
+"""Find the fastest of a kernel's configurations whose results are right.
 
 A trial launches the kernel on tensors of its own, which have the shapes and alignments of the real
-ones. So it can take place before the real ones hold anything, and leaves them as they are.
+ones. So it can run before the real ones are filled, and does not change them.
 
-Each configuration starts from the same random numbers; tensors that have a part for each program,
-and so another shape, from zero, and their sums are compared. A configuration is out if it can't be
+Each configuration starts from the same random numbers. Tensors with a part for each program, whose
+shapes differ, start from zero, and their sums are compared. A configuration is out if it can't be
 compiled or launched, or if its results are not finite or differ from those of the first by more
-than rounding can. The others are timed as the loop runs them: within a replayed CUDA graph, where
-the host has no part in it, and with warm caches, since weights stay in L2 from step to step.
+than rounding can. The others are timed as the loop runs them: in a replayed CUDA graph, without the
+host's overhead, and with warm caches, since weights stay in L2 from step to step.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from looped_fast.ops.graphs import CudaGraph
+
 from .ahead import compiling_together
+from .candidates import Config
 from .launch import Call, intercepting
-from .tuning import Config
 
 logger = logging.getLogger(__name__)
 
 # How far an element may be from the first configuration's, relative to its own size plus the root
-# mean square of all. Configurations sum products in different orders, in fp32; then single operands
-# are rounded to the other side: 8 roundings of an operand are far more than that does. With fp32
-# operands the order of the sums, of up to 4D = 2048 products, is all there is.
+# mean square of all. Configurations sum products in different orders, in fp32, so some operands are
+# rounded the other way: 8 roundings of an operand are far more than that. With fp32 operands only
+# the order of the sums, of up to 4D = 2048 products, differs.
 TOLERANCE = {"bf16": 8 * 2**-8, "fp16": 8 * 2**-11, "tf32": 8 * 2**-10, "fp32": 2**-14}
 
 STD = 0.1  # of the random numbers: gradients through two layers stay in the range of fp16
 
 LAUNCHES = 10  # in a graph
 REPLAYS = 5  # in a row, in each round
-ROUNDS = 4  # through all configurations, so that a change of clock rate meets them all
+ROUNDS = 4  # through all configurations, so that a change of clock rate affects them all
 
 
 class NotTimed(RuntimeError):
-    """There is no memory for a trial, or CUDA can't capture a graph here; take ``config`` then."""
+    """A trial ran out of memory, or CUDA can't capture a graph here; ``config`` is to be used."""
 
     def __init__(self, config: Config, reason: BaseException) -> None:
         super().__init__(f"{type(reason).__name__}: {reason}".splitlines()[0])
@@ -65,7 +67,7 @@ def fastest(options: Sequence[Config], run: Callable[[Config], None], precision:
         for call in calls.values():
             call.compile()
     try:
-        right = _right_ones(calls, TOLERANCE[precision])
+        right = _correct_calls(calls, TOLERANCE[precision])
     except torch.OutOfMemoryError as error:
         raise NotTimed(options[0], error) from error
     try:
@@ -88,15 +90,15 @@ def _only_call(run: Callable[[Config], None], config: Config) -> Call:
     return call
 
 
-def _right_ones(calls: dict[Config, Call], tolerance: float) -> dict[Config, Call]:
-    """``calls`` whose results are right, on tensors of the trial's own."""
+def _correct_calls(calls: dict[Config, Call], tolerance: float) -> dict[Config, Call]:
+    """Those of ``calls`` whose results are right, on tensors of the trial's own."""
     part_axes = _part_axes(list(calls.values()))
     tensors: dict[Any, Tensor] = {}
     expected: dict[str, Tensor] = {}
     right: dict[Config, Call] = {}
     failures: list[str] = []
     for config, real in calls.items():
-        call = _on_own_tensors(real, tensors)
+        call = _with_own_tensors(real, tensors)
         try:
             results = _results(call, part_axes)
             fault = _fault(results, expected, tolerance)
@@ -116,21 +118,21 @@ def _right_ones(calls: dict[Config, Call], tolerance: float) -> dict[Config, Cal
     return right
 
 
-def _on_own_tensors(call: Call, tensors: dict[Any, Tensor]) -> Call:
-    """``call`` on ``tensors``, by place and shape; those that are missing are made."""
+def _with_own_tensors(call: Call, tensors: dict[Any, Tensor]) -> Call:
+    """``call`` on ``tensors``, by position and shape; missing ones are allocated."""
     args = list(call.args)
     for i, arg in enumerate(args):
         if isinstance(arg, Tensor):
-            place = i, arg.shape
-            if place not in tensors:
+            key = i, arg.shape
+            if key not in tensors:
                 skip = arg.data_ptr() % 16 // arg.element_size()  # Triton compiles for alignment
-                tensors[place] = arg.new_empty(skip + arg.numel())[skip:].view(arg.shape)
-            args[i] = tensors[place]
+                tensors[key] = arg.new_empty(skip + arg.numel())[skip:].view(arg.shape)
+            args[i] = tensors[key]
     return call._replace(args=tuple(args))
 
 
 def _part_axes(calls: Sequence[Call]) -> dict[int, list[int]]:
-    """Axes along which the shapes of an argument, by its place, differ between configurations."""
+    """Axes along which an argument's shapes differ between configurations, by its position."""
     found = {}
     for i, args in enumerate(zip(*(call.args for call in calls), strict=True)):
         if isinstance(args[0], Tensor):
@@ -140,7 +142,7 @@ def _part_axes(calls: Sequence[Call]) -> dict[int, list[int]]:
 
 
 def _results(call: Call, part_axes: dict[int, list[int]]) -> dict[str, Tensor]:
-    """Tensors of ``call`` after it, by name of the parameter; those in parts as their sum."""
+    """Execute ``call``; its tensors by name of the parameter, those in parts as their sum."""
     names = call.kernel.arg_names[: len(call.args)]
     tensors = {i: arg for i, arg in enumerate(call.args) if isinstance(arg, Tensor)}
     for i, tensor in tensors.items():
@@ -157,7 +159,7 @@ def _results(call: Call, part_axes: dict[int, list[int]]) -> dict[str, Tensor]:
 
 
 def _fault(results: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) -> str | None:
-    """What is wrong with ``results``, or None; ``right`` ones are empty for the first."""
+    """What is wrong with ``results``, or None; ``right`` is empty for the first configuration."""
     for name, result in results.items():
         if not result.isfinite().all():
             return f"{name} is not finite"
@@ -171,8 +173,7 @@ def _fault(results: dict[str, Tensor], right: dict[str, Tensor], tolerance: floa
 
 
 def milliseconds(calls: Sequence[Call]) -> list[float]:
-    """Of one launch of each call, in the median."""
-    from looped_fast.ops.graphs import CudaGraph  # which imports the loop, and that the kernels
+    """Median time of one launch of each call."""
 
     def launches(call: Call) -> None:
         for _ in range(LAUNCHES):

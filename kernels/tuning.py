@@ -1,112 +1,28 @@
-"""Tile sizes, warps and pipeline stages of the kernels: which there are, and which is fastest here.
+"""The choice among a kernel's candidate configurations.
 
-The candidates are those that ``python -m benchmarks.compile_report`` found good for an
-architecture (``candidates.json``). On a GPU the first use times them (``trial.py``) and keeps the
-fastest on disk; everywhere else, and where results must not depend on timing, the first
-candidate is used.
+On a GPU the first use times them (``trial.py``) and keeps the fastest on disk; everywhere else, and
+where results must not depend on timing, the first candidate is used.
 """
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import contextvars
 import functools
-import hashlib
-import inspect
-import json
 import logging
-import os
-import textwrap
-import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from looped_fast.ops import cache
+
+from . import trial
+from .candidates import Config, architecture, candidates, digest, source_hash
+from .launch import postponed
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a kernel is cut into programs and compiled; a tile that a kernel has no use for is 0."""
-
-    rows: int  # rows (attention: queries) of one program
-    hidden_chunk: int = 0  # hidden units (of 4D) worked on at a time
-    columns: int = 0  # output columns (attention: keys) worked on at a time
-    num_warps: int = 4
-    num_stages: int = 2  # of the software pipeline that loads operands
-
-    def astuple(self) -> tuple[int, ...]:
-        """As JSON has it; ``Config(*values)`` is the way back."""
-        return astuple(self)
-
-    def tiles(self, parameters: Sequence[str]) -> dict[str, int]:
-        """The tile sizes among a kernel's ``parameters``, as its constexprs."""
-        named = {
-            "ROWS": self.rows, "HIDDEN_CHUNK": self.hidden_chunk, "COLUMNS": self.columns,
-        }  # fmt: skip
-        return {name: size for name, size in named.items() if name in parameters}
-
-
-def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, ...; of a CPU, where the interpreter runs, ``"sm_80"``."""
-    if device.type != "cuda":
-        return "sm_80"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def operand_precision(dtype: torch.dtype) -> str:
-    """What ``dtype`` operands are multiplied in: ``bf16``, ``fp16``, ``fp32``, or ``tf32``.
-
-    ``tf32`` where PyTorch's own float32 products on GPUs are: ``torch.backends.cuda.matmul``.
-    """
-    if dtype != torch.float32:
-        return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, where allow_tf32 may raise
-        return "tf32" if matmul.fp32_precision == "tf32" else "fp32"
-    return "tf32" if matmul.allow_tf32 else "fp32"
-
-
-# Those that are not compiled for here: the nearest with no more shared memory.
-_LIKE = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120"}
-
-
-@functools.cache
-def _all_candidates() -> dict[str, dict[str, dict[str, list[list[int]]]]]:
-    return json.loads(Path(__file__).with_name("candidates.json").read_text())
-
-
-@functools.cache
-def candidates(kernel: str, arch: str, width: int, precision: str) -> tuple[Config, ...]:
-    """Configurations of a kernel that suit an architecture, the most promising first.
-
-    Args:
-        kernel: name of the kernel.
-        arch: as ``architecture`` gives it; one unknown to the compile report gets what suits
-            ``sm_89``, which has the least shared memory.
-        width: D; of an attention kernel, head_dim.
-        precision: operands of matrix products, as ``operand_precision`` gives it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    of_arch = _all_candidates()[kernel]
-    arch = _LIKE.get(arch, arch)
-    suited = of_arch[arch if arch in of_arch else "sm_89"]
-    if not (found := suited.get(f"{width} {precision}")):
-        raise ValueError(
-            f"no configuration of {kernel} is good on {arch} at width {width} in {precision}; "
-            f"use another precision, or another backend"
-        )
-    return tuple(Config(*values) for values in found)
 
 
 _chosen: dict[tuple[Any, ...], Config] = {}  # in this process
@@ -123,19 +39,19 @@ def choose(
 ) -> Config:
     """The configuration to launch ``kernel`` with.
 
-    On a GPU, the fastest of ``candidates`` whose numbers are right, see ``trial``: found once and
-    then kept for ``n_rows`` (rounded up to a power of two) under the user's cache folder. The first
-    candidate instead, and no timing: off a GPU, under ``torch.use_deterministic_algorithms(True)``,
-    and where a CUDA graph is being captured before any choice was kept.
+    On a GPU, the fastest of ``candidates`` whose results are right, see ``trial``: found once for
+    ``n_rows`` (rounded up to a power of two) and stored in the user's cache folder. The first
+    candidate, without timing, off a GPU, under ``torch.use_deterministic_algorithms(True)``, and if
+    a CUDA graph is being captured before a choice was stored.
 
     Args:
         kernel: the ``@triton.jit`` function.
-        width: D; of an attention kernel, head_dim.
-        precision: operands of matrix products, as ``operand_precision`` gives it.
-        n_rows: rows N of the problem.
+        width: D, or head_dim for an attention kernel.
+        precision: of operands of matrix products, as in ``operand_precision``.
+        n_rows: rows N that the kernel works on.
         device: where it runs.
-        run: launches the kernel once, in its commonest form, with a configuration. Only the shapes
-            and addresses of its tensors matter: it is timed on tensors of the trial's own.
+        run: launches the kernel once, in its most frequent form, with a configuration. Only shapes
+            and alignments of its tensors matter: the trial has tensors of its own.
 
     Raises:
         RuntimeError: no candidate runs on this GPU.
@@ -143,30 +59,30 @@ def choose(
     if not _may_time(device):
         return candidates(kernel.__name__, architecture(device), width, precision)[0]
     index = torch.cuda.current_device() if device.index is None else device.index
-    here = (kernel.__name__, width, precision, _size(n_rows), index)
-    if here in _chosen:
-        return _chosen[here]
+    case = (kernel.__name__, width, precision, _size(n_rows), index)
+    if case in _chosen:
+        return _chosen[case]
 
     options = candidates(kernel.__name__, architecture(device), width, precision)
     if len(options) == 1:
         return options[0]
     name = torch.cuda.get_device_name(index)
-    among = _digest([config.astuple() for config in options])
-    versions = f"triton {metadata.version('triton')}/{source_hash(kernel)}/{among}"
+    options_hash = digest([config.astuple() for config in options])
+    versions = f"triton {metadata.version('triton')}/{source_hash(kernel)}/{options_hash}"
     key = f"{name}/{versions}/{kernel.__name__}/{width}/{precision}/{_size(n_rows)}"
     with torch.cuda.device(index):
-        if (config := _load().get(key)) is None:
+        if (config := _stored().get(key)) is None:
             if torch.cuda.is_current_stream_capturing():
                 return options[0]
-            if (postpone := _postpone.get()) is not None:
-                again = functools.partial(
+            if (postpone := postponed()) is not None:
+                retry = functools.partial(
                     choose, kernel, width=width, precision=precision, n_rows=n_rows, device=device,
                     run=run,
                 )  # fmt: skip
-                postpone(kernel, functools.partial(_run_all, run, options), again)
+                postpone(kernel, functools.partial(_run_all, run, options), retry)
                 return options[0]
             config = _fastest(key, options, run, precision)
-    _chosen[here] = config
+    _chosen[case] = config
     return config
 
 
@@ -186,93 +102,23 @@ def _size(n_rows: int) -> int:
 def _fastest(
     key: str, options: Sequence[Config], run: Callable[[Config], None], precision: str
 ) -> Config:
-    from . import trial  # which imports this module
-
     try:
         config = trial.fastest(options, run, precision)
     except trial.NotTimed as error:
         logger.warning("configurations are not timed, taking %s: %s (%s)", error.config, key, error)
         return error.config
     logger.debug("%s: %s", key, config)
-    _save(key, config)
+    if reason := cache.update(cache_file(), {key: asdict(config)}):
+        logger.warning("the choice of a configuration is not kept: %s", reason)
     return config
 
 
-# Called for a choice that is not made yet: (kernel, what runs all its candidates, what chooses).
-Postpone = Callable[[Any, Callable[[], None], Callable[[], Config]], None]
-_postpone: contextvars.ContextVar[Postpone | None] = contextvars.ContextVar(
-    "looped_fast_postpone", default=None
-)
-
-
-@contextlib.contextmanager
-def postponing(postpone: Postpone) -> Iterator[None]:
-    """Inside the block, hand choices that are still to be made to ``postpone``.
-
-    ``choose`` returns the first candidate meanwhile.
-    """
-    token = _postpone.set(postpone)
-    try:
-        yield
-    finally:
-        _postpone.reset(token)
-
-
-def source_hash(kernel: Any) -> str:
-    """Of a ``@triton.jit`` function and all that it calls: their code, not layout or comments."""
-    return _source_hash(kernel.fn)  # hash(kernel) is Triton's key, see ``launch.settle_cache_key``
-
-
-@functools.cache
-def _source_hash(kernel: types.FunctionType) -> str:
-    found: dict[str, str] = {}
-
-    def visit(function: types.FunctionType) -> None:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        found[function.__name__] = ast.unparse(tree)
-        for name in function.__code__.co_names:
-            value: Any = function.__globals__.get(name)
-            if hasattr(value, "fn"):
-                if value.fn.__name__ not in found:
-                    visit(value.fn)
-            elif isinstance(getattr(value, "value", None), int | float):  # a global constexpr
-                found[name] = repr(value.value)
-
-    visit(kernel)
-    # Whether a kernel is interpreted is no part of its source.
-    found.pop("INTERPRET", None)
-    return _digest(found)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def cache_file() -> Path:
-    """Where choices are kept: under ``$XDG_CACHE_HOME``, or ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "looped_fast", "tuning.json")
+    """The file where choices are kept."""
+    return cache.folder() / "tuning.json"
 
 
-def _load() -> dict[str, Config]:
+def _stored() -> dict[str, Config]:
     names = {field.name for field in fields(Config)}
-    try:
-        kept = json.loads(cache_file().read_text())
-        return {key: Config(**value) for key, value in kept.items() if set(value) == names}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        logger.warning("can't read %s, tuning afresh: %s", cache_file(), error)
-        return {}
-
-
-def _save(key: str, config: Config) -> None:
-    path = cache_file()
-    kept = {name: asdict(value) for name, value in (_load() | {key: config}).items()}
-    temporary = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(kept, indent=1, sort_keys=True))
-        temporary.replace(path)
-    except OSError as error:
-        logger.warning("can't keep the choice of configuration in %s: %s", path, error)
+    stored = cache.load(cache_file())
+    return {k: Config(**v) for k, v in stored.items() if isinstance(v, dict) and set(v) == names}

@@ -3,8 +3,8 @@
     y = x @ W^T + b:    dW = sum over steps and rows of dy^T x        db = sum of dy
 
 A block has the same weights in every step, so the sum over steps is one long sum over rows: one
-library matrix product per weight. What it multiplies is kept for a chunk of steps (``Outputs``).
-Gradients of biases are summed where dy is computed, in the rows' kernel.
+library matrix product per weight. Its operands are kept for a chunk of steps (``Outputs``).
+Gradients of biases are summed where dy is computed, in the row kernel.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from looped_fast.ops.reference import Block
 
 from .saved_activations import SavedActivations
 
-# Of the gradients kept for the matrix products. At this size they are long enough to run at the
-# library's full speed.
+# Size of ``Outputs``: long enough for products at the library's full speed.
 CHUNK_BYTES = 2**30
 
 
 class Outputs(NamedTuple):
-    """Gradients of what the blocks' weights produce in C steps; the dtype is the operands'."""
+    """Gradients of the outputs of the blocks' weights in C steps, in the operands' dtype."""
 
     d_qkv: Tensor  # [L, C, N, 3D]
     dx1: Tensor  # [L, C, N, D]: of the residual after attention
@@ -38,7 +37,7 @@ _WIDTHS = (3, 1, 4, 4, 1)  # of Outputs, in multiples of D
 
 
 def empty_outputs(xhat1: Tensor, n_layer: int, steps: int) -> Outputs:
-    """Room for ``steps`` steps of the loop; ``xhat1`` [..., N, D] gives N, D, dtype and device."""
+    """Allocate for ``steps`` loop steps; ``xhat1`` [..., N, D] gives N, D, dtype and device."""
     N, D = xhat1.shape[-2:]
     return Outputs(*(xhat1.new_empty(n_layer, steps, N, width * D) for width in _WIDTHS))
 

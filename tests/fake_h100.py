@@ -22,10 +22,6 @@ from unittest import mock
 
 import torch
 import triton
-
-from benchmarks import kernel_launches
-from benchmarks.gpu.fake_driver import FakeDriver, target_of
-from benchmarks.kernel_launches import Loop
 from looped_fast.kernels import (
     ahead,
     attention,
@@ -36,8 +32,12 @@ from looped_fast.kernels import (
     trial,
     tuning,
 )  # fmt: skip
+from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import Call, intercepting
-from looped_fast.kernels.tuning import Config
+
+from benchmarks import kernel_launches
+from benchmarks.gpu.fake_driver import FakeDriver, target_of
+from benchmarks.kernel_launches import Loop
 
 N_CORES = 4
 OPTIONS = (Config(16, 16, 16), Config(32, 16, 16), Config(16, 32, 32))

@@ -1,7 +1,7 @@
 """Measure on a GPU, each part in a process of its own: ``python -m benchmarks.gpu [PART ...]``.
 
 Prints short tables; writes gpu_<card>.json, with everything and where it came from, and
-gpu_<card>.md, which are to be committed. Needs no installation and no network.
+gpu_<card>.md, to be committed. Needs no installation and no network.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Outcome(NamedTuple):
-    """How a part went."""
+    """Outcome of a part."""
 
-    status: str  # "done", or what went wrong
+    status: str  # "done", or the failure
     seconds: float
-    output: str  # what it printed
+    output: str  # printed text
 
 
 def run_part(part: str, visit: Visit, limit: float) -> Outcome:
-    """Run a part and show what it prints; end it, and what it started, after ``limit`` seconds."""
+    """Run a part and show its output; kill it and its children after ``limit`` seconds."""
     start = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu.part", part, str(visit.out)]
     process = subprocess.Popen(
@@ -68,7 +68,7 @@ def run_part(part: str, visit: Visit, limit: float) -> Outcome:
 
 
 def run_parts(parts: list[str], visit: Visit, budget: float) -> bool:
-    """Run ``parts`` within ``budget`` seconds, keep results after each; True if all were done."""
+    """Run ``parts`` within ``budget`` seconds, save results after each; True if all were done."""
     from benchmarks.gpu.page import write_page
     from benchmarks.provenance import provenance
 
@@ -92,7 +92,7 @@ def run_parts(parts: list[str], visit: Visit, budget: float) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 1 if a part failed or was cut off, 2 if something is missing, which is said."""
+    """Run; return 1 if a part failed or was cut off, 2 if a requirement is missing."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""How far the kernels' numbers are from float64, by the rule of the project."""
+"""Errors of the kernels against float64, by the rule of the project."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from looped_fast import ops
 class Error(NamedTuple):
     """The worst error of a run."""
 
-    share: float  # of what is right: 1 is the limit
-    tensor: str  # whose it is
+    share: float  # of the limit
+    tensor: str  # name
 
 
 def loop_arguments(case: Case, device: torch.device) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def loop_arguments(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def copied(arguments: dict[str, Any], dtype: torch.dtype, requires_grad: bool) -> dict[str, Any]:
-    """``arguments`` with tensors in ``dtype``, as leaves."""
+    """Copy ``arguments``, with tensors in ``dtype`` as leaves."""
 
     def copy(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -63,20 +63,20 @@ def results(
     case: Case, device: torch.device, dtype: torch.dtype, backend: str, precision: str
 ) -> dict[str, Tensor]:
     """Predictions, states, and the gradients of ``loop_mse`` and of a weighted sum of states."""
-    how = {"backend": backend, "precision": precision}
+    options = {"backend": backend, "precision": precision}
     found = {}
     for name in ("loss", "states"):
         arguments = copied(loop_arguments(case, device), dtype, requires_grad=True)
         tensors = leaves(arguments)
         targets = arguments.pop("targets")
         if name == "loss":
-            ops.loop_mse(**arguments, targets=targets, **how).backward()
+            ops.loop_mse(**arguments, targets=targets, **options).backward()
             with torch.no_grad():
-                found["predictions"] = ops.loop(**arguments, **how)
+                found["predictions"] = ops.loop(**arguments, **options)
         else:
             del arguments["read_out"]
-            states = ops.loop(**arguments, **how)
-            # Not their squares, whose sum a LayerNorm makes the same for all states.
+            states = ops.loop(**arguments, **options)
+            # Not a sum of squares, which the LayerNorm makes the same for all states.
             weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
             (states * weights.to(states)).sum().backward()
             found["states"] = states.detach()
@@ -88,7 +88,7 @@ def results(
 
 @functools.cache
 def _limits(case: Case, device: torch.device, precision: str) -> dict[str, tuple[Tensor, float]]:
-    """By name: float64's value, and the error that is right: twice plain PyTorch's, or thrice."""
+    """By name: float64's value, and the limit, 2 (gradients: 3) times plain PyTorch's error."""
     truths = results(case, device, torch.float64, "reference", "fp32")
     plain = results(case, device, torch.float32, "reference", precision)
     return {
@@ -98,12 +98,12 @@ def _limits(case: Case, device: torch.device, precision: str) -> dict[str, tuple
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
-    """Error in the Frobenius norm."""
+    """Relative error in the Frobenius norm."""
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
 def worst_error(case: Case, device: torch.device, precision: str = "bf16") -> Error:
-    """The kernels' worst error, as a share of what is right; nan counts as infinite."""
+    """The kernels' worst error, as a share of its limit; nan counts as infinite."""
     limits = _limits(case, device, precision)
     ours = results(case, device, torch.float32, "triton", precision)
     errors = [

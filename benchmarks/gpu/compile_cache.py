@@ -1,4 +1,4 @@
-"""Compile what a visit launches, on all cores, without a GPU: fills ``$TRITON_CACHE_DIR``.
+"""Compile what a visit launches, on all cores and without a GPU, into ``$TRITON_CACHE_DIR``.
 
     TRITON_CACHE_DIR=/tmp/tc TRITON_STORE_BINARY_ONLY=1 python -m benchmarks.gpu.compile_cache
 
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from looped_fast.kernels import tuning
+from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import Launch, recording, settle_cache_key
 from looped_fast.kernels.read_in import read_in
-from looped_fast.kernels.tuning import Config
 from triton.runtime.jit import MockTensor
 
 from benchmarks.gpu.configurations import EXTRA, configurations
@@ -35,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Shape(NamedTuple):
-    """Of a loop's tensors; of what divides its sizes the machine code depends on 16 alone."""
+    """Sizes of a loop's tensors; machine code depends on whether 16 divides them."""
 
     seq_len: int = 82
     width: int = 256
@@ -43,11 +43,11 @@ class Shape(NamedTuple):
     batch: int = 4
 
 
-Run = tuple[Loop, str, Shape, bool]  # with precision, and whether all configurations are compiled
+Run = tuple[Loop, str, Shape, bool]  # with precision, and True to compile all configurations
 
 
 def runs_of_measure() -> Iterator[Run]:
-    """Training and inference at the paper's size, with the loss, the read-out and neither."""
+    """Runs at the paper's size: training and inference, with loss, read-out and neither."""
     for n_loops in (15, 20):
         yield Loop("add", 1, n_loops, 15, n_supervised=15), "bf16", Shape(), True
     yield Loop("add", 1, 15, 15, n_outputs=0), "bf16", Shape(), True
@@ -58,7 +58,7 @@ def runs_of_measure() -> Iterator[Run]:
 
 
 def runs_of_tests() -> Iterator[Run]:
-    """What tests/test_gpu.py runs; in deterministic mode, so first candidates alone."""
+    """Runs of tests/ops/test_gpu.py: in deterministic mode, so only first candidates."""
     small = Shape(22, 64, 16)
     for precision in ("fp32", "bf16", "fp16"):
         for n_loops, window in ((1, 1), (15, 15), (30, 15)):
@@ -83,7 +83,7 @@ def runs_of_tests() -> Iterator[Run]:
 RUNS = {
     "measure": runs_of_measure,
     "tests": runs_of_tests,
-    "dry run": lambda: (),  # the read-in alone
+    "dry run": lambda: (),  # only the read-in
 }
 KINDS = ("measure", "tests")
 
@@ -92,7 +92,7 @@ def configs_of(
     launch: Launch, precision: str, shape: Shape, every: bool, arch: str
 ) -> list[Config]:
     """Configurations to compile a launch with."""
-    if launch.name not in EXTRA:  # it has one
+    if launch.name not in EXTRA:  # its configuration is fixed
         return [launch.config]
     width = launch.constexprs.get("HEAD_DIM", shape.width)
     if every:
@@ -102,7 +102,7 @@ def configs_of(
 
 @functools.cache
 def jobs_of(kind: str, arch: str) -> list[tuple[Launch, Config]]:
-    """Everything to compile, once each; the same list in every process."""
+    """Launches to compile, once each; the same list in every process."""
     found: dict[Any, tuple[Launch, Config]] = {}
 
     def add(launch: Launch, config: Config) -> None:
@@ -128,7 +128,7 @@ def jobs_of(kind: str, arch: str) -> list[tuple[Launch, Config]]:
 
 
 def compile_launch(launch: Launch, config: Config) -> None:
-    """Compile into the cache."""
+    """Compile a launch into the cache."""
     constexprs = launch.constexprs | config.tiles(launch.kernel.arg_names)
     arguments: dict[str, Any] = {}
     for name in launch.kernel.arg_names:
@@ -148,7 +148,7 @@ def compile_launch(launch: Launch, config: Config) -> None:
 
 
 def _compile(job: tuple[str, str, int]) -> tuple[float, str]:
-    """Seconds, and the error if there is one: a configuration may not fit."""
+    """Seconds, and the error if any: a configuration may not fit."""
     kind, arch, index = job
     launch, config = jobs_of(kind, arch)[index]
     start = time.monotonic()
@@ -177,7 +177,7 @@ def fill(kind: str, arch: str) -> dict[str, Any]:
 
 
 def run(visit: Visit) -> None:
-    """Fill the cache for the GPU that is there; for sm_90 in a dry run."""
+    """Fill the cache for this GPU; for sm_90 in a dry run."""
     arch = "sm_90" if visit.dry else tuning.architecture(visit.device)
     for kind in ("dry run",) if visit.dry else KINDS:
         visit.save("compile", **{kind: fill(kind, arch)})

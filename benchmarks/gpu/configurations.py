@@ -9,9 +9,9 @@ from typing import Any
 from unittest import mock
 
 from looped_fast.kernels import tuning
-from looped_fast.kernels.tuning import Config
+from looped_fast.kernels.candidates import Config
 
-# Beside those of kernels/candidates.json, in case a prediction is wrong; 64 rows and more use wgmma
+# To time besides kernels/candidates.json, in case a prediction is wrong; 64 rows or more use wgmma
 # on sm_90.
 EXTRA = {
     "row_forward_kernel": (
@@ -35,18 +35,14 @@ KERNELS = tuple(EXTRA)
 
 
 def configurations(kernel: str, arch: str, width: int, precision: str) -> tuple[Config, ...]:
-    """Everything to time of a kernel: its candidates, then those of ``EXTRA``.
-
-    Args:
-        kernel, arch, width, precision: as in ``tuning.candidates``.
-    """
+    """Candidates of a kernel (arguments as in ``tuning.candidates``), then those of ``EXTRA``."""
     found = tuning.candidates(kernel, arch, width, precision)
     return tuple(dict.fromkeys((*found, *(Config(*values) for values in EXTRA[kernel]))))
 
 
 @contextlib.contextmanager
 def forced(configs: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Inside, a kernel runs with the configuration given by its name, or its first candidate."""
+    """Run kernels in the block with ``configs``, by name of the kernel, or first candidates."""
 
     def choose(kernel: Any, *, width: int, precision: str, device: Any, **_: object) -> Config:
         if kernel.__name__ in configs:
@@ -54,7 +50,7 @@ def forced(configs: Mapping[str, Sequence[int]]) -> Iterator[None]:
         arch = tuning.architecture(device)
         return tuning.candidates(kernel.__name__, arch, width, precision)[0]
 
-    from looped_fast.kernels import backward, forward  # noqa: F401  # all that choose are loaded
+    from looped_fast.kernels import backward, forward  # noqa: F401  # load all that choose
 
     modules = [
         module for name, module in sys.modules.items()

@@ -1,4 +1,4 @@
-"""A driver that claims to be a GPU, so that Triton compiles for one that is not there."""
+"""A driver that claims to be a GPU, so that Triton compiles without one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from triton.backends.driver import DriverBase
 
 
 class Launched(BaseException):
-    """A kernel is compiled and about to be launched: the message is its name.
+    """A kernel is about to be launched: the message is its name.
 
-    Not an Exception: a part that lives on after one would go on.
+    Not an Exception, which parts catch in order to continue.
     """
 
 
 class FakeDriver(DriverBase):
-    """Tensors are on the CPU; a launch raises ``Launched``.
-
-    Args:
-        target: what is compiled for.
-    """
+    """A driver for ``target``, with tensors on the CPU; a launch raises ``Launched``."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
@@ -35,34 +31,34 @@ class FakeDriver(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        """Not found by Triton's own search: ``pretend`` sets it."""
+        """Keep it out of Triton's search: ``pretend`` sets it."""
         return False
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        """No launcher is generated."""
+        """Return ``ty``: no launcher is generated."""
         return ty
 
     def get_current_target(self) -> GPUTarget:
-        """What is compiled for."""
+        """Target of compilation."""
         return self._target
 
     def get_active_torch_device(self) -> torch.device:
-        """Where tensors are."""
+        """Device of tensors."""
         return torch.device("cpu")
 
     def get_current_device(self) -> int:
-        """The only one."""
+        """Index of the only device."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """The default one."""
+        """Default stream."""
         return 0
 
     def get_device_interface(self) -> None:
-        """No module like torch.cuda."""
+        """None: there is no module like torch.cuda."""
 
     def get_benchmarker(self) -> NoReturn:
-        """Nothing can be timed."""
+        """Raise, as nothing can be timed."""
         raise NotImplementedError("nothing runs here")
 
 
@@ -78,5 +74,5 @@ def target_of(arch: str) -> GPUTarget:
 
 
 def pretend(arch: str = "sm_90") -> None:
-    """Have Triton compile for ``arch`` in this process from here on."""
+    """Make Triton compile for ``arch`` in this process from now on."""
     triton.runtime.driver.set_active(FakeDriver(target_of(arch)))

@@ -1,4 +1,4 @@
-"""The tests marked gpu; their summary is what pytest prints."""
+"""Run the tests marked gpu, and show what pytest prints last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORKERS = 6  # processes that share the GPU
 
 
 def command(dry: bool) -> list[str]:
-    """Of pytest; in a dry run it only collects."""
+    """Command line of pytest; a dry run only collects."""
     call = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "--tb=line"]
     call += ["-p", "no:cacheprovider"]
     if dry:
@@ -24,7 +24,7 @@ def command(dry: bool) -> list[str]:
 
 
 def run(visit: Visit) -> None:
-    """Show the last lines; exit as pytest does if a test failed."""
+    """Run pytest, show its last lines, and exit with its status if a test failed."""
     # Deterministic cuBLAS needs a fixed workspace.
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, kernel by kernel."""
+"""Time of a training step by kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of a visit as a page: what each part printed, and where it came from."""
+"""The results of a visit as a page: the output of each part, and its provenance."""
 
 from __future__ import annotations
 

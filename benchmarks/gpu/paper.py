@@ -1,4 +1,4 @@
-"""Train a model of the paper for ``$SECONDS``, and pack the run, to be resumed anywhere."""
+"""Train a model of the paper for ``$SECONDS``, and pack the run to resume it anywhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS = 400
 def run(visit: Visit) -> None:
     """Write ``paper.tgz`` beside the other results; ``$TASK`` is the task, lr by default."""
     seconds, task = float(os.environ.get("SECONDS", SECONDS)), os.environ.get("TASK", "lr")
-    longest = PARTS["paper"].limit - 60  # to start, to write the last checkpoint and to pack
+    longest = PARTS["paper"].limit - 60  # for the start, the last checkpoint and packing
     if seconds > longest:
         raise SystemExit(
             f"SECONDS = {seconds:.0f} is more than {longest} in one visit: resume the packed run "
@@ -32,4 +32,4 @@ def run(visit: Visit) -> None:
         with tarfile.open(packed, "w:gz") as archive:
             archive.add(run_dir, run_dir.name)
     visit.save("paper", task=task, log=log)
-    say(f"wrote {packed}; unpack it and go on with python -m looped_fast.train --resume")
+    say(f"wrote {packed}; unpack it and continue by python -m looped_fast.train --resume")

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args(argv)
-    # Before Triton is imported. Without a GPU it can still compile.
+    # Set before Triton is imported. It can compile without a GPU.
     interpreted = args.dry and args.part != "compile"
     os.environ["TRITON_INTERPRET"] = "1" if interpreted else "0"
     module = importlib.import_module(f"benchmarks.gpu.{PARTS[args.part].module}")

@@ -1,4 +1,4 @@
-"""What there is to measure, the most valuable first, as data."""
+"""Parts of a visit as data, the most valuable first."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _TESTS = (*_COMMAND, "pytest", "hypothesis")
 
 
 class Part(NamedTuple):
-    """``benchmarks.gpu.<module>`` has ``run(visit)``, which prints short lines."""
+    """A part of a visit; ``benchmarks.gpu.<module>`` has ``run(visit)``, which prints lines."""
 
     module: str
-    limit: int  # seconds; what was measured by then is kept
+    limit: int  # seconds; earlier measurements are kept
     summary: str
     needs: tuple[str, ...] = _LIBRARY  # Python modules
 
 
 PARTS = {
     "compile": Part("compile_cache", 60, "fill Triton's cache, on all cores"),
-    "smoke": Part("smoke", 45, "hold the loop's numbers against float64"),
+    "smoke": Part("smoke", 45, "check the loop's numbers against float64"),
     "tests": Part("gpu_tests", 110, "run the tests marked gpu", _TESTS),
     "rows": Part("rows", 100, "check and time every configuration of tiles"),
     "steps": Part("steps", 140, "time training steps and inference against all opponents"),

@@ -1,4 +1,4 @@
-"""What the machine can do: ceilings of memory and tensor cores, and cuBLAS at the loop's shapes."""
+"""Measured rates of memory and tensor cores, and times of cuBLAS at the loop's shapes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.cases import Case
 from benchmarks.gpu.timing import milliseconds
 from benchmarks.gpu.visit import Visit, say
 
-REPEATED = 20  # a small product is timed so many times in a row
+REPEATED = 20  # small products that are timed at a time
 
 
 def run(visit: Visit) -> None:
-    """Print and keep all of them."""
+    """Print and save all values."""
     found = {}
     for name, value in _all(visit):
         found[name] = value
@@ -33,7 +33,7 @@ def _all(visit: Visit) -> Iterator[tuple[str, float]]:
 
 
 def ceilings(visit: Visit) -> Iterator[tuple[str, float]]:
-    """Copying in device memory, and a large product in bf16."""
+    """Rates of a copy in device memory, and of a large product in bf16."""
     n_bytes, size = (2**10, 32) if visit.dry else (2**31, 8192)
     bytes_ = torch.empty(2, n_bytes, dtype=torch.uint8, device=visit.device)
     yield "copy, GB/s", 2 * n_bytes / _us(lambda: bytes_[0].copy_(bytes_[1]), visit) / 1e3
@@ -43,7 +43,7 @@ def ceilings(visit: Visit) -> Iterator[tuple[str, float]]:
 
 
 def products(name: str, case: Case, visit: Visit) -> Iterator[tuple[str, float]]:
-    """The linear layers of a loop step, and their weight and bias gradients over a window."""
+    """Time the linear layers of a loop step, and their gradients over a window."""
     n_rows, D = case.batch * 2 * case.n_points, case.n_embd
     layers = {"qkv": (3 * D, D), "out": (D, D), "fc": (4 * D, D), "proj": (D, 4 * D)}
     for layer, (n_out, n_in) in layers.items():
@@ -55,7 +55,7 @@ def products(name: str, case: Case, visit: Visit) -> Iterator[tuple[str, float]]
 
 
 def linear_us(n_rows: int, n_in: int, n_out: int, visit: Visit) -> float:
-    """[n_rows, n_in] by [n_out, n_in], with a bias, in bf16."""
+    """Time [n_rows, n_in] by [n_out, n_in], with a bias, in bf16."""
     x, weight = _random(visit, n_rows, n_in), _random(visit, n_out, n_in)
     bias = _random(visit, n_out)
 
@@ -67,16 +67,16 @@ def linear_us(n_rows: int, n_in: int, n_out: int, visit: Visit) -> float:
 
 
 def gradients_us(n_rows: int, n_in: int, n_out: int, visit: Visit) -> tuple[float | None, float]:
-    """Of a weight (None in a dry run) and a bias: bf16 operands, fp32 results."""
+    """Time gradients of a weight (None in a dry run) and a bias: bf16 operands, fp32 results."""
     dy, x = _random(visit, n_rows, n_out), _random(visit, n_rows, n_in)
     bias = _us(lambda: dy.sum(0, dtype=torch.float32), visit)
-    if visit.dry:  # a product with a result in another dtype exists on GPUs alone
+    if visit.dry:  # out_dtype exists only on GPUs
         return None, bias
     return _us(lambda: torch.mm(dy.T, x, out_dtype=torch.float32), visit), bias
 
 
 def read_out(name: str, case: Case, visit: Visit) -> Iterator[tuple[str, float]]:
-    """Read-out and loss of a window's states by PyTorch, forward and backward."""
+    """Time read-out and loss of a window's states by PyTorch, forward and backward."""
     shape = (case.window, case.batch * 2 * case.n_points, case.n_embd)
     states = torch.randn(shape, device=visit.device, requires_grad=True)
     weight = torch.randn(1, case.n_embd, device=visit.device, requires_grad=True)

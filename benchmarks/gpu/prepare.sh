@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Prepare a visit to a GPU that has no network: run this in the checkout, on a machine with one. It
-# makes .gpu/ (ignored by git), to be carried along with the source tree: wheels of pure Python that
+# Prepare a visit to a GPU without a network: run this in the checkout, on a machine with one. It
+# makes .gpu/ (ignored by git), to be copied along with the source tree: wheels of pure Python that
 # the machine lacks, compiled kernels for sm_90, and the commit. Takes minutes. The environment is
-# that of `make test-versions`: its Python, PyTorch and Triton have to be those of the machine.
+# that of `make test-versions`: its Python, PyTorch and Triton must be those of the machine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 environment=${OTHER_VENV:-.venv-versions} cache=/tmp/looped_fast_triton

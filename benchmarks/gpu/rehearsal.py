@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu.rehearsal [PART ...]
 
-Nothing is interpreted: host code, Triton's own path to a launch and the compiler run as on an H100,
-which a driver claims to be, at the sizes of a dry run.
+Nothing is interpreted: host code, Triton's launch path and the compiler run as on an H100, behind a
+driver that claims to be one, at the sizes of a dry run.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ REHEARSED = ("compile", "smoke", "rows", "steps", "profile")
 
 
 def first_launch(part: str) -> str | None:
-    """Name of the kernel that a part launches first; None if it ends without a launch."""
+    """Name of the first kernel that a part launches; None if it ends without a launch."""
     from benchmarks.gpu.fake_driver import Launched, pretend
     from benchmarks.gpu.visit import Visit
     from looped_fast.ops import triton_backend
 
     pretend()
     module = importlib.import_module(f"benchmarks.gpu.{PARTS[part].module}")
-    # CPU tensors stand for those of a GPU.
-    tensors_pass = mock.patch.object(triton_backend, "_interpreting", return_value=True)
-    with tempfile.TemporaryDirectory() as folder, tensors_pass:
+    # Accept CPU tensors in place of a GPU's.
+    accept_cpu = mock.patch.object(triton_backend, "_interpreting", return_value=True)
+    with tempfile.TemporaryDirectory() as folder, accept_cpu:
         try:
             module.run(Visit(Path(folder), dry=True))
         except Launched as launched:

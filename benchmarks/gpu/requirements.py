@@ -1,4 +1,4 @@
-"""What a machine lacks to be measured, said before anything starts."""
+"""Requirements of a measurement that a machine lacks, reported before anything starts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from importlib.util import find_spec
 
 from benchmarks.gpu.parts import PARTS
 
-PACKAGES = {"yaml": "pyyaml"}  # whose name on PyPI is not that of the module
+PACKAGES = {"yaml": "pyyaml"}  # module -> name on PyPI, if they differ
 
 
 def problems(parts: Iterable[str], dry: bool) -> list[str]:
-    """Everything that ``parts`` lack here, each with its remedy; empty if nothing."""
+    """What ``parts`` lack here, each with its remedy."""
     needed = dict.fromkeys(module for part in parts for module in PARTS[part].needs)
     missing = [module for module in needed if find_spec(module) is None]
     found = []
-    if sys.version_info < (3, 10):  # noqa: UP036  # the code at hand, not the one that is installed
+    if sys.version_info < (3, 10):  # noqa: UP036  # the code runs uninstalled
         found.append(f"{sys.executable} is Python {sys.version.split()[0]}; 3.10 is needed")
     if missing:
         packages = " ".join(PACKAGES.get(module, module) for module in missing)

@@ -7,6 +7,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from looped_fast.kernels import few_rows
+from looped_fast.kernels.candidates import Config, architecture
 
 from benchmarks.cases import Case
 from benchmarks.gpu.accuracy import copied, leaves, loop_arguments, worst_error
@@ -14,15 +16,13 @@ from benchmarks.gpu.configurations import KERNELS, configurations, forced
 from benchmarks.gpu.timing import milliseconds, on_capturing_stream
 from benchmarks.gpu.visit import Visit, say
 from looped_fast import ops
-from looped_fast.kernels import few_rows
-from looped_fast.kernels.tuning import Config, architecture
 
-HOW = {"backend": "triton", "precision": "bf16"}
+OPTIONS = {"backend": "triton", "precision": "bf16"}
 STEPS = 10  # loop steps that are timed together
 
 
 def run(visit: Visit) -> None:
-    """Time them all; keeps a table, and by case the best configuration of each kernel."""
+    """Time all configurations; save a table, and the best of each kernel by case."""
     table: dict[str, dict[str, Any]] = {}
     best: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in visit.cases}
     for kernel in KERNELS[:2] if visit.dry else KERNELS:
@@ -36,7 +36,7 @@ def run(visit: Visit) -> None:
                 if row.get(case, torch.inf) < fastest.get(case, torch.inf):
                     fastest[case], best[case][kernel] = row[case], config.astuple()
             visit.save("rows", us_per_loop_step=table, best=best)
-    row = table["few_rows"] = of_few_rows(visit)
+    row = table["few_rows"] = measured_few_rows(visit)
     say("few_rows", ", ".join(f"{name} {_short(value)}" for name, value in row.items()))
     visit.save("rows", us_per_loop_step=table, best=best)
     for case, configs in best.items():
@@ -56,16 +56,16 @@ def _configurations(kernel: str, visit: Visit) -> tuple[Config, ...]:
 
 
 def measured(kernel: str, config: Config, visit: Visit) -> dict[str, Any]:
-    """Worst error as a share of what is right, and us of a loop step by case; or the failure.
+    """Worst error as a share of its limit, and us of a loop step by case; or the failure.
 
-    A backward is timed where there is training. Configurations that do not compile, or need more
-    than a GPU has, are results too.
+    A backward is timed in cases with training. Configurations that do not compile, or need more
+    than the GPU has, are results too.
     """
     row: dict[str, Any] = {}
     checked = visit.case("lr")
     if not visit.dry:
         checked = dataclasses.replace(checked, batch=4, n_loops=15, window=15)
-    any_size = mock.patch.object(few_rows, "MAX_ROWS", 0)  # where there are few rows as well
+    any_size = mock.patch.object(few_rows, "MAX_ROWS", 0)  # even if there are few rows
     try:
         with forced({kernel: config.astuple()}), any_size:
             row["error"] = worst_error(checked, visit.device).share
@@ -79,13 +79,13 @@ def measured(kernel: str, config: Config, visit: Visit) -> dict[str, Any]:
     return row
 
 
-def of_few_rows(visit: Visit) -> dict[str, Any]:
-    """The same of the kernels that take over from ``row_forward_kernel`` at few rows."""
+def measured_few_rows(visit: Visit) -> dict[str, Any]:
+    """Measure the kernels that replace ``row_forward_kernel`` at few rows, as in ``measured``."""
     row: dict[str, Any] = {}
     try:
         with forced({}):
-            alone = dataclasses.replace(visit.case("lr"), batch=1)
-            row["error"] = worst_error(alone, visit.device).share
+            one_prompt = dataclasses.replace(visit.case("lr"), batch=1)
+            row["error"] = worst_error(one_prompt, visit.device).share
             for name, case in visit.cases.items():
                 if 2 * case.batch * case.n_points <= few_rows.MAX_ROWS:
                     row[name] = forward_us(case, visit.device)
@@ -99,7 +99,7 @@ def _failure(error: Exception) -> str:
 
 
 def forward_us(case: Case, device: torch.device) -> float:
-    """A step of the forward: half of them in the window, or an inference call's."""
+    """Time a step of the forward: half of them in the window, or of an inference call."""
     training = "training" in case.modes
     steps = min(STEPS, case.n_loops)
     window = max(1, steps // 2) if training else 1
@@ -108,19 +108,19 @@ def forward_us(case: Case, device: torch.device) -> float:
 
     def forward() -> object:
         if training:
-            return ops.loop_mse(**arguments, targets=targets, **HOW)
+            return ops.loop_mse(**arguments, targets=targets, **OPTIONS)
         with torch.no_grad():
-            return ops.loop(**arguments, **HOW)
+            return ops.loop(**arguments, **OPTIONS)
 
     return 1e3 * milliseconds(forward, device) / steps
 
 
 def backward_us(case: Case, device: torch.device) -> float:
-    """A step of the backward, its share of the weight gradients included."""
+    """Time a step of the backward, with its share of the weight gradients."""
     steps = min(STEPS, case.n_loops)
     arguments = _arguments(case, device, steps, steps, True)
     tensors = leaves(arguments)
-    loss = on_capturing_stream(lambda: ops.loop_mse(**arguments, **HOW), device)
+    loss = on_capturing_stream(lambda: ops.loop_mse(**arguments, **OPTIONS), device)
 
     def backward() -> object:
         return torch.autograd.grad(loss, tensors, retain_graph=True)

@@ -1,4 +1,4 @@
-"""Whether the kernels run, and are right: the loop at paper size against float64."""
+"""Check that the kernels run and are right: the loop at paper size against float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.gpu.visit import Visit, say
 
 
 def run(visit: Visit) -> None:
-    """Raise WrongResult if an error is over the limit; say what Triton had to compile."""
+    """Raise WrongResult if an error is over the limit; print what Triton had to compile."""
     compilations = {True: 0, False: 0}
 
     def count(*, cache_hit: bool, **_: object) -> None:
@@ -34,11 +34,11 @@ def run(visit: Visit) -> None:
         error = worst_error(case, visit.device)
     seconds = time.monotonic() - start
     say(f"the loop, forward and backward, in bf16 against float64: worst error {error.share:.2f} "
-        f"of what is right ({error.tensor}); {seconds:.1f} s")  # fmt: skip
+        f"of the limit ({error.tensor}); {seconds:.1f} s")  # fmt: skip
     say(f"kernels compiled {compilations[False]}, from the cache {compilations[True]}")
     visit.save(
         "smoke", worst_error=error._asdict(), s=seconds, compiled=compilations[False],
         from_cache=compilations[True],
     )  # fmt: skip
     if not error.share <= 1:
-        raise WrongResult(f"{error.tensor}: {error.share:.2f} of the error that is right")
+        raise WrongResult(f"{error.tensor}: the error is {error.share:.2f} times the limit")

@@ -1,4 +1,4 @@
-"""Whole training steps and inference calls, against all opponents, in this process."""
+"""Time whole training steps and inference calls, and all opponents, in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.gpu.configurations import forced
 from benchmarks.gpu.visit import Visit, say
 from benchmarks.measure import measure_full_batch
 
-SECONDS = 115  # nothing is started after them
+SECONDS = 115  # after these nothing more is started
 REPEATS, SECONDS_EACH = 15, 0.5
 
 
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As it is printed."""
+        """Name to print."""
         engine = CONTENDERS[self.contender].is_engine
         return f"{self.contender}, {self.configs}" if engine else self.contender
 
@@ -51,7 +51,7 @@ PLACES = (
 
 
 def run(visit: Visit) -> None:
-    """Measure what ``SECONDS`` allow; say how the best of ours compares with the best opponent."""
+    """Measure for ``SECONDS``; print how the best of ours compares with the best opponent."""
     end = time.monotonic() + SECONDS
     table: dict[str, dict[str, Any]] = {}
     entries, places = (ENTRIES[:3], PLACES[-1:]) if visit.dry else (ENTRIES, PLACES)
@@ -77,7 +77,7 @@ def described(row: dict[str, Any]) -> str:
 
 
 def measured(entry: Entry, case: str, mode: str, visit: Visit) -> dict[str, Any]:
-    """A row as of ``benchmarks.measure``, of wrong results too; or ``failed``, and why."""
+    """A row as in ``benchmarks.measure``, even if results are wrong; or why it ``failed``."""
     contender = CONTENDERS[entry.contender]
     if visit.dry:  # neither graphs nor compilers
         backend = contender.backend if contender.is_engine else "reference"
@@ -101,7 +101,7 @@ def _configured(entry: Entry, case: str, visit: Visit) -> AbstractContextManager
 
 
 def compared(rows: dict[str, dict[str, Any]]) -> str:
-    """The fastest of ours and of the opponents in bf16, and the ratio of their times."""
+    """Our fastest entry and the fastest opponent in bf16, and the ratio of their times."""
     fastest: dict[bool, tuple[float, str]] = {}
     for entry in ENTRIES:
         contender, ms = CONTENDERS[entry.contender], rows.get(entry.name, {}).get("ms")

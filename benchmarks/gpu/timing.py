@@ -1,4 +1,4 @@
-"""Time of work on a GPU without its launches: in a replayed CUDA graph, as training replays it."""
+"""Time work on a GPU without launches: in a replayed CUDA graph, as in training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def milliseconds(work: Callable[[], object], device: torch.device, repeats: int 
 
 
 def on_capturing_stream(work: Callable[[], Result], device: torch.device) -> Result:
-    """Do ``work`` where ``milliseconds`` captures: a backward runs on the stream of its forward."""
+    """Do ``work`` on the stream of ``milliseconds``: a backward runs on that of its forward."""
     if device.type == "cpu":
         return work()
     return CudaGraph(device).warm_up(work)

@@ -25,7 +25,7 @@ TINY = ("--preset", "tiny", "--steps", "2", "--log-every", "1", "--batch-size", 
 
 
 def run(visit: Visit) -> None:
-    """Print steps per second, loss and error as training went on."""
+    """Print steps per second, loss and error during training."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TINY if visit.dry else _quick()
         log = trained(Path(folder, "run"), arguments, SECONDS, visit)
@@ -45,10 +45,10 @@ def _quick() -> list[str]:
 def trained(
     run_dir: Path, arguments: Sequence[str], seconds: float, visit: Visit, task: str = "lr"
 ) -> list[dict[str, Any]]:
-    """Train in a process, ask it to stop after ``seconds``; lines of its log.
+    """Train in a subprocess, stopped after ``seconds``; return the lines of its log.
 
     Raises:
-        SystemExit: it failed, and the last lines of its output are printed; or nothing was logged.
+        SystemExit: training failed (the last lines of its output are printed) or logged nothing.
     """
     command = [sys.executable, "-m", "looped_fast.train", "--task", task, "--out", str(run_dir)]
     command += ["--device", visit.device.type, *arguments]

@@ -15,7 +15,7 @@ import torch
 from benchmarks.cases import CASES, Case
 
 TIMED = ("lr", "dt", "lr_b1", "dt_b1")
-# As small as kernels take it: interpreted, it is done in a second.
+# The smallest size that kernels take: a second in the interpreter.
 TINY = {"batch": 1, "n_points": 3, "n_loops": 1, "window": 1, "n_embd": 64, "n_head": 4}
 
 
@@ -28,7 +28,7 @@ class Visit:
 
     @property
     def device(self) -> torch.device:
-        """Where everything runs."""
+        """Device of all parts."""
         return torch.device("cpu" if self.dry else "cuda")
 
     def case(self, name: str) -> Case:
@@ -37,7 +37,7 @@ class Visit:
 
     @property
     def cases(self) -> dict[str, Case]:
-        """What is timed, by name."""
+        """Cases to time, by name."""
         return {name: self.case(name) for name in (TIMED[:1] if self.dry else TIMED)}
 
     @property
@@ -47,15 +47,15 @@ class Visit:
         return self.out / f"gpu_{slug(card)}.json"
 
     def load(self) -> dict[str, dict[str, Any]]:
-        """By name of a part: its results so far."""
+        """Results so far, by name of the part."""
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def start(self, part: str, **values: Any) -> None:
-        """Forget what there is of a part, and keep ``values`` in its place."""
+        """Replace the results of a part by ``values``."""
         self._write(self.load() | {part: values})
 
     def save(self, part: str, **values: Any) -> None:
-        """Keep ``values`` of a part, beside what there is of it."""
+        """Add ``values`` to the results of a part."""
         results = self.load()
         self._write(results | {part: results.get(part, {}) | values})
 
@@ -66,15 +66,15 @@ class Visit:
         temporary.replace(self.path)
 
     def best_configs(self, case: str) -> dict[str, tuple[int, ...]]:
-        """By kernel: the fastest configuration that ``rows`` found for a case; {} before it."""
+        """Fastest configuration that ``rows`` found for a case, by kernel; {} before ``rows``."""
         return self.load().get("rows", {}).get("best", {}).get(case, {})
 
 
 def slug(card: str) -> str:
-    """``NVIDIA H100 80GB HBM3`` as a file is named: ``h100_80gb_hbm3``."""
+    """Name for files: ``h100_80gb_hbm3`` for ``NVIDIA H100 80GB HBM3``."""
     return re.sub(r"[^a-z0-9]+", "_", card.lower().removeprefix("nvidia ")).strip("_")
 
 
 def say(*words: object) -> None:
-    """Print a line at once, for it to be seen when a time limit ends the part."""
+    """Print a line unbuffered, so that it is seen if a time limit ends the part."""
     print(*words, flush=True)

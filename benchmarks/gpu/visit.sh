@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with a GPU and without a network, in a copy of the source tree with .gpu/ in it:
+# Run on a machine with a GPU and without a network, in a copy of the source tree with .gpu/ in it:
 #   bash benchmarks/gpu/visit.sh [PART ...]
 # Results go to $OUT, or to benchmarks/results. Nothing is installed outside of /tmp.
 set -euo pipefail

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from looped_fast.kernels.tuning import operand_precision
+from looped_fast.kernels.candidates import operand_precision
 from looped_fast.ops import cache
 from looped_fast.ops.call import Call
 from looped_fast.ops.reference import AUTOCAST_DTYPES

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from looped_fast.kernels.tuning import operand_precision
+from looped_fast.kernels.candidates import operand_precision
 from looped_fast.ops import (
     backend_times,
     compiled_backend,

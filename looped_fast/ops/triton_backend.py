@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from looped_fast.kernels.candidates import operand_precision
 from looped_fast.kernels.saved_activations import SavedActivations, empty_saved
-from looped_fast.kernels.tuning import operand_precision
 from looped_fast.ops import loop_autograd, reference
 from looped_fast.ops.call import SCHEMA, Call, LoopSettings
 

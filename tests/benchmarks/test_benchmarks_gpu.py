@@ -22,7 +22,7 @@ from looped_fast.ops import triton_backend
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 if find_spec("triton"):
     from looped_fast.kernels import tuning
-    from looped_fast.kernels.tuning import Config
+    from looped_fast.kernels.candidates import Config
 
     from benchmarks.gpu import (
         accuracy,

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from looped_fast.kernels.tuning import Config
+from looped_fast.kernels.candidates import Config
 
 from benchmarks import compile_report, compile_store, machine_code, phases
 from benchmarks.compile_matrix import THOROUGH, VERSIONS, all_forms, screening

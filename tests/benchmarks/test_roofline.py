@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from looped_fast.kernels.tuning import Config
+from looped_fast.kernels.candidates import Config
 
 from benchmarks import roofline
 from benchmarks.cases import CASES, Case

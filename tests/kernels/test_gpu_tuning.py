@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from conftest import FP32_EPS, cast, leaves, loop_inputs, relative_error, require_grad
 from looped_fast.kernels import ahead, attention, trial, tuning
+from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import Call, launch
-from looped_fast.kernels.tuning import Config
 from torch import Tensor
 
 from looped_fast import ops

@@ -14,8 +14,8 @@ if triton_backend.load_error():
     pytest.skip(triton_backend.load_error(), allow_module_level=True)
 
 from looped_fast.kernels import few_rows, forward
+from looped_fast.kernels.candidates import Config, candidates
 from looped_fast.kernels.fold import fold
-from looped_fast.kernels.tuning import Config, candidates
 
 
 @pytest.fixture(autouse=True)

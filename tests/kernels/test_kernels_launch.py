@@ -7,8 +7,8 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import launch, recording
-from looped_fast.kernels.tuning import Config
 
 from benchmarks.kernel_launches import Loop, launches_of
 from looped_fast.config import INJECTIONS

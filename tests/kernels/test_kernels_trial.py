@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from looped_fast.kernels import backward, forward, trial, tuning
+from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import launch
-from looped_fast.kernels.tuning import Config
 
 from benchmarks.kernel_launches import Loop, launches_of
 from looped_fast.ops import graphs

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 
 from looped_fast.kernels import trial, tuning
 from looped_fast.kernels.attention import attention_backward_kernel, attention_forward_kernel
+from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.row_forward import row_forward_kernel
-from looped_fast.kernels.tuning import Config
 
 CUDA = torch.device("cuda")  # without an index: the current device
 FAST = Config(64, 64, 64, num_warps=8)
