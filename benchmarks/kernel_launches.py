@@ -31,7 +31,7 @@ class Loop(NamedTuple):
     training: bool = True
     recompute: bool = False  # launches the same as a window in several chunks
     n_outputs: int = 1  # of the read-out; 0 for states
-    n_supervised: int = 2  # by the loss, in training; 0: the caller has a loss
+    n_supervised: int = 2  # last steps in the op's loss, in training; 0 without it
 
 
 LOOPS = (

@@ -33,7 +33,7 @@ class Recycler {
           return data;
         }
       }
-      // The size has changed, at a step of a curriculum, say: free buffers of the old size, which
+      // The size has changed, at a step of a curriculum, say: free buffers near it in size, which
       // would double the peak.
       const auto is_similar = [n_bytes](const Buffer& buffer) {
         return n_bytes / 2 <= buffer.n_bytes && buffer.n_bytes <= 2 * n_bytes;

@@ -178,7 +178,7 @@ class _Rows:
         L, steps = outputs.d_qkv.shape[:2]
         n = min(2, steps)
         chunk = _select_steps(saved, L, 0, n)
-        first = window - n if 2 * len(grad) > window else 0  # as most steps, with or without grad
+        first = window - n if 2 * len(grad) > window else 0  # with a grad if most steps have one
 
         def run(config: Config) -> None:  # the most frequent form: between two steps
             self._run(config, self._sums(config, window), chunk, first, (0, n - 1), (L - 1, 0))

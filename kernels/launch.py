@@ -172,7 +172,7 @@ def _describe(call: Call) -> Launch:
     constexprs = call.constexprs | call.config.tiles(kernel.arg_names)
     parameters = inspect.signature(kernel.fn).bind(*call.args, **constexprs).arguments
     constexprs |= {name: None for name in parameters if parameters[name] is None}
-    options = getattr(kernel, "kwargs", None) or vars(kernel)  # of @triton.jit; if interpreted
+    options = getattr(kernel, "kwargs", None) or vars(kernel)  # compiled; interpreted
     general = {
         *(options.get("do_not_specialize") or ()),
         *(options.get("do_not_specialize_on_alignment") or ()),
