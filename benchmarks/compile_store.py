@@ -7,16 +7,16 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from looped_fast.kernels import tuning
 from looped_fast.kernels.candidates import Config
 
 from benchmarks import predicted_time
 from benchmarks.cases import CASES
 from benchmarks.machine_code import ARCHITECTURES
 from benchmarks.phases import Phase
+from looped_fast import kernels
 
 REPORT = Path(__file__).parent / "results/compile_report.json"
-CANDIDATES = Path(tuning.__file__).with_name("candidates.json")
+CANDIDATES = Path(kernels.__file__).with_name("candidates.json")
 FEW_SPILLS = 64  # instructions, outside loops; configurations with more come last
 LITTLE_DUPLICATION = 1.25
 # Share of the instructions in a kernel's loops that may be spills. A spill takes as much of the
@@ -50,7 +50,7 @@ class Key(NamedTuple):
     precision: str
     form: str  # of the launch, see ``kernel_launches.Case``
     config: tuple[int, ...]
-    source: str  # ``tuning.source_hash`` of the kernel
+    source: str  # ``candidates.source_hash`` of the kernel
     triton: str  # version that compiled it, major and minor
 
     @property

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .candidates import Config, operand_precision
 from .launch import launch
 from .numerics import cast, dot
 
@@ -196,9 +197,9 @@ def backward(
 
 def _launch(kernel, qkv, out, *tensors, n_heads) -> None:
     B, S, D = out.shape
-    precision = tuning.operand_precision(qkv.dtype)
+    precision = operand_precision(qkv.dtype)
 
-    def run(config: tuning.Config) -> None:
+    def run(config: Config) -> None:
         grid = (B * n_heads, triton.cdiv(S, config.rows))
         launch(
             kernel, grid, qkv, out, *tensors, S,

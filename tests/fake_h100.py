@@ -32,7 +32,7 @@ from looped_fast.kernels import (
     trial,
     tuning,
 )  # fmt: skip
-from looped_fast.kernels.candidates import Config
+from looped_fast.kernels.candidates import Config, source_hash
 from looped_fast.kernels.launch import Call, intercepting
 
 from benchmarks import kernel_launches
@@ -176,7 +176,7 @@ def scenario(name: str) -> Any:
     compiler = Compiler()
     if name != "a real kernel":
         triton.compiler.compile = compiler.compile
-    hash_one = functools.partial(tuning.source_hash, row_backward.row_backward_kernel)
+    hash_one = functools.partial(source_hash, row_backward.row_backward_kernel)
     scenarios = {
         "Triton's keys": lambda: keys_after(functools.partial(ask_triton, KERNELS)),
         "Triton's keys, reversed": lambda: keys_after(functools.partial(ask_triton, KERNELS[::-1])),

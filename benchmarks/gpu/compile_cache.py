@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from looped_fast.kernels import tuning
-from looped_fast.kernels.candidates import Config
+from looped_fast.kernels.candidates import Config, architecture, candidates
 from looped_fast.kernels.launch import Launch, recording, settle_cache_key
 from looped_fast.kernels.read_in import read_in
 from triton.runtime.jit import MockTensor
@@ -97,7 +96,7 @@ def configs_of(
     width = launch.constexprs.get("HEAD_DIM", shape.width)
     if every:
         return list(configurations(launch.name, arch, width, precision))
-    return [tuning.candidates(launch.name, arch, width, precision)[0]]
+    return [candidates(launch.name, arch, width, precision)[0]]
 
 
 @functools.cache
@@ -178,7 +177,7 @@ def fill(kind: str, arch: str) -> dict[str, Any]:
 
 def run(visit: Visit) -> None:
     """Fill the cache for this GPU; for sm_90 in a dry run."""
-    arch = "sm_90" if visit.dry else tuning.architecture(visit.device)
+    arch = "sm_90" if visit.dry else architecture(visit.device)
     for kind in ("dry run",) if visit.dry else KINDS:
         visit.save("compile", **{kind: fill(kind, arch)})
 

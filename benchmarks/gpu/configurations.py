@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 from looped_fast.kernels import tuning
-from looped_fast.kernels.candidates import Config
+from looped_fast.kernels.candidates import Config, architecture, candidates
 
 # To time besides kernels/candidates.json, in case a prediction is wrong; 64 rows or more use wgmma
 # on sm_90.
@@ -35,8 +35,8 @@ KERNELS = tuple(EXTRA)
 
 
 def configurations(kernel: str, arch: str, width: int, precision: str) -> tuple[Config, ...]:
-    """Candidates of a kernel (arguments as in ``tuning.candidates``), then those of ``EXTRA``."""
-    found = tuning.candidates(kernel, arch, width, precision)
+    """Candidates of a kernel (arguments as in ``candidates``), then those of ``EXTRA``."""
+    found = candidates(kernel, arch, width, precision)
     return tuple(dict.fromkeys((*found, *(Config(*values) for values in EXTRA[kernel]))))
 
 
@@ -47,8 +47,8 @@ def forced(configs: Mapping[str, Sequence[int]]) -> Iterator[None]:
     def choose(kernel: Any, *, width: int, precision: str, device: Any, **_: object) -> Config:
         if kernel.__name__ in configs:
             return Config(*configs[kernel.__name__])
-        arch = tuning.architecture(device)
-        return tuning.candidates(kernel.__name__, arch, width, precision)[0]
+        arch = architecture(device)
+        return candidates(kernel.__name__, arch, width, precision)[0]
 
     from looped_fast.kernels import backward, forward  # noqa: F401  # load all that choose
 

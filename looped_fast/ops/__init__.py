@@ -2,6 +2,6 @@
 
 from looped_fast.ops.call import LoopSettings
 from looped_fast.ops.op import loop, loop_mse
-from looped_fast.ops.read_in import read_in
+from looped_fast.ops.prompt import read_in
 
 __all__ = ["LoopSettings", "loop", "loop_mse", "read_in"]

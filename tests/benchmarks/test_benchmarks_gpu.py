@@ -21,8 +21,7 @@ from looped_fast.ops import triton_backend
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 if find_spec("triton"):
-    from looped_fast.kernels import tuning
-    from looped_fast.kernels.candidates import Config
+    from looped_fast.kernels.candidates import Config, candidates
 
     from benchmarks.gpu import (
         accuracy,
@@ -344,8 +343,7 @@ def test_kernels_run_with_forced_configurations_and_first_candidates():
     with configurations.forced(chosen):
         forward, backward = launches_of(Loop("add", 1, 3, 2), "bf16", 1, 6, 256, 32)
     expected = {
-        name: tuning.candidates(name, "sm_80", width(name), "bf16")[0]
-        for name in configurations.KERNELS
+        name: candidates(name, "sm_80", width(name), "bf16")[0] for name in configurations.KERNELS
     } | {"row_forward_kernel": config, "attention_backward_kernel": attention}
     for launch in (*forward, *backward):
         if launch.name in expected:

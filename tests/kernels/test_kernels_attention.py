@@ -10,6 +10,7 @@ from conftest import FP32_EPS, relative_error
 pytest.importorskip("triton")
 
 from looped_fast.kernels import attention, tuning
+from looped_fast.kernels.candidates import Config, candidates
 from looped_fast.kernels.launch import recording
 
 
@@ -23,12 +24,12 @@ def test_forward_and_gradients_are_as_good_as_plain_pytorch(B, S, n_heads, head_
 
 
 @pytest.mark.parametrize(
-    "tiles", sorted({(c.rows, c.columns) for c in tuning.candidates(
+    "tiles", sorted({(c.rows, c.columns) for c in candidates(
         "attention_backward_kernel", "sm_80", 32, "bf16")})
 )  # fmt: skip
 def test_every_tile_size_gives_the_same(tiles, monkeypatch):
     rows, columns = tiles
-    config = tuning.Config(rows, columns=columns)
+    config = Config(rows, columns=columns)
     monkeypatch.setattr(tuning, "choose", lambda *args, **kwargs: config)
     check(attention, *inputs(1, 37, 1, 16, "bf16"), 1)
 

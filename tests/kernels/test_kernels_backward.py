@@ -15,7 +15,8 @@ from looped_fast.ops import reference, triton_backend
 if triton_backend.load_error():
     pytest.skip(triton_backend.load_error(), allow_module_level=True)
 
-from looped_fast.kernels import backward, trial, tuning, weight_gradients
+from looped_fast.kernels import backward, trial, weight_gradients
+from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import recording
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -174,7 +175,7 @@ def test_a_trial_of_configurations_leaves_the_gradients_alone(monkeypatch):
 
     def choose(kernel, *, run, precision, **problem):
         config = chosen(kernel, run=run, precision=precision, **problem)
-        trial.fastest([tuning.Config(16, 32, 32), config], run, precision)
+        trial.fastest([Config(16, 32, 32), config], run, precision)
         return config
 
     def milliseconds(calls):

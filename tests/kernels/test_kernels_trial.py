@@ -15,7 +15,6 @@ from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import launch
 
 from benchmarks.kernel_launches import Loop, launches_of
-from looped_fast.ops import graphs
 
 INF = tl.constexpr(float("inf"))
 
@@ -206,7 +205,7 @@ def test_milliseconds_are_those_of_one_launch_in_a_replay(monkeypatch) -> None:
         def execute(self) -> None:
             launched.append(self.takes)
 
-    monkeypatch.setattr(graphs, "CudaGraph", FakeGraph)
+    monkeypatch.setattr(trial, "CudaGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     assert trial.milliseconds([FakeCall(2.0), FakeCall(0.5)]) == [2.0, 0.5]

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from looped_fast.kernels import trial, tuning
 from looped_fast.kernels.attention import attention_backward_kernel, attention_forward_kernel
-from looped_fast.kernels.candidates import Config
+from looped_fast.kernels.candidates import Config, candidates, source_hash
+from looped_fast.kernels.launch import postponing
 from looped_fast.kernels.row_forward import row_forward_kernel
 
 CUDA = torch.device("cuda")  # without an index: the current device
@@ -95,7 +96,7 @@ def test_a_choice_outlives_the_process(gpu: Gpu) -> None:
     assert gpu.ran == []
     (key,) = json.loads(tuning.cache_file().read_text())
     assert "Imaginary 9000" in key
-    assert tuning.source_hash(row_forward_kernel) in key
+    assert source_hash(row_forward_kernel) in key
 
 
 def test_a_choice_is_made_on_the_device_of_the_tensors(gpu: Gpu) -> None:
@@ -127,7 +128,7 @@ def test_without_memory_for_a_trial_the_first_is_taken_and_not_kept(gpu: Gpu, ca
 
 def test_a_choice_can_be_postponed(gpu: Gpu) -> None:
     postponed = []
-    with tuning.postponing(lambda *choice: postponed.append(choice)):
+    with postponing(lambda *choice: postponed.append(choice)):
         assert gpu.choose() == OPTIONS[0]
     ((kernel, run_all, choose),) = postponed
     assert kernel is row_forward_kernel
@@ -135,7 +136,7 @@ def test_a_choice_can_be_postponed(gpu: Gpu) -> None:
     run_all()
     assert gpu.ran == list(OPTIONS)
     assert choose() == FAST
-    with tuning.postponing(lambda *choice: pytest.fail("chosen before")):
+    with postponing(lambda *choice: pytest.fail("chosen before")):
         assert gpu.choose() == FAST
 
 
@@ -186,13 +187,13 @@ def test_a_cpu_takes_the_first_candidate_without_running_it() -> None:
         row_forward_kernel, width=64, precision="fp32", n_rows=20, device=torch.device("cpu"),
         run=ran.append,
     )  # fmt: skip
-    assert config == tuning.candidates("row_forward_kernel", "sm_80", 64, "fp32")[0]
+    assert config == candidates("row_forward_kernel", "sm_80", 64, "fp32")[0]
     assert ran == []
 
 
 def test_an_architecture_that_was_not_compiled_for_gets_what_fits_it() -> None:
     def of(arch: str) -> tuple[Config, ...]:
-        return tuning.candidates("row_forward_kernel", arch, 256, "bf16")
+        return candidates("row_forward_kernel", arch, 256, "bf16")
 
     assert of("sm_86") == of("sm_89")
     assert of("sm_103") == of("sm_100")
@@ -203,13 +204,13 @@ def test_where_no_configuration_is_good_the_error_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = {"some_kernel": {"sm_89": {"512 fp32": [], "512 bf16": [[16, 32, 32, 4, 2]]}}}
-    monkeypatch.setattr(tuning, "_all_candidates", lambda: known)
-    assert tuning.candidates("some_kernel", "sm_89", 512, "bf16") == (Config(16, 32, 32),)
+    monkeypatch.setattr("looped_fast.kernels.candidates._all_candidates", lambda: known)
+    assert candidates("some_kernel", "sm_89", 512, "bf16") == (Config(16, 32, 32),)
     with pytest.raises(ValueError, match="on sm_89 at width 512 in fp32; use another precision"):
-        tuning.candidates("some_kernel", "sm_89", 512, "fp32")
+        candidates("some_kernel", "sm_89", 512, "fp32")
 
 
 def test_the_source_hash_is_of_the_code_and_what_it_calls() -> None:
-    forward = tuning.source_hash(attention_forward_kernel)
-    assert forward == tuning.source_hash(attention_forward_kernel)
-    assert forward != tuning.source_hash(attention_backward_kernel)
+    forward = source_hash(attention_forward_kernel)
+    assert forward == source_hash(attention_forward_kernel)
+    assert forward != source_hash(attention_backward_kernel)
