@@ -161,10 +161,10 @@ Tensor workspace(size_t n_bytes) {
 
 // Returns predictions if there is a read-out, else states; then what the backward needs besides, as
 // tensors without elements if it does not.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(
     const Tensor& embeddings, const Tensor& positions, const Tensor& state, at::TensorList weights,
-    int64_t n_heads, int64_t n_loops, int64_t window, std::string injection, std::string precision,
-    bool save_activations, bool save_states) {
+    int64_t n_heads, int64_t n_loops, int64_t window, const std::string& injection,
+    const std::string& precision, bool save_activations, bool save_states) {
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
   const LoopShape& p = call.shape();
@@ -195,6 +195,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   }
   if (p.n_outputs == 0) return {states, activations, statistics, at::empty({0}, floats), start};
   return {predictions, activations, statistics, states, start};
+}
+
+// For a gradient: activations are saved, or states to recompute them from.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& embeddings, const Tensor& positions, const Tensor& state, at::TensorList weights,
+    int64_t n_heads, int64_t n_loops, int64_t window, std::string injection, std::string precision,
+    bool recompute) {
+  return run_forward(embeddings, positions, state, weights, n_heads, n_loops, window, injection,
+                     precision, !recompute, recompute);
+}
+
+Tensor infer(const Tensor& embeddings, const Tensor& positions, const Tensor& state,
+             at::TensorList weights, int64_t n_heads, int64_t n_loops, int64_t window,
+             std::string injection, std::string precision) {
+  return std::get<0>(run_forward(embeddings, positions, state, weights, n_heads, n_loops, window,
+                                 injection, precision, false, false));
 }
 
 // Uninitialised gradients of embeddings, positions, state and the weights; that of state is empty
@@ -296,9 +312,12 @@ std::string unsupported(std::string precision) { return select_engine(precision)
 
 TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
   library.def(
+      "cpu_loop_infer(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
+      "int n_heads, int n_loops, int window, str injection, str precision) -> Tensor");
+  library.def(
       "cpu_loop_forward(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "int n_heads, int n_loops, int window, str injection, str precision, bool save_activations, "
-      "bool save_states) -> (Tensor outputs, Tensor activations, Tensor statistics, Tensor states, "
+      "int n_heads, int n_loops, int window, str injection, str precision, bool recompute) "
+      "-> (Tensor outputs, Tensor activations, Tensor statistics, Tensor states, "
       "Tensor start)");
   library.def(
       "cpu_loop_backward(Tensor grad, Tensor outputs, Tensor activations, Tensor statistics, "
@@ -316,6 +335,7 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
 }
 
 TORCH_LIBRARY_IMPL(looped_fast, CPU, library) {
+  library.impl("cpu_loop_infer", infer);
   library.impl("cpu_loop_forward", forward);
   library.impl("cpu_loop_backward", backward);
   library.impl("cpu_loop_mse", mse);

@@ -7,16 +7,17 @@ Parameters carry the official state-dict names (``_read_in.weight``,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from looped_fast import ops
 from looped_fast.config import LAYER_NORM_EPS, PRECISIONS, ModelConfig, check_window
+from looped_fast.ops import op
 from looped_fast.ops.call import Call, LoopSettings
 from looped_fast.ops.graphed_loop import GraphedLoop
+from looped_fast.ops.prompt import read_in
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
@@ -46,11 +47,24 @@ class _Block(nn.Module):
 
     def op_weights(self) -> list[Tensor]:
         """The block's parameters in the order of ``reference.Block``."""
-        modules = (
-            self.ln_1, self.attn.c_attn, self.attn.c_proj,
-            self.ln_2, self.mlp.c_fc, self.mlp.c_proj,
+        modules: Any = self._modules
+        attn, mlp = modules["attn"]._modules, modules["mlp"]._modules
+        return _weights_and_biases(
+            modules["ln_1"], attn["c_attn"], attn["c_proj"],
+            modules["ln_2"], mlp["c_fc"], mlp["c_proj"],
         )  # fmt: skip
-        return [parameter for m in modules for parameter in (m.weight, m.bias)]
+
+
+def _weights_and_biases(*layers: Any) -> list[Tensor]:
+    """Weight and bias of each layer.
+
+    They come out of the dictionaries of nn.Module: as an attribute, each of the forty lookups in a
+    call would take half a microsecond.
+    """
+    try:
+        return [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
+    except KeyError:  # torch.nn.utils.parametrize computes a parameter when it is looked up
+        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
 
 
 class _Backbone(nn.Module):
@@ -81,10 +95,9 @@ class _Backbone(nn.Module):
 
     def op_weights(self) -> list[Tensor]:
         """The ``weights`` argument of ``ops.loop``."""
-        blocks = cast(Iterable[_Block], self.transformer["h"])
-        ln_f = cast(nn.LayerNorm, self.transformer["ln_f"])
-        weights = [w for block in blocks for w in block.op_weights()]
-        return [*weights, ln_f.weight, ln_f.bias]
+        modules: Any = self.transformer._modules
+        weights = [w for block in modules["h"] for w in block.op_weights()]
+        return weights + _weights_and_biases(modules["ln_f"])
 
     @property
     def positions(self) -> Tensor:
@@ -196,37 +209,37 @@ class LoopedTransformer(nn.Module):
                 "torch.nn.functional.cross_entropy takes those that a call of the model returns"
             )
         n_loops, window = self._loop_counts(n_loops, window)
-        tensors, settings = self._loop_arguments(xs, ys, n_loops, window, config.injection)
-        targets = ys.unsqueeze(-1)
-        return ops.loop_mse(*tensors, targets, n_supervised=n_supervised, **settings)
+        arguments = self._loop_arguments(xs, ys, n_loops, window, config.injection)
+        return op.run_mse(*arguments, ys.unsqueeze(-1), n_supervised)
 
     def _loop_counts(self, n_loops: int | None, window: int | None) -> tuple[int, int]:
         n_loops = self.config.n_loops if n_loops is None else n_loops
         return n_loops, min(self.config.window, n_loops) if window is None else window
 
     def _predict(self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str) -> Tensor:
-        tensors, settings = self._loop_arguments(xs, ys, n_loops, window, injection)
-        predictions = self._loop(*tensors, **settings)  # [W, B, n, n_outputs]
+        arguments = self._loop_arguments(xs, ys, n_loops, window, injection)
+        predictions = self._loop(*arguments)  # [W, B, n, n_outputs]
         if self.config.pred_type == "classification":
             return predictions
         return predictions.squeeze(-1)
 
     def _loop_arguments(
         self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str
-    ) -> tuple[tuple[Tensor, Tensor, None, list[Tensor]], dict[str, Any]]:
-        """The tensors and settings that ``ops.loop`` takes."""
+    ) -> tuple[Tensor, Tensor, None, list[Tensor], list[Tensor], LoopSettings]:
+        """The arguments of ``op.run``."""
         check_window(n_loops, window)
         self._check_prompt(xs, ys)
         device = xs.device.type
+        precision, modules = ambient_precision(device), self._modules
+        read_in_weights = _weights_and_biases(modules["_read_in"])
+        read_out = _weights_and_biases(modules["_read_out"])
         # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
-        with torch.autocast(device, enabled=False):
-            read_in = self._read_in
-            embeddings = ops.read_in(xs, ys, read_in.weight, read_in.bias, backend=self.backend)
-        positions = self._backbone.positions[: embeddings.shape[1]]
-        settings = self._settings(n_loops, window, injection, ambient_precision(device))
-        read_out = (self._read_out.weight, self._read_out.bias)
-        tensors = (embeddings, positions, None, self._backbone.op_weights())
-        return tensors, {"read_out": read_out, **settings._asdict()}
+        with nullcontext() if precision == "fp32" else torch.autocast(device, enabled=False):
+            embeddings = read_in(xs, ys, *read_in_weights, backend=self.backend)
+        backbone = self._backbone
+        positions = backbone.positions[: embeddings.shape[1]]
+        settings = self._settings(n_loops, window, injection, precision)
+        return embeddings, positions, None, backbone.op_weights(), read_out, settings
 
     def _settings(self, n_loops: int, window: int, injection: str, precision: str) -> LoopSettings:
         return LoopSettings(
@@ -285,13 +298,16 @@ class LoopedTransformer(nn.Module):
                     f"{name} is {tensor.dtype} on {tensor.device}, the model is {weight.dtype} "
                     f"on {weight.device}; convert with {name}.to(device, dtype)"
                 )
-            is_readable = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-            if is_readable and not tensor.isfinite().all():
-                where = (~tensor.isfinite()).nonzero()[0].tolist()
-                raise ValueError(
-                    f"{name}{where} is {tensor[tuple(where)].item()}; prompts must be finite: "
-                    f"drop or impute such values"
-                )
+        if xs.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
+            for name, tensor in (("xs", xs), ("ys", ys)):
+                if len(where := (~tensor.isfinite()).nonzero()):
+                    first = where[0].tolist()
+                    raise ValueError(
+                        f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
+                        f"drop or impute such values"
+                    )
 
 
 def ambient_precision(device_type: str) -> str:

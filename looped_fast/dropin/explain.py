@@ -46,4 +46,4 @@ def explain_backend(
     if precision is None and replacement is not None:
         precision = replacement.precision
     call = described.describe_call(batch_size, n_points, precision, replayed_training)
-    return backends.select(call)
+    return backends.explain(call)

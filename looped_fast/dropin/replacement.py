@@ -166,8 +166,8 @@ class FastForward:
             stack.wpe.weight[: embeddings.shape[1]],
             None,
             architectures.stack_weights(stack),
-            read_out=read_out,
-            **self._settings(n_loops, window, injection, precision)._asdict(),
+            read_out,
+            self._settings(n_loops, window, injection, precision),
         )
 
     def _settings(self, n_loops: int, window: int, injection: str, precision: str) -> LoopSettings:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -53,16 +52,16 @@ def able(call: Call) -> list[str]:
 
 
 def select(call: Call) -> Selection:
-    """The backend for ``call``; ``call.settings.backend`` forces one.
+    """The backend for ``call``, as ``explain`` says; remembered, for every call of a model asks.
 
-    Raises:
-        ValueError: the backend or ``call.settings.attention`` is unknown, or forced and unable;
-            the reason is in the message.
+    Reasons in the result may be those of an earlier call. Raises as ``explain``.
     """
-    # Times of replays may come in at any moment. Under a mode sizes may be symbolic: no keys.
-    if call.replayed or _get_current_dispatch_mode() is not None:
-        return _select(call)
-    return _remembered(call, _surroundings())
+    # Times of replays may come in at any moment. Under a mode sizes may be symbolic: no keys. A
+    # backend that is slow to start may also stop to work: torch.compile can be switched off.
+    forced = call.settings.backend in ("compiled", "triton") and call.device == "cpu"
+    if forced or call.replayed or _get_current_dispatch_mode() is not None:
+        return explain(call)
+    return _remembered(call, _surroundings(call.device))
 
 
 def forget() -> None:
@@ -72,23 +71,29 @@ def forget() -> None:
 
 @functools.lru_cache(1024)
 def _remembered(call: Call, surroundings: tuple[Any, ...]) -> Selection:
-    return _select(call)
+    return explain(call)
 
 
-def _surroundings() -> tuple[Any, ...]:
-    """What rules look at besides the call, and may change in a process."""
-    environment = os.environ
+def _surroundings(device: str) -> tuple[Any, ...]:
+    """What decides besides the call, and may change in a process."""
+    surroundings = loop_autograd.unsupported(), torch.are_deterministic_algorithms_enabled()
+    if device == "cpu":
+        return surroundings
     return (
-        loop_autograd.unsupported(),
-        torch.are_deterministic_algorithms_enabled(),
+        *surroundings,
         operand_precision(torch.float32),
         torch.backends.cuda.flash_sdp_enabled(),
         compiled_backend.is_switched_off(),
-        environment.get("TRITON_INTERPRET"),
     )
 
 
-def _select(call: Call) -> Selection:
+def explain(call: Call) -> Selection:
+    """Select a backend for ``call``; ``call.settings.backend`` forces one.
+
+    Raises:
+        ValueError: the backend or ``call.settings.attention`` is unknown, or forced and unable;
+            the reason is in the message.
+    """
     settings = call.settings
     obstacles = {name: unsupported(call) for name, unsupported in UNSUPPORTED.items()}
     if settings.backend == "auto":
@@ -111,7 +116,7 @@ def select_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "
     """Who embeds a prompt to ``width`` D: a kernel of ``triton``, or else plain PyTorch.
 
     Raises:
-        ValueError: as in ``select``.
+        ValueError: as in ``explain``.
     """
     obstacles = dict.fromkeys(UNSUPPORTED)
     obstacles["triton"] = triton_backend.unsupported_tensors(device, dtype, width)

@@ -1,7 +1,7 @@
 """The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
 
-``looped_fast::cpu_loop_forward``, ``cpu_loop_backward`` and ``cpu_loop_mse`` are defined by the
-extension ``looped_fast.ops._C``; this adds shapes for torch.compile, and autograd.
+The extension ``looped_fast.ops._C`` defines ``looped_fast::cpu_loop_infer``, ``cpu_loop_forward``,
+``cpu_loop_backward`` and ``cpu_loop_mse``; this module adds shapes for torch.compile, and autograd.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import threading
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from looped_fast.ops import loop_autograd
 from looped_fast.ops.call import Call, LoopSettings
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
-N_SETTINGS = 5  # the first of ``LoopSettings``, that its ops take
+N_SETTINGS = 5  # that its ops take, the first of ``LoopSettings``: n_heads to precision
 _MAX_OUTPUTS = 8  # of a read-out; more are a matrix product, and PyTorch's business
 
 _loading = threading.Lock()  # functools.cache lets a thread in while another is at work
@@ -86,11 +85,10 @@ def loop(
     The read-out is one that ``can_read_out`` takes.
     """
     weights = [*weights, *read_out]
-    tensors = (embeddings, positions, state, *weights)
-    save = loop_autograd.what_to_save(tensors, settings.recompute)
-    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(
-        embeddings, positions, state, weights, *_of_engine(settings), *save
-    )
+    arguments = (embeddings, positions, state, weights, *settings[:N_SETTINGS])
+    if not loop_autograd.needs_grad((embeddings, positions, state, *weights)):
+        return torch.ops.looped_fast.cpu_loop_infer(*arguments)
+    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(*arguments, settings.recompute)
     return outputs
 
 
@@ -107,14 +105,9 @@ def loop_mse(
     """Run ``ops.loop_mse`` on the engine, which computes gradients along with the error."""
     error, _ = torch.ops.looped_fast.cpu_loop_mse(
         embeddings, positions, state, [*weights, *read_out], targets, n_supervised,
-        *_of_engine(settings),
+        *settings[:N_SETTINGS],
     )  # fmt: skip
     return error
-
-
-def _of_engine(settings: LoopSettings) -> tuple[Any, ...]:
-    """What the engine's ops take: n_heads, n_loops, window, injection, precision."""
-    return settings[:N_SETTINGS]
 
 
 def empty_cache() -> None:
@@ -123,9 +116,13 @@ def empty_cache() -> None:
         torch.ops.looped_fast.cpu_empty_cache()
 
 
-def _forward_fake(embeddings, positions, state, weights, *settings_and_flags):
-    *flat, save_activations, save_states = settings_and_flags
+def _infer_fake(embeddings, positions, state, weights, *settings):
+    return _forward_fake(embeddings, positions, state, weights, *settings, False)[0]
+
+
+def _forward_fake(embeddings, positions, state, weights, *flat):
     settings = LoopSettings(*flat)
+    save_states, save_activations = settings.recompute, not settings.recompute
     B, S, D = embeddings.shape
     n_layer, n_last = divmod(len(weights), 12)
     reads_out, window = n_last == 4, settings.window
@@ -134,13 +131,12 @@ def _forward_fake(embeddings, positions, state, weights, *settings_and_flags):
     def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         return embeddings.new_empty(shape if wanted else (0,), dtype=dtype)
 
-    needs_start = (save_activations or save_states) and window < settings.n_loops
     return (
         empty(window, B, S, len(weights[-1]) if reads_out else D),
         empty(window, 10 * n_layer, B, S, D, wanted=save_activations, dtype=operands),
         empty(window, (settings.n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
         empty(window, B, S, D, wanted=save_states and reads_out),
-        empty(B, S, D, wanted=needs_start),
+        empty(B, S, D, wanted=window < settings.n_loops),
     )
 
 
@@ -173,6 +169,7 @@ def _gradients(grad, outputs, saved, inputs, settings):
 
 
 def _register() -> None:
+    torch.library.register_fake("looped_fast::cpu_loop_infer")(_infer_fake)
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from looped_fast import ops
 from looped_fast.errors import check_name
-from looped_fast.ops import loop_autograd
+from looped_fast.kernels.candidates import operand_precision
+from looped_fast.ops import loop_autograd, op
+from looped_fast.ops.call import LoopSettings
 from looped_fast.ops.graphs import MODES, Graphs, graphs_on
 
 
@@ -50,15 +51,18 @@ class GraphedLoop:
         positions: Tensor,
         state: Tensor | None,
         weights: Sequence[Tensor],
-        **settings: Any,
+        read_out: Sequence[Tensor],
+        settings: LoopSettings,
     ) -> Tensor:
         """Run ``ops.loop`` (same arguments and result)."""
+        if not _is_on_gpu(embeddings) and self.mode != "on":
+            return op.run(embeddings, positions, state, weights, read_out, settings)
 
         def run(embeddings: Tensor, state: Tensor | None = None) -> Tensor:
-            return ops.loop(embeddings, positions, state, weights, **settings)
+            return op.run(embeddings, positions, state, weights, read_out, settings)
 
         inputs = (embeddings,) if state is None else (embeddings, state)
-        parameters = (positions, *weights, settings)
+        parameters = (positions, *weights, *read_out, settings)
         if not self._applies((*inputs, *parameters)):
             return run(*inputs)
         device = embeddings.device
@@ -66,7 +70,7 @@ class GraphedLoop:
             self._graphs[device] = graphs_on(device, self.mode, capture_at=3)
         key = (
             *(tensor.shape for tensor in inputs), embeddings.dtype, _identity(parameters),
-            _tf32_allowed(), _stream(device),
+            operand_precision(torch.float32), _stream(device),
         )  # fmt: skip
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -127,11 +131,3 @@ def _identity(value: Any) -> Hashable:
     if isinstance(value, list | tuple):
         return tuple(map(_identity, value))
     return value
-
-
-def _tf32_allowed() -> bool:
-    """True if PyTorch's own matrix products may use TF32; the switch has two names."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9; follows the older switch, too
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32

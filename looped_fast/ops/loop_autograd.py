@@ -30,12 +30,6 @@ def needs_grad(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def what_to_save(tensors: Sequence[Tensor], recompute: bool) -> tuple[bool, bool]:
-    """``save_activations`` and ``save_states`` of a forward: for a backward, one or the other."""
-    recorded = needs_grad(tensors)
-    return recorded and not recompute, recorded and recompute
-
-
 def register(
     backend: str,
     gradients: Gradients,

@@ -8,7 +8,7 @@ there, so PyTorch differentiates it and Inductor may fuse it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,11 +68,7 @@ def loop(
     Source: arXiv 2311.12424, section 4; official ``scripts/models.py``,
     ``TransformerModelLooped.forward``.
     """
-    flat = LoopSettings(**settings)
-    _check(embeddings, positions, state, weights, read_out, flat)
-    # Traced, it has to be an op; elsewhere the dispatcher would only call the function.
-    run = torch.ops.looped_fast.loop if torch.compiler.is_compiling() else _run
-    return run(embeddings, positions, state, list(weights), list(read_out), *flat)
+    return run(embeddings, positions, state, weights, read_out, LoopSettings(**settings))
 
 
 def loop_mse(
@@ -108,21 +104,55 @@ def loop_mse(
 
     Source: official ``scripts/train.py``, ``train_step``.
     """
-    flat = LoopSettings(**settings)
-    _check(embeddings, positions, state, weights, read_out, flat)
+    tensors = embeddings, positions, state, weights, read_out
+    return run_mse(*tensors, LoopSettings(**settings), targets, n_supervised)
+
+
+def run(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor | None,
+    weights: Sequence[Tensor],
+    read_out: Sequence[Tensor],
+    settings: LoopSettings,
+) -> Tensor:
+    """Run ``loop`` with its settings in a record."""
+    _check(embeddings, positions, state, weights, read_out, settings)
+    if torch.compiler.is_compiling():  # it takes an op; otherwise the dispatcher only costs time
+        tensors = embeddings, positions, state, list(weights), list(read_out)
+        return torch.ops.looped_fast.loop(*tensors, *settings)
+    return _run(embeddings, positions, state, weights, read_out, settings)
+
+
+def run_mse(
+    embeddings: Tensor,
+    positions: Tensor,
+    state: Tensor | None,
+    weights: Sequence[Tensor],
+    read_out: Sequence[Tensor],
+    settings: LoopSettings,
+    targets: Tensor,
+    n_supervised: int | None = None,
+) -> Tensor:
+    """Run ``loop_mse`` with its settings in a record."""
+    _check(embeddings, positions, state, weights, read_out, settings)
     if not read_out:
         raise ValueError("loop_mse needs a read_out: errors are those of predictions")
-    n_supervised = flat.window if n_supervised is None else n_supervised
-    if not 1 <= n_supervised <= flat.window:
+    window = settings.window
+    n_supervised = window if n_supervised is None else n_supervised
+    if not 1 <= n_supervised <= window:
         raise ValueError(
-            f"n_supervised = {n_supervised} is outside 1..{flat.window} (window); predictions of "
-            f"the last n_supervised steps of the window are compared with targets"
+            f"n_supervised = {n_supervised} is outside 1..{window} (window); predictions of the "
+            f"last n_supervised steps of the window are compared with targets"
         )
     B, S, _ = embeddings.shape
     _check_tensor("targets", targets, (B, (S + 1) // 2, len(read_out[1])), embeddings)
-    run = torch.ops.looped_fast.loop_mse if torch.compiler.is_compiling() else _run_mse
-    tensors = embeddings, positions, state, list(weights), list(read_out), targets
-    return run(*tensors, n_supervised, *flat)
+    if torch.compiler.is_compiling():
+        tensors = embeddings, positions, state, list(weights), list(read_out)
+        return torch.ops.looped_fast.loop_mse(*tensors, targets, n_supervised, *settings)
+    return _run_mse(
+        embeddings, positions, state, weights, read_out, targets, n_supervised, settings
+    )
 
 
 def _run(
@@ -131,9 +161,9 @@ def _run(
     state: Tensor | None,
     weights: Sequence[Tensor],
     read_out: Sequence[Tensor],
-    *flat: Any,
+    settings: LoopSettings,
 ) -> Tensor:
-    chosen, settings = _select(embeddings, weights, LoopSettings(*flat))
+    chosen, settings = _select(embeddings, weights, settings)
     state = _start(state, embeddings, settings, chosen)
     return _run_on(chosen, embeddings, positions, state, weights, read_out, settings)
 
@@ -146,9 +176,9 @@ def _run_mse(
     read_out: Sequence[Tensor],
     targets: Tensor,
     n_supervised: int,
-    *flat: Any,
+    settings: LoopSettings,
 ) -> Tensor:
-    chosen, settings = _select(embeddings, weights, LoopSettings(*flat))
+    chosen, settings = _select(embeddings, weights, settings)
     state = _start(state, embeddings, settings, chosen)
     tensors: tuple[Any, Any, Any, Any] = (embeddings, positions, state, weights)
     if not loop_autograd.needs_grad([targets]):
@@ -201,17 +231,11 @@ def _select(
     """The backend, and the settings with who computes attention there."""
     B, S, D = embeddings.shape
     replayed = is_replayed()
+    n_layer = (len(weights) - 2) // len(reference.Block._fields)
+    training = replayed and loop_autograd.needs_grad((embeddings, *weights))
+    device, dtype = embeddings.device, embeddings.dtype
     call = Call(
-        settings=settings,
-        device=embeddings.device.type,
-        device_index=embeddings.device.index or 0,
-        dtype=embeddings.dtype,
-        batch=B,
-        seq_len=S,
-        n_embd=D,
-        n_layer=(len(weights) - 2) // len(reference.Block._fields),
-        replayed=replayed,
-        training=replayed and loop_autograd.needs_grad((embeddings, *weights)),
+        settings, device.type, dtype, B, S, D, n_layer, device.index or 0, replayed, training
     )
     selection = backends.select(call)
     if selection.attention is not None:
@@ -228,10 +252,15 @@ def _start(
     return state
 
 
+def _with_record(function: Callable[..., Tensor], n_before: int) -> Callable[..., Tensor]:
+    """``function`` as an op calls it: after ``n_before`` arguments come the settings one by one."""
+    return lambda *flat: function(*flat[:n_before], LoopSettings(*flat[n_before:]))
+
+
 # One function under both keys: below autograd it only computes, at autograd it is differentiated.
 for _key in ("CompositeExplicitAutograd", "Autograd"):
-    _library.impl("loop", _run, _key)
-    _library.impl("loop_mse", _run_mse, _key)
+    _library.impl("loop", _with_record(_run, n_before=5), _key)
+    _library.impl("loop_mse", _with_record(_run_mse, n_before=7), _key)
 
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
@@ -262,24 +291,26 @@ def _check(embeddings, positions, state, weights, read_out, settings: LoopSettin
         raise ValueError(
             f"{len(weights)} weights; {n_fields} per block and 2 for the final LayerNorm are needed"
         )
-    _check_tensor("positions", positions, (S, D), embeddings)
-    if state is not None:
-        _check_tensor("state", state, (B, S, D), embeddings)
+    if len(read_out) not in (0, 2):
+        raise ValueError(f"read_out holds {len(read_out)} tensors; weight and bias are needed")
     expected = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
-    names, shapes = expected(D, len(weights))
-    for name, tensor, shape in zip(names, weights, shapes, strict=True):
-        _check_tensor(name, tensor, shape, embeddings)
-    if read_out:
-        if len(read_out) != 2:
-            raise ValueError(f"read_out holds {len(read_out)} tensors; weight and bias are needed")
-        weight, bias = read_out
-        _check_tensor("read_out weight", weight, (len(bias), D), embeddings)
-        _check_tensor("read_out bias", bias, (len(bias),), embeddings)
+    names, shapes = expected(D, len(weights), len(read_out) and len(read_out[1]))
+    tensors = [*weights, *read_out, positions]
+    shapes = [*shapes, (S, D)]
+    if state is not None:
+        tensors, shapes = [*tensors, state], [*shapes, (B, S, D)]
+    dtype, device = embeddings.dtype, embeddings.device
+    if [t.shape for t in tensors] != shapes or any(
+        t.dtype != dtype or t.device != device for t in tensors
+    ):
+        names = [*names, "positions", "state"]
+        for name, tensor, shape in zip(names, tensors, shapes, strict=False):
+            _check_tensor(name, tensor, shape, embeddings)
 
 
 @functools.lru_cache
-def _expected(D: int, n_weights: int) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Names and shapes of the loop's weights."""
+def _expected(D: int, n_weights: int, n_outputs: int) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Names and shapes of the loop's weights, and of a read-out's if there are outputs."""
     matrices = {
         "c_attn_weight": (3 * D, D), "c_attn_bias": (3 * D,), "attn_c_proj_weight": (D, D),
         "c_fc_weight": (4 * D, D), "c_fc_bias": (4 * D,), "mlp_c_proj_weight": (D, 4 * D),
@@ -288,7 +319,13 @@ def _expected(D: int, n_weights: int) -> tuple[list[str], list[tuple[int, ...]]]
     n_layer = (n_weights - 2) // len(fields)
     names = [f"block {i} {name}" for i in range(n_layer) for name in fields]
     shapes = [matrices.get(name, (D,)) for name in fields] * n_layer
-    return [*names, "ln_f weight", "ln_f bias"], [*shapes, (D,), (D,)]
+    names, shapes = [*names, "ln_f weight", "ln_f bias"], [*shapes, (D,), (D,)]
+    if n_outputs:
+        names, shapes = (
+            [*names, "read_out weight", "read_out bias"],
+            [*shapes, (n_outputs, D), (n_outputs,)],
+        )
+    return names, shapes
 
 
 def _check_tensor(name, tensor, shape, embeddings) -> None:

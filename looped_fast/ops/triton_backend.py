@@ -141,8 +141,9 @@ def loop(
         States [W, B, S, D], or with a read-out predictions [W, B, S, n_outputs].
     """
     tensors = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
-    save, save_states = loop_autograd.what_to_save(tensors, settings.recompute)
-    save_states = save_states or (save and settings.injection == "mul")
+    recorded = loop_autograd.needs_grad(tensors)
+    save = recorded and not settings.recompute
+    save_states = recorded and (settings.recompute or settings.injection == "mul")
     result, *_ = torch.ops.looped_fast.triton_loop_forward(
         embeddings, positions, state, [*weights, *read_out], *settings, targets, n_supervised, save,
         save_states,

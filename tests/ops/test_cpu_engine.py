@@ -222,31 +222,28 @@ def test_the_recorded_training_run_is_reproduced():
         assert (parameter.detach() - final).norm() <= 1e-4 * final.norm(), name
 
 
-def op_arguments(precision="fp32", grad=True, save=(True, False), window=1, n_outputs=0):
+def op_arguments(precision="fp32", grad=True, recompute=False, window=1, n_outputs=0):
     inputs = loop_inputs(B=2, S=5, D=32, dtype=torch.float32, n_outputs=n_outputs)
     if grad:
         require_grad(inputs)
     weights = inputs.pop("weights") + inputs.pop("read_out", [])
-    return (*inputs.values(), weights, 2, 2, window, "mul", precision, *save)
+    return (*inputs.values(), weights, 2, 2, window, "mul", precision, recompute)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    ("window", "n_outputs", "save"),
-    [(1, 0, (True, False)), (2, 2, (True, False)), (1, 2, (False, True)), (2, 0, (False, True))],
+    ("window", "n_outputs", "recompute"), [(1, 0, False), (2, 2, False), (1, 2, True), (2, 0, True)]
 )
-def test_the_ops_pass_opcheck(precision, window, n_outputs, save, two_threads):
+def test_the_ops_pass_opcheck(precision, window, n_outputs, recompute, two_threads):
     forward = torch.ops.looped_fast.cpu_loop_forward.default
-    kind = {"window": window, "n_outputs": n_outputs, "save": save}
+    kind = {"window": window, "n_outputs": n_outputs, "recompute": recompute}
     torch.library.opcheck(forward, op_arguments(precision, **kind))
-    torch.library.opcheck(
-        forward, op_arguments(precision, grad=False, **{**kind, "save": (False, False)})
-    )
     arguments = op_arguments(precision, grad=False, **kind)
+    torch.library.opcheck(torch.ops.looped_fast.cpu_loop_infer.default, arguments[:-1])
     outputs, *saved = forward(*arguments)
     torch.library.opcheck(
         torch.ops.looped_fast.cpu_loop_backward.default,
-        (torch.randn_like(outputs), outputs, *saved, *arguments[:-2]),
+        (torch.randn_like(outputs), outputs, *saved, *arguments[:-1]),
     )
 
 
@@ -299,14 +296,19 @@ def test_an_empty_batch_is_no_error():
 
 def test_activations_are_saved_only_for_a_gradient(monkeypatch):
     saved = []
-    forward = torch.ops.looped_fast.cpu_loop_forward
+    forward, infer = torch.ops.looped_fast.cpu_loop_forward, torch.ops.looped_fast.cpu_loop_infer
 
     def spy(*arguments):
         out = forward(*arguments)
         saved.append(out[1].numel())
         return out
 
+    def infer_spy(*arguments):
+        saved.append(None)
+        return infer(*arguments)
+
     monkeypatch.setattr(torch.ops.looped_fast, "cpu_loop_forward", spy)
+    monkeypatch.setattr(torch.ops.looped_fast, "cpu_loop_infer", infer_spy)
     inputs = loop_inputs(B=1, S=4, D=32, dtype=torch.float32)
     arguments = {"n_heads": 2, "n_loops": 2, "window": 2, "backend": "cpu"}
     ops.loop(**inputs, **arguments)
@@ -315,7 +317,7 @@ def test_activations_are_saved_only_for_a_gradient(monkeypatch):
         ops.loop(**inputs, **arguments)
     ops.loop(**inputs, **arguments, recompute=True)
     ops.loop(**inputs, **arguments)
-    assert saved == [0, 0, 0, 2 * 10 * 4 * 32]
+    assert saved == [None, None, 0, 2 * 10 * 4 * 32]
 
 
 def test_nan_in_the_input_is_nan_in_the_output():

@@ -10,7 +10,8 @@ from conftest import cast, loop_inputs, small_model
 from fake_graphs import FakeGraph
 
 from looped_fast import ops
-from looped_fast.ops import graphed_loop, graphs
+from looped_fast.ops import graphed_loop, graphs, op
+from looped_fast.ops.call import LoopSettings
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.graphs import Graphs, graphs_on
 
@@ -231,7 +232,12 @@ def graphed(monkeypatch):
     monkeypatch.setattr(graphed_loop, "graphs_on", graphs_on)
     monkeypatch.setattr(graphed_loop, "_is_on_gpu", lambda tensor: True)
     monkeypatch.setattr(graphed_loop, "_stream", lambda device: 0)
-    return GraphedLoop(), calls
+    loop = GraphedLoop()
+
+    def by_name(embeddings, positions, state, weights, **settings):
+        return loop(embeddings, positions, state, weights, (), LoopSettings(**settings))
+
+    return by_name, calls
 
 
 SETTINGS = {"n_heads": 2, "n_loops": 3, "window": 2, "backend": "reference"}
@@ -248,18 +254,19 @@ def test_a_loop_is_replayed_on_new_inputs_and_changed_weights(graphed):
 
 
 def test_a_loop_without_an_initial_state_is_another_kind(graphed, monkeypatch):
-    op, seen = ops.loop, []
+    run, seen = op.run, []
 
-    def loop_from_zeros(embeddings, positions, state, weights, **settings):
+    def run_from_zeros(embeddings, positions, state, *others):
         seen.append(state)
         state = torch.zeros_like(embeddings) if state is None else state
-        return op(embeddings, positions, state, weights, **settings)
+        return run(embeddings, positions, state, *others)
 
-    monkeypatch.setattr(ops, "loop", loop_from_zeros)
+    monkeypatch.setattr(op, "run", run_from_zeros)
     loop, calls = graphed
     inputs = cast(loop_inputs(), torch.float32) | SETTINGS
     zeros = inputs | {"state": torch.zeros_like(inputs["state"])}
-    expected = op(**zeros)
+    expected = ops.loop(**zeros)
+    seen.clear()
     for _ in range(3):
         assert torch.equal(loop(**inputs | {"state": None}), expected)
     assert seen == [None, None, None]
