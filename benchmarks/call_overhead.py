@@ -1,8 +1,6 @@
-"""Python's share of an inference call: the model against its tensor work written out by hand.
+"""Python around an inference call: a tiny model against its tensor work, written out by hand.
 
-    python -m benchmarks.call_overhead
-
-The model is so small that nothing else matters. Rounds of both take turns; medians over rounds.
+python -m benchmarks.call_overhead
 """
 
 from __future__ import annotations
@@ -13,43 +11,31 @@ import timeit
 import torch
 
 from looped_fast import LoopedTransformer, ModelConfig
-from looped_fast.ops import cpu_engine, reference
+from looped_fast.ops import reference
 
 ROUNDS, CALLS = 300, 100
 
 
 def main() -> None:
-    """Print microseconds of a call, of its tensor work, and of the Python around that."""
-    if reason := cpu_engine.unsupported_precision("fp32"):
-        raise SystemExit(f"no CPU engine: {reason}")
+    """Print medians over rounds, in which both take turns, in microseconds."""
     torch.set_num_threads(1)
-    model = LoopedTransformer(ModelConfig(n_embd=32, n_head=4, n_loops=1, window=1))
+    model = LoopedTransformer(ModelConfig(n_embd=32, n_head=4, n_loops=1, window=1), "cpu")
     xs, ys = torch.randn(1, 2, 20), torch.randn(1, 2)
     weights = [*model._backbone.op_weights(), *model._read_out.parameters()]
-    positions = model._backbone.positions[:4]
-    read_in = tuple(model._read_in.parameters())
-    arguments = (weights, 4, 1, 1, "add", "fp32")
+    positions, settings = model._backbone.positions[:4], (4, 1, 1, "add", "fp32")
 
     def by_hand() -> torch.Tensor:
-        finite = (xs.sum() + ys.sum()).isfinite()
-        embeddings = reference.read_in(xs, ys, *read_in)
-        state = torch.zeros_like(embeddings)
+        assert (xs.sum() + ys.sum()).isfinite()
+        e = reference.read_in(xs, ys, *model._read_in.parameters())
         infer = torch.ops.looped_fast.cpu_loop_infer
-        predictions = infer(embeddings, positions, state, *arguments)
-        return predictions[:, :, ::2].squeeze(-1) if finite else predictions
+        return infer(e, positions, torch.zeros_like(e), weights, *settings)[:, :, ::2].squeeze(-1)
 
     with torch.no_grad():
-        assert torch.equal(by_hand(), model(xs, ys))
-        rounds = [
-            [
-                timeit.timeit(call, number=CALLS) / CALLS * 1e6
-                for call in (by_hand, lambda: model(xs, ys))
-            ]
-            for _ in range(ROUNDS)
-        ]
-    hand, call = (statistics.median(times) for times in zip(*rounds, strict=True))
-    python = statistics.median(b - a for a, b in rounds)
-    print(f"a call {call:.0f} us, its tensor work {hand:.0f}, Python around it {python:.0f}")
+        assert torch.equal(model(xs, ys), by_hand())
+        calls = (by_hand, lambda: model(xs, ys))
+        rounds = [[timeit.timeit(f, number=CALLS) / CALLS for f in calls] for _ in range(ROUNDS)]
+    hand, call = (1e6 * statistics.median(times) for times in zip(*rounds, strict=True))
+    print(f"a call {call:.0f} us: tensor work {hand:.0f}, Python around it {call - hand:.0f}")
 
 
 if __name__ == "__main__":

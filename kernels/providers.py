@@ -60,7 +60,7 @@ def _flash_unsupported(call: Call) -> str | None:
     """Why no build of FlashAttention can run ``call``, or None."""
     if call.settings.precision == "fp32":
         return "it multiplies bf16 and fp16 only, not fp32"
-    if call.device != "cuda" or torch.version.hip:
+    if call.device.type != "cuda" or torch.version.hip:
         return None
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
@@ -88,8 +88,8 @@ def _flash_attn_load_error() -> str | None:
 
 
 def _flash_attn_unsupported(call: Call) -> str | None:
-    if call.device != "cuda":
-        return f"tensors are on {call.device}"
+    if call.device.type != "cuda":
+        return f"tensors are on {call.device.type}"
     return _flash_unsupported(call) or _flash_attn_load_error()
 
 
@@ -130,9 +130,9 @@ def _flash_attn_backward(
 
 
 def _sdpa_unsupported(call: Call) -> str | None:
-    if call.device == "cuda" and not torch.backends.cuda.is_flash_attention_available():
+    if call.device.type == "cuda" and not torch.backends.cuda.is_flash_attention_available():
         return "this PyTorch was built without flash attention"
-    if call.device == "cuda" and not torch.backends.cuda.flash_sdp_enabled():
+    if call.device.type == "cuda" and not torch.backends.cuda.flash_sdp_enabled():
         return "it is switched off: torch.backends.cuda.enable_flash_sdp(True)"
     return _flash_unsupported(call)
 

@@ -19,12 +19,6 @@ from looped_fast.model import LoopedTransformer  # noqa: E402
 from looped_fast.pretrained import from_pretrained  # noqa: E402
 
 __all__ = [
-    "LoopedTransformer",
-    "ModelConfig",
-    "UnsupportedModel",
-    "__version__",
-    "accelerate",
-    "explain_backend",
-    "from_pretrained",
-    "restore",
-]
+    "LoopedTransformer", "ModelConfig", "UnsupportedModel", "__version__", "accelerate",
+    "explain_backend", "from_pretrained", "restore"
+]  # fmt: skip

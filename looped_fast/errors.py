@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 from collections.abc import Collection, Iterable
 
 
@@ -28,3 +30,16 @@ def check_name(kind: str, name: object, valid: Collection[str]) -> None:
     """Raise ``unknown_name`` unless ``name`` is one of ``valid``."""
     if name not in valid:
         raise unknown_name(kind, name, valid)
+
+
+# User errors: bad settings, unreadable files, divergence. Others are bugs and get a traceback.
+EXPECTED = (ValueError, OSError, RuntimeError)
+
+
+def report(error: BaseException) -> int:
+    """Print an error, and return a command's exit status: 2 if other arguments would help."""
+    if not isinstance(error, EXPECTED):
+        traceback.print_exception(error)
+        return 1
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1

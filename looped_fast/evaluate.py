@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from looped_fast.errors import CheckpointError
+from looped_fast import errors
 from looped_fast.evaluation import (
     MIN_PROMPTS,
     Curve,
@@ -74,12 +74,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         command = tyro.cli(Command, args=args, prog="python -m looped_fast.evaluate")
         evaluate(command)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except errors.EXPECTED as error:
+        return errors.report(error)
     return 0
 
 

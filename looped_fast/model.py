@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from looped_fast.config import LAYER_NORM_EPS, PRECISIONS, ModelConfig, check_window
 from looped_fast.ops import op
-from looped_fast.ops.call import Call, LoopSettings
+from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.prompt import read_in
 from looped_fast.ops.reference import AUTOCAST_DTYPES
@@ -225,21 +225,23 @@ class LoopedTransformer(nn.Module):
 
     def _loop_arguments(
         self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str
-    ) -> tuple[Tensor, Tensor, None, list[Tensor], list[Tensor], LoopSettings]:
+    ) -> tuple[LoopTensors, LoopSettings]:
         """The arguments of ``op.run``."""
         check_window(n_loops, window)
         self._check_prompt(xs, ys)
         device = xs.device.type
         precision, modules = ambient_precision(device), self._modules
-        read_in_weights = _weights_and_biases(modules["_read_in"])
-        read_out = _weights_and_biases(modules["_read_out"])
+        *read_in_weights, weight, bias = _weights_and_biases(
+            modules["_read_in"], modules["_read_out"]
+        )
         # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
         with nullcontext() if precision == "fp32" else torch.autocast(device, enabled=False):
             embeddings = read_in(xs, ys, *read_in_weights, backend=self.backend)
         backbone = self._backbone
         positions = backbone.positions[: embeddings.shape[1]]
         settings = self._settings(n_loops, window, injection, precision)
-        return embeddings, positions, None, backbone.op_weights(), read_out, settings
+        weights = backbone.op_weights()
+        return LoopTensors(embeddings, positions, None, weights, [weight, bias]), settings
 
     def _settings(self, n_loops: int, window: int, injection: str, precision: str) -> LoopSettings:
         return LoopSettings(
@@ -264,18 +266,9 @@ class LoopedTransformer(nn.Module):
         config, weight = self.config, self._read_in.weight
         precision = precision or ambient_precision(weight.device.type)
         settings = self._settings(config.n_loops, config.window, config.injection, precision)
-        return Call(
-            settings=settings,
-            device=weight.device.type,
-            device_index=weight.device.index or 0,
-            dtype=weight.dtype,
-            batch=batch_size,
-            seq_len=2 * n_points,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            replayed=replayed_training or self._loop.replays_on(weight.device),
-            training=replayed_training,
-        )
+        sizes = batch_size, 2 * n_points, config.n_embd, config.n_layer
+        replayed = replayed_training or self._loop.replays_on(weight.device)
+        return Call(settings, weight.device, weight.dtype, *sizes, replayed, replayed_training)
 
     def _check_prompt(self, xs: Tensor, ys: Tensor) -> None:
         config, weight = self.config, self._read_in.weight

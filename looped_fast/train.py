@@ -20,6 +20,7 @@ import torch
 import tyro
 import yaml
 
+from looped_fast import errors
 from looped_fast.compat.config_files import load_config
 from looped_fast.config import VERSION
 from looped_fast.dropin.explain import explain_backend
@@ -57,22 +58,10 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("looped_fast").setLevel(logging.INFO)  # what takes long: compiling kernels
     try:
-        with distributed.join(report_error) as processes:
+        with distributed.join() as processes:
             return run(*processes.broadcast(lambda: prepare(args, processes)), processes)
-    except EXPECTED_ERRORS as error:
-        return report_error(error)
-
-
-# User errors: bad settings, unreadable files, divergence. Others are bugs and get a traceback.
-EXPECTED_ERRORS = (ValueError, OSError, RuntimeError)
-
-
-def report_error(error: BaseException) -> int:
-    """Print an error, and return the exit status: 2 if other arguments would help."""
-    if not isinstance(error, EXPECTED_ERRORS):
-        return distributed.print_traceback(error)
-    print(f"error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+    except errors.EXPECTED as error:
+        return errors.report(error)
 
 
 def prepare(

@@ -34,7 +34,7 @@ needs_engine = pytest.mark.skipif(
 # A call of the paper's model, as the choice of a backend sees it.
 CALL = Call(
     LoopSettings(n_heads=8, n_loops=30, window=15),
-    device="cpu",
+    device=torch.device("cpu"),
     dtype=torch.float32,
     batch=64,
     seq_len=82,
@@ -45,6 +45,8 @@ CALL = Call(
 
 def changed(call: Call, **changes: Any) -> Call:
     """``call`` with other settings, or facts about its tensors."""
+    if "device" in changes:
+        changes["device"] = torch.device(changes["device"])
     of_settings = {name: changes.pop(name) for name in LoopSettings._fields if name in changes}
     return call._replace(settings=call.settings._replace(**of_settings), **changes)
 
@@ -52,9 +54,9 @@ def changed(call: Call, **changes: Any) -> Call:
 @pytest.fixture(autouse=True)
 def fresh_selections() -> Iterator[None]:
     """Tests change what backends say about themselves, which is no part of a selection's key."""
-    backends.forget()
+    backends._remembered.cache_clear()
     yield
-    backends.forget()
+    backends._remembered.cache_clear()
 
 
 # They start first, so that no core waits at the end for a file that another one has just begun.

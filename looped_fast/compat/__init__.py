@@ -16,14 +16,7 @@ from looped_fast.compat.models import (
 )
 
 __all__ = [
-    "FAMILIES",
-    "LOOP_FUNCS",
-    "OfficialCheckpoint",
-    "TransformerModel",
-    "TransformerModelLooped",
-    "TransformerModelTying",
-    "build_model",
-    "export_official_checkpoint",
-    "load_official_checkpoint",
-    "model_config_from_state_dict",
-]
+    "FAMILIES", "LOOP_FUNCS", "OfficialCheckpoint", "TransformerModel", "TransformerModelLooped",
+    "TransformerModelTying", "build_model", "export_official_checkpoint",
+    "load_official_checkpoint", "model_config_from_state_dict"
+]  # fmt: skip

@@ -19,7 +19,7 @@ from looped_fast.dropin import architectures, verify
 from looped_fast.dropin.architectures import ARCHITECTURES, Architecture, Model
 from looped_fast.errors import check_name
 from looped_fast.model import LoopedTransformer, ambient_precision
-from looped_fast.ops.call import Call, LoopSettings
+from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
@@ -161,14 +161,12 @@ class FastForward:
     ) -> Tensor:
         """Run ``ops.loop`` on the model's current parameters: see ``architectures.Loop``."""
         stack, precision = self.stack, ambient_precision(embeddings.device.type)
-        return self.graphed(
-            embeddings,
+        positions, weights = (
             stack.wpe.weight[: embeddings.shape[1]],
-            None,
             architectures.stack_weights(stack),
-            read_out,
-            self._settings(n_loops, window, injection, precision),
         )
+        tensors = LoopTensors(embeddings, positions, None, weights, list(read_out))
+        return self.graphed(tensors, self._settings(n_loops, window, injection, precision))
 
     def _settings(self, n_loops: int, window: int, injection: str, precision: str) -> LoopSettings:
         return LoopSettings(
@@ -192,18 +190,11 @@ class FastForward:
         stack, weight = self.stack, self.stack.wpe.weight
         # The loop count, an argument of the model's calls, does not affect the selection.
         precision = precision or ambient_precision(weight.device.type)
-        return Call(
-            settings=self._settings(1, 1, "none", precision),
-            device=weight.device.type,
-            device_index=weight.device.index or 0,
-            dtype=weight.dtype,
-            batch=batch_size,
-            seq_len=self.architecture.tokens_per_point * n_points,
-            n_embd=weight.shape[1],
-            n_layer=len(stack.h),
-            replayed=replayed_training or self.graphed.replays_on(weight.device),
-            training=replayed_training,
-        )
+        seq_len = self.architecture.tokens_per_point * n_points
+        sizes = batch_size, seq_len, weight.shape[1], len(stack.h)
+        settings = self._settings(1, 1, "none", precision)
+        replayed = replayed_training or self.graphed.replays_on(weight.device)
+        return Call(settings, weight.device, weight.dtype, *sizes, replayed, replayed_training)
 
 
 class _OwnForward:

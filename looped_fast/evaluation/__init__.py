@@ -13,13 +13,6 @@ from looped_fast.evaluation.errors import (
 )
 
 __all__ = [
-    "MIN_PROMPTS",
-    "Curve",
-    "bootstrap_curve",
-    "evaluation_batches",
-    "loop_errors",
-    "model_errors",
-    "model_predictor",
-    "position_errors",
-    "prompt_errors",
-]
+    "MIN_PROMPTS", "Curve", "bootstrap_curve", "evaluation_batches", "loop_errors",
+    "model_errors", "model_predictor", "position_errors", "prompt_errors"
+]  # fmt: skip

@@ -79,7 +79,7 @@ def operands(call: Call) -> str:
 
 
 def _kind(call: Call) -> str:
-    device = _device_name(call.device, call.device_index)
+    device = _device_name(call.device)
     what = "training step" if call.training else "inference"
     settings = call.settings
     return (
@@ -90,8 +90,8 @@ def _kind(call: Call) -> str:
 
 
 @functools.cache
-def _device_name(device: str, index: int) -> str:
-    return torch.cuda.get_device_name(index) if device == "cuda" else device
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.cache

@@ -58,15 +58,10 @@ def select(call: Call) -> Selection:
     """
     # Times of replays may come in at any moment. Under a mode sizes may be symbolic: no keys. A
     # backend that is slow to start may also stop to work: torch.compile can be switched off.
-    forced = call.settings.backend in ("compiled", "triton") and call.device == "cpu"
+    forced = call.settings.backend in ("compiled", "triton") and call.device.type == "cpu"
     if forced or call.replayed or _get_current_dispatch_mode() is not None:
         return explain(call)
-    return _remembered(call, _surroundings(call.device))
-
-
-def forget() -> None:
-    """Select afresh from here on: after a change that ``select`` can't see, such as in a test."""
-    _remembered.cache_clear()
+    return _remembered(call, _surroundings(call.device.type))
 
 
 @functools.lru_cache(1024)
@@ -137,7 +132,7 @@ def _slower(call: Call, able: list[str]) -> dict[str, str]:
         "compiled": "it runs when asked for, or on a GPU where a training run measured it faster: "
         "compiling for a new shape takes many seconds"
     }
-    if call.device != "cpu" and call.settings.attention != "auto":
+    if call.device.type != "cpu" and call.settings.attention != "auto":
         return slower  # asks for the triton backend, which alone has a choice of attention
     for name, reason in backend_times.failures(call).items():
         if name != "reference":  # the last resort
@@ -151,7 +146,7 @@ def _slower(call: Call, able: list[str]) -> dict[str, str]:
                 f"{milliseconds:.3g} ms {what} measured here, {fastest} takes {times[fastest]:.3g}"
             )
         slower.pop(fastest)
-    elif call.device == "cpu":
+    elif call.device.type == "cpu":
         slower["triton"] = _INTERPRETED
     elif backend_times.operands(call) == "fp32" and call.n_embd >= CUBLAS_WIDTH:
         slower["triton"] = (

@@ -8,9 +8,20 @@ from contextvars import ContextVar
 from typing import NamedTuple, get_type_hints
 
 import torch
+from torch import Tensor
 
 from looped_fast.config import ATTENTION, INJECTIONS, PRECISIONS, check_window
 from looped_fast.errors import check_name
+
+
+class LoopTensors(NamedTuple):
+    """Tensors of one call of the loop; ``ops.loop`` says what they are."""
+
+    embeddings: Tensor
+    positions: Tensor
+    state: Tensor | None
+    weights: list[Tensor]
+    read_out: list[Tensor]
 
 
 class LoopSettings(NamedTuple):
@@ -62,13 +73,12 @@ class Call(NamedTuple):
     """What ``backends.select`` decides by, and the key that it remembers a decision under."""
 
     settings: LoopSettings
-    device: str  # device type: "cpu", "cuda", ...
+    device: torch.device
     dtype: torch.dtype  # of embeddings and weights
     batch: int  # B
     seq_len: int  # S, tokens
     n_embd: int  # D
     n_layer: int
-    device_index: int = 0
     replayed: bool = False  # as a CUDA graph
     training: bool = False  # with gradients; told apart where calls are replayed only
 

@@ -38,7 +38,7 @@ def unsupported(call: Call) -> str | None:
         )
     if is_switched_off():
         return "torch.compile is switched off (TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE)"
-    return _missing_compiler(call.device)
+    return _missing_compiler(call.device.type)
 
 
 def is_switched_off() -> bool:

@@ -56,8 +56,8 @@ def unsupported_precision(precision: str) -> str | None:
 
 def unsupported(call: Call) -> str | None:
     """Why the engine can't run ``call``; None where it can."""
-    if call.device != "cpu":
-        return f"tensors are on {call.device}"
+    if call.device.type != "cpu":
+        return f"tensors are on {call.device.type}"
     if call.dtype != torch.float32:
         return f"it takes float32 tensors, not {call.dtype}"
     if call.n_embd % 32 or call.n_embd > MAX_WIDTH:

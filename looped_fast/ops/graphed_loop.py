@@ -6,8 +6,7 @@ weights) and leaves capture and replay to ``graphs.Graphs``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from looped_fast.errors import check_name
 from looped_fast.kernels.candidates import operand_precision
 from looped_fast.ops import loop_autograd, op
-from looped_fast.ops.call import LoopSettings
+from looped_fast.ops.call import LoopSettings, LoopTensors
 from looped_fast.ops.graphs import MODES, Graphs, graphs_on
 
 
@@ -45,32 +44,25 @@ class GraphedLoop:
     def __reduce__(self) -> tuple[type[GraphedLoop], tuple[str]]:
         return GraphedLoop, (self.mode,)
 
-    def __call__(
-        self,
-        embeddings: Tensor,
-        positions: Tensor,
-        state: Tensor | None,
-        weights: Sequence[Tensor],
-        read_out: Sequence[Tensor],
-        settings: LoopSettings,
-    ) -> Tensor:
-        """Run ``ops.loop`` (same arguments and result)."""
-        if not _is_on_gpu(embeddings) and self.mode != "on":
-            return op.run(embeddings, positions, state, weights, read_out, settings)
+    def __call__(self, tensors: LoopTensors, settings: LoopSettings) -> Tensor:
+        """Run ``op.run`` (same arguments and result)."""
+        if not _is_on_gpu(tensors.embeddings) and self.mode != "on":
+            return op.run(tensors, settings)
 
         def run(embeddings: Tensor, state: Tensor | None = None) -> Tensor:
-            return op.run(embeddings, positions, state, weights, read_out, settings)
+            return op.run(tensors._replace(embeddings=embeddings, state=state), settings)
 
+        embeddings, positions, state, weights, read_out = tensors
         inputs = (embeddings,) if state is None else (embeddings, state)
-        parameters = (positions, *weights, *read_out, settings)
+        parameters = (positions, *weights, *read_out)
         if not self._applies((*inputs, *parameters)):
             return run(*inputs)
         device = embeddings.device
         if device not in self._graphs:
             self._graphs[device] = graphs_on(device, self.mode, capture_at=3)
         key = (
-            *(tensor.shape for tensor in inputs), embeddings.dtype, _identity(parameters),
-            operand_precision(torch.float32), _stream(device),
+            *(tensor.shape for tensor in inputs), embeddings.dtype, settings,
+            *map(_identity, parameters), operand_precision(torch.float32), _stream(device),
         )  # fmt: skip
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -82,12 +74,11 @@ class GraphedLoop:
         """True where calls without gradient are replayed, once there are enough of a kind."""
         return device.type == "cuda" and self.mode != "off"
 
-    def _applies(self, arguments: Sequence[Any]) -> bool:
+    def _applies(self, tensors: Sequence[Tensor]) -> bool:
         if self.mode == "off" or torch.compiler.is_compiling() or _watched():
             return False
-        if not _is_on_gpu(arguments[0]):
+        if not _is_on_gpu(tensors[0]):
             return self.mode == "on"  # so that ``graphs_on`` refuses
-        tensors = list(_tensors(arguments))
         if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):  # fake tensors, say
             return False
         if loop_autograd.needs_grad(tensors):
@@ -112,22 +103,6 @@ def _watched() -> bool:
     return torch.utils._python_dispatch._get_current_dispatch_mode() is not None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _identity(value: Any) -> Hashable:
-    """A key that is equal for equal settings and for tensors in the same memory."""
-    if isinstance(value, Tensor):
-        return value.data_ptr(), value.shape, value.stride(), value.dtype
-    if isinstance(value, dict):
-        return tuple((name, _identity(item)) for name, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(_identity, value))
-    return value
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for tensors in the same memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -8,7 +8,7 @@ there, so PyTorch differentiates it and Inductor may fuse it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from looped_fast.ops import (
     reference,
     triton_backend,
 )
-from looped_fast.ops.call import SCHEMA, Call, LoopSettings, is_replayed
+from looped_fast.ops.call import SCHEMA, Call, LoopSettings, LoopTensors, is_replayed
 
 _library = torch.library.Library("looped_fast", "DEF")
 _TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
@@ -68,7 +68,8 @@ def loop(
     Source: arXiv 2311.12424, section 4; official ``scripts/models.py``,
     ``TransformerModelLooped.forward``.
     """
-    return run(embeddings, positions, state, weights, read_out, LoopSettings(**settings))
+    tensors = LoopTensors(embeddings, positions, state, list(weights), list(read_out))
+    return run(tensors, LoopSettings(**settings))
 
 
 def loop_mse(
@@ -104,39 +105,24 @@ def loop_mse(
 
     Source: official ``scripts/train.py``, ``train_step``.
     """
-    tensors = embeddings, positions, state, weights, read_out
-    return run_mse(*tensors, LoopSettings(**settings), targets, n_supervised)
+    tensors = LoopTensors(embeddings, positions, state, list(weights), list(read_out))
+    return run_mse(tensors, LoopSettings(**settings), targets, n_supervised)
 
 
-def run(
-    embeddings: Tensor,
-    positions: Tensor,
-    state: Tensor | None,
-    weights: Sequence[Tensor],
-    read_out: Sequence[Tensor],
-    settings: LoopSettings,
-) -> Tensor:
-    """Run ``loop`` with its settings in a record."""
-    _check(embeddings, positions, state, weights, read_out, settings)
+def run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:
+    """Run ``loop`` with its arguments in records."""
+    _check(tensors, settings)
     if torch.compiler.is_compiling():  # it takes an op; otherwise the dispatcher only costs time
-        tensors = embeddings, positions, state, list(weights), list(read_out)
         return torch.ops.looped_fast.loop(*tensors, *settings)
-    return _run(embeddings, positions, state, weights, read_out, settings)
+    return _run(tensors, settings)
 
 
 def run_mse(
-    embeddings: Tensor,
-    positions: Tensor,
-    state: Tensor | None,
-    weights: Sequence[Tensor],
-    read_out: Sequence[Tensor],
-    settings: LoopSettings,
-    targets: Tensor,
-    n_supervised: int | None = None,
+    tensors: LoopTensors, settings: LoopSettings, targets: Tensor, n_supervised: int | None = None
 ) -> Tensor:
-    """Run ``loop_mse`` with its settings in a record."""
-    _check(embeddings, positions, state, weights, read_out, settings)
-    if not read_out:
+    """Run ``loop_mse`` with its arguments in records."""
+    _check(tensors, settings)
+    if not tensors.read_out:
         raise ValueError("loop_mse needs a read_out: errors are those of predictions")
     window = settings.window
     n_supervised = window if n_supervised is None else n_supervised
@@ -145,54 +131,34 @@ def run_mse(
             f"n_supervised = {n_supervised} is outside 1..{window} (window); predictions of the "
             f"last n_supervised steps of the window are compared with targets"
         )
-    B, S, _ = embeddings.shape
-    _check_tensor("targets", targets, (B, (S + 1) // 2, len(read_out[1])), embeddings)
+    B, S, _ = tensors.embeddings.shape
+    shape = (B, (S + 1) // 2, len(tensors.read_out[1]))
+    _check_tensor("targets", targets, shape, tensors.embeddings)
     if torch.compiler.is_compiling():
-        tensors = embeddings, positions, state, list(weights), list(read_out)
         return torch.ops.looped_fast.loop_mse(*tensors, targets, n_supervised, *settings)
-    return _run_mse(
-        embeddings, positions, state, weights, read_out, targets, n_supervised, settings
-    )
+    return _run_mse(tensors, settings, targets, n_supervised)
 
 
-def _run(
-    embeddings: Tensor,
-    positions: Tensor,
-    state: Tensor | None,
-    weights: Sequence[Tensor],
-    read_out: Sequence[Tensor],
-    settings: LoopSettings,
-) -> Tensor:
-    chosen, settings = _select(embeddings, weights, settings)
-    state = _start(state, embeddings, settings, chosen)
-    return _run_on(chosen, embeddings, positions, state, weights, read_out, settings)
+def _run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:
+    return _run_on(*_select(tensors, settings))
 
 
 def _run_mse(
-    embeddings: Tensor,
-    positions: Tensor,
-    state: Tensor | None,
-    weights: Sequence[Tensor],
-    read_out: Sequence[Tensor],
-    targets: Tensor,
-    n_supervised: int,
-    settings: LoopSettings,
+    tensors: LoopTensors, settings: LoopSettings, targets: Tensor, n_supervised: int
 ) -> Tensor:
-    chosen, settings = _select(embeddings, weights, settings)
-    state = _start(state, embeddings, settings, chosen)
-    tensors: tuple[Any, Any, Any, Any] = (embeddings, positions, state, weights)
-    if not loop_autograd.needs_grad([targets]):
-        if chosen == "triton" and triton_backend.can_read_out(read_out):
-            errors = triton_backend.loop(*tensors, settings, read_out, targets, n_supervised)
+    chosen, tensors, settings = _select(tensors, settings)
+    backend, read_out = _BACKENDS[chosen], tensors.read_out
+    fuses = chosen in ("triton", "cpu") and backend.can_read_out(read_out)
+    if fuses and not loop_autograd.needs_grad([targets]):
+        embeddings, positions, state, weights, _ = tensors
+        arguments = positions, state, weights, settings, read_out, targets, n_supervised
+        if chosen == "triton":
+            errors = triton_backend.loop(embeddings, *arguments)
             return errors.square().sum() / (n_supervised * targets.numel())  # 0 at odd tokens
-        inputs = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
-        if (
-            chosen == "cpu"
-            and cpu_engine.can_read_out(read_out)
-            and loop_autograd.needs_grad(inputs)
-        ):
-            return cpu_engine.loop_mse(*tensors, settings, read_out, targets, n_supervised)
-    predictions = _run_on(chosen, embeddings, positions, state, weights, read_out, settings)
+        recorded = [embeddings, positions, *([] if state is None else [state]), *weights, *read_out]
+        if loop_autograd.needs_grad(recorded):
+            return backend.loop_mse(embeddings, *arguments)
+    predictions = _run_on(chosen, tensors, settings)
     return (predictions[-n_supervised:] - targets).square().mean()
 
 
@@ -204,63 +170,49 @@ _BACKENDS: dict[str, Any] = {
 }
 
 
-def _run_on(
-    chosen: str,
-    embeddings: Tensor,
-    positions: Tensor,
-    state: Tensor | None,
-    weights: Sequence[Tensor],
-    read_out: Sequence[Tensor],
-    settings: LoopSettings,
-) -> Tensor:
+def _run_on(chosen: str, tensors: LoopTensors, settings: LoopSettings) -> Tensor:
     """States, or predictions of the even tokens, by the backend that was chosen."""
-    backend, tensors = _BACKENDS[chosen], (embeddings, positions, state, weights)
+    backend, read_out = _BACKENDS[chosen], tensors.read_out
     if chosen in ("triton", "cpu") and backend.can_read_out(read_out):
-        outputs = backend.loop(*tensors, settings, read_out)
+        outputs = backend.loop(*tensors[:4], settings, read_out)
     else:
-        outputs = backend.loop(*tensors, settings)
+        outputs = backend.loop(*tensors[:4], settings)
         if read_out:
             with torch.autocast(outputs.device.type, enabled=False):  # a thousandth of the work
                 outputs = F.linear(outputs, *read_out)
     return outputs[:, :, ::2] if read_out else outputs
 
 
-def _select(
-    embeddings: Tensor, weights: Sequence[Tensor], settings: LoopSettings
-) -> tuple[str, LoopSettings]:
-    """The backend, and the settings with who computes attention there."""
-    B, S, D = embeddings.shape
+def _select(tensors: LoopTensors, settings: LoopSettings) -> tuple[str, LoopTensors, LoopSettings]:
+    """The backend; tensors and settings with the state and the attention that it starts from."""
+    embeddings, _, state, weights, _ = tensors
     replayed = is_replayed()
-    n_layer = (len(weights) - 2) // len(reference.Block._fields)
     training = replayed and loop_autograd.needs_grad((embeddings, *weights))
-    device, dtype = embeddings.device, embeddings.dtype
-    call = Call(
-        settings, device.type, dtype, B, S, D, n_layer, device.index or 0, replayed, training
-    )
+    n_layer = (len(weights) - 2) // len(reference.Block._fields)
+    device, dtype, (B, S, D) = embeddings.device, embeddings.dtype, embeddings.shape
+    call = Call(settings, device, dtype, B, S, D, n_layer, replayed, training)
     selection = backends.select(call)
     if selection.attention is not None:
         settings = settings._replace(attention=selection.attention.chosen)
-    return selection.chosen, settings
+    knows_start = selection.chosen == "triton" and settings.injection in ("add", "mul")
+    if state is None and not knows_start:
+        state = reference.initial_state(embeddings, settings.injection)
+        tensors = tensors._replace(state=state)
+    return selection.chosen, tensors, settings
 
 
-def _start(
-    state: Tensor | None, embeddings: Tensor, settings: LoopSettings, chosen: str
-) -> Tensor | None:
-    """The state before the first step; None where the backend's kernels know it."""
-    if state is None and not (chosen == "triton" and settings.injection in ("add", "mul")):
-        return reference.initial_state(embeddings, settings.injection)
-    return state
+def _impl(*flat: Any) -> Tensor:
+    return _run(LoopTensors(*flat[:5]), LoopSettings(*flat[5:]))
 
 
-def _with_record(function: Callable[..., Tensor], n_before: int) -> Callable[..., Tensor]:
-    """``function`` as an op calls it: after ``n_before`` arguments come the settings one by one."""
-    return lambda *flat: function(*flat[:n_before], LoopSettings(*flat[n_before:]))
+def _impl_mse(*flat: Any) -> Tensor:
+    return _run_mse(LoopTensors(*flat[:5]), LoopSettings(*flat[7:]), *flat[5:7])
 
 
 # One function under both keys: below autograd it only computes, at autograd it is differentiated.
 for _key in ("CompositeExplicitAutograd", "Autograd"):
-    _library.impl("loop", _with_record(_run, n_before=5), _key)
-    _library.impl("loop_mse", _with_record(_run_mse, n_before=7), _key)
+    _library.impl("loop", _impl, _key)
+    _library.impl("loop_mse", _impl_mse, _key)
 
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
@@ -276,7 +228,8 @@ def _fake_mse(embeddings, *_):
     return embeddings.new_empty(())
 
 
-def _check(embeddings, positions, state, weights, read_out, settings: LoopSettings) -> None:
+def _check(tensors: LoopTensors, settings: LoopSettings) -> None:
+    embeddings, positions, state, weights, read_out = tensors
     settings.check(embeddings.dtype)
     if embeddings.dim() != 3:
         raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; [B, S, D] is needed")
@@ -295,16 +248,14 @@ def _check(embeddings, positions, state, weights, read_out, settings: LoopSettin
         raise ValueError(f"read_out holds {len(read_out)} tensors; weight and bias are needed")
     expected = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
     names, shapes = expected(D, len(weights), len(read_out) and len(read_out[1]))
-    tensors = [*weights, *read_out, positions]
-    shapes = [*shapes, (S, D)]
+    given, shapes = [*weights, *read_out, positions], [*shapes, (S, D)]
     if state is not None:
-        tensors, shapes = [*tensors, state], [*shapes, (B, S, D)]
+        given, shapes = [*given, state], [*shapes, (B, S, D)]
     dtype, device = embeddings.dtype, embeddings.device
-    if [t.shape for t in tensors] != shapes or any(
-        t.dtype != dtype or t.device != device for t in tensors
-    ):
+    n_fit = min([t.dtype for t in given].count(dtype), [t.device for t in given].count(device))
+    if n_fit < len(given) or [t.shape for t in given] != shapes:
         names = [*names, "positions", "state"]
-        for name, tensor, shape in zip(names, tensors, shapes, strict=False):
+        for name, tensor, shape in zip(names, given, shapes, strict=False):
             _check_tensor(name, tensor, shape, embeddings)
 
 

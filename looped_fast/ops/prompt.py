@@ -32,7 +32,8 @@ def read_in(
         ValueError: ``backend`` is unknown, or forced and unable; the reason is in the message.
     """
     if backend != "triton" and not (backend == "auto" and xs.is_cuda):
-        check_name("backend", backend, ("auto", *BACKENDS))
+        if backend != "auto":
+            check_name("backend", backend, ("auto", *BACKENDS))
         return reference.read_in(xs, ys, weight, bias)
     if not torch.compiler.is_compiling():  # which can't trace the rules; the op asks them then
         selection = backends.select_read_in(xs.device.type, xs.dtype, len(weight), backend)

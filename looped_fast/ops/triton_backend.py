@@ -93,14 +93,14 @@ def unsupported(call: Call) -> str | None:
     D, precision = call.n_embd, call.settings.precision
     if call.head_dim not in HEAD_DIMS:
         return f"head_dim = {call.head_dim} is not one of {HEAD_DIMS}"
-    if reason := unsupported_tensors(call.device, call.dtype, D):
+    if reason := unsupported_tensors(call.device.type, call.dtype, D):
         return reason
     # After the device: torch.export would take it for a limit of a model on the CPU too.
     if (elements := call.batch * call.seq_len * 4 * D) >= MAX_ELEMENTS:
         return f"{elements} hidden activations (B S 4D) are not below 2^31; use smaller batches"
     if precision == "fp32" and D == 512 and operand_precision(torch.float32) == "tf32":
         return f"TF32 at D = {D} does not fit in registers; true float32, bf16 and fp16 do"
-    if precision == "fp32" and D == 512 and _has_little_shared_memory(call.device):
+    if precision == "fp32" and D == 512 and _has_little_shared_memory(call.device.type):
         return (
             f"fp32 at D = {D} does not fit in the 99 KiB of shared memory that a block has on "
             f"this GPU; bf16 and fp16 do"

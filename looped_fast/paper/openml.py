@@ -14,7 +14,6 @@ import csv
 import dataclasses
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +25,9 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from looped_fast import errors
 from looped_fast.config import ModelConfig
-from looped_fast.errors import CheckpointError, check_name
+from looped_fast.errors import check_name
 from looped_fast.evaluation.baselines import nearest_neighbours
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.paper.tabular_data import (
@@ -192,12 +192,8 @@ def main(args: list[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"\n{stop}: the run is saved. The same command resumes it.")
         return 128 + stop.signum
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except errors.EXPECTED as error:
+        return errors.report(error)
     write(command, results, out)
     print(f"\n{results_table(results)}\n\nplot: {out / 'openml.png'}")
     return 0

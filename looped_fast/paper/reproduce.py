@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from typing import Any
 import torch
 import tyro
 
-from looped_fast import evaluate, pretrained, train
-from looped_fast.errors import CheckpointError, check_name
+from looped_fast import errors, evaluate, pretrained, train
+from looped_fast.errors import check_name
 from looped_fast.evaluation import Curve
 from looped_fast.evaluation.baselines import figure_baselines
 from looped_fast.model import LoopedTransformer
@@ -89,12 +88,8 @@ def main(args: list[str] | None = None) -> int:
         (command.out / "results").mkdir(parents=True, exist_ok=True)
         is_complete = all([make(name, command) for name in command.figures or FIGURES])
         write_page(command.out)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except errors.EXPECTED as error:
+        return errors.report(error)
     print(f"page: {command.out / 'results.md'}")
     return 0 if is_complete else 3
 

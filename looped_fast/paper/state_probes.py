@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,8 @@ import tyro
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from looped_fast import errors
 from looped_fast.config import LAYER_NORM_EPS
-from looped_fast.errors import CheckpointError
 from looped_fast.evaluation import evaluation_batches
 from looped_fast.model import LoopedTransformer
 from looped_fast.ops import reference
@@ -261,12 +260,8 @@ def main(args: list[str] | None = None) -> int:
                 "probes": probe(run, command.settings),
                 "control": probe(run, command.settings, control=True),
             }
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except errors.EXPECTED as error:
+        return errors.report(error)
     command.out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(command.settings)
     document = {"settings": settings, "versions": versions(), "runs": results}

@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import tyro
 from tabulate import tabulate
 
-from looped_fast.errors import CheckpointError, check_name
+from looped_fast import errors
+from looped_fast.errors import check_name
 from looped_fast.evaluation import (
     MIN_PROMPTS,
     bootstrap_curve,
@@ -30,7 +30,7 @@ from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.pretrained.provenance import versions, weights_sha256
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
-from looped_fast.training.trainer import Interrupted, NonFiniteError, Trainer
+from looped_fast.training.trainer import Interrupted, Trainer
 
 RESULTS_FILE = "sweep.json"
 FAR = 4  # a run is evaluated up to this multiple of its trained loop count
@@ -80,12 +80,8 @@ def main(args: list[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"\n{stop}: the run is saved. The same command resumes it.")
         return 128 + stop.signum
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except errors.EXPECTED as error:
+        return errors.report(error)
     print(f"\n{results_table(results)}\n\nplot: {out / 'sweep.png'}")
     return 0
 

@@ -16,12 +16,6 @@ from looped_fast.pretrained.weights import (
 )
 
 __all__ = [
-    "Run",
-    "find_checkpoint",
-    "from_pretrained",
-    "load_run",
-    "load_start",
-    "names",
-    "path",
-    "train_config",
-]
+    "Run", "find_checkpoint", "from_pretrained", "load_run", "load_start", "names", "path",
+    "train_config"
+]  # fmt: skip

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from looped_fast import pretrained
-from looped_fast.errors import CheckpointError
+from looped_fast import errors, pretrained
 from looped_fast.evaluation import model_errors
 from looped_fast.model import LoopedTransformer
 from looped_fast.training import checkpoint
@@ -37,9 +36,8 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         folder = release(options.run, options.cpu_minutes, options.how)
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except errors.EXPECTED as error:
+        return errors.report(error)
     print((folder / "README.md").read_text())
     return 0
 

@@ -23,21 +23,8 @@ from looped_fast.tasks.sampling import (
 )
 
 __all__ = [
-    "EVALUATION",
-    "OFFICIAL_TASK_NAMES",
-    "TASKS",
-    "Batch",
-    "DecisionTree",
-    "FixedPrompts",
-    "LinearRegression",
-    "NoisyLinearRegression",
-    "Relu2LayerNetwork",
-    "SparseLinearRegression",
-    "Task",
-    "batch_generator",
-    "batch_seed",
-    "draw_batch",
-    "make_task",
-    "sample_batch",
-    "task_options",
-]
+    "EVALUATION", "OFFICIAL_TASK_NAMES", "TASKS", "Batch", "DecisionTree", "FixedPrompts",
+    "LinearRegression", "NoisyLinearRegression", "Relu2LayerNetwork", "SparseLinearRegression",
+    "Task", "batch_generator", "batch_seed", "draw_batch", "make_task", "sample_batch",
+    "task_options"
+]  # fmt: skip

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,13 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from looped_fast import errors
+
 T = TypeVar("T")
-
-
-def print_traceback(error: BaseException) -> int:
-    """Print an unexpected error with its traceback, and return the exit status."""
-    traceback.print_exception(error)
-    return 1
 
 
 @dataclass(frozen=True)
@@ -37,13 +32,11 @@ class Processes:
         rank: its number, from 0.
         world_size: how many there are, on all machines.
         local_rank: its number on this machine.
-        report_error: prints an error, and returns the exit status; see ``failing_together``.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    report_error: Callable[[BaseException], int] = print_traceback
 
     @property
     def is_main(self) -> bool:
@@ -71,7 +64,7 @@ class Processes:
 
         Raises:
             SystemExit: with several processes, on each of them, if one raised in the block. The
-                first that did has printed its error by ``report_error``. A single process gets the
+                first that did has printed its error. A single process gets the
                 error itself.
         """
         if self.world_size == 1:
@@ -89,7 +82,7 @@ class Processes:
         if isinstance(failure, SystemExit):  # from a parser, which has printed its message
             status = failure.code if isinstance(failure.code, int) else 1
         elif failure is not None and self.rank == failed[0]:
-            status = self.report_error(failure)
+            status = errors.report(failure)
         # After the message is out: torchrun kills the others as soon as one has gone.
         raise SystemExit(int(self.gather(status)[failed[0]][0])) from failure
 
@@ -179,16 +172,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def join(
-    report_error: Callable[[BaseException], int] = print_traceback,
-) -> Iterator[Processes]:
+def join() -> Iterator[Processes]:
     """Join the processes that torchrun started, or go on as a single one where it did not.
 
     Within, the standard output of all but the main process goes nowhere. The process group
     has gloo for tensors on CPUs and NCCL for those on GPUs.
-
-    Args:
-        report_error: prints an error, and returns the exit status.
 
     Raises:
         ValueError: there are several processes, but the environment does not say how to meet.
@@ -212,7 +200,7 @@ def join(
             if rank != 0:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
-            processes = Processes(rank, world_size, local_rank, report_error)
+            processes = Processes(rank, world_size, local_rank)
             try:
                 yield processes
             except SystemExit:  # on all processes: see ``failing_together``

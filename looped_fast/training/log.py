@@ -62,16 +62,6 @@ class MetricsLog:
             self._wandb.finish()
 
 
-class NoLog:
-    """In place of a ``MetricsLog``, in a process that leaves logging to another."""
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 def _start_wandb(project: str, name: str, config: dict[str, Any] | None) -> Any:
     try:
         import wandb

@@ -19,7 +19,7 @@ from looped_fast.evaluation import model_errors
 from looped_fast.training import backend_autotune, checkpoint, distributed
 from looped_fast.training.config import TrainConfig
 from looped_fast.training.curriculum import Stage
-from looped_fast.training.log import MetricsLog, NoLog
+from looped_fast.training.log import MetricsLog
 from looped_fast.training.step import Start, Stepper
 
 _LEAST_SCALE = 2.0**-10  # of the fp16 loss; reached by 26 overflows in a row, from 2^16
@@ -119,11 +119,9 @@ class Trainer(Stepper):
         if measured := self.measure_backends():
             print(measured)
         with self.processes.failing_together():
-            log = (
-                MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
-                if self.processes.is_main
-                else NoLog()
-            )
+            log = None
+            if self.processes.is_main:
+                log = MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             # A log file gets a line every half minute, a terminal a live bar.
@@ -136,9 +134,10 @@ class Trainer(Stepper):
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
-            log.close()
+            if log is not None:
+                log.close()
 
-    def _fit(self, log: MetricsLog | NoLog, bar: tqdm) -> None:
+    def _fit(self, log: Any, bar: tqdm) -> None:  # of the main process; None in the others
         config = self.config
         logged_at, logged_step = time.perf_counter(), self.step
         while self.step < config.steps:
@@ -154,7 +153,8 @@ class Trainer(Stepper):
                     logged_at, logged_step = now, self.step
                     values |= self._describe_step(rate)
                     with self.processes.failing_together():
-                        log.write(self.step, values)
+                        if log is not None:
+                            log.write(self.step, values)
                     self._reset_sums()
                     relative = values.get("relative_error", math.nan)
                     bar.set_postfix_str(

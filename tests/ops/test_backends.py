@@ -123,7 +123,7 @@ def test_explain_backend_describes_the_models_problem(monkeypatch):
     assert str(explanation) == "backend: reference"
     expected = Call(
         LoopSettings(n_heads=2, n_loops=4, window=2, injection="mul", precision="bf16"),
-        device="cpu",
+        device=torch.device("cpu"),
         dtype=torch.float64,
         batch=7,
         seq_len=10,

@@ -22,7 +22,8 @@ pytestmark = [
 STEPS = """
     import torch
     from conftest import leaves, loop_inputs, require_grad
-    from looped_fast import cpu_engine, ops
+    from looped_fast import ops
+    from looped_fast.ops import cpu_engine
 
     shapes = [  # with tails of every kind: odd S, D and 4 D that end inside a panel, S > 256
         dict(B=1, S=1, D=32, n_heads=4, window=1, injection="none"),

@@ -11,7 +11,7 @@ from fake_graphs import FakeGraph
 
 from looped_fast import ops
 from looped_fast.ops import graphed_loop, graphs, op
-from looped_fast.ops.call import LoopSettings
+from looped_fast.ops.call import LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.graphs import Graphs, graphs_on
 
@@ -235,7 +235,8 @@ def graphed(monkeypatch):
     loop = GraphedLoop()
 
     def by_name(embeddings, positions, state, weights, **settings):
-        return loop(embeddings, positions, state, weights, (), LoopSettings(**settings))
+        tensors = LoopTensors(embeddings, positions, state, weights, [])
+        return loop(tensors, LoopSettings(**settings))
 
     return by_name, calls
 
@@ -256,10 +257,11 @@ def test_a_loop_is_replayed_on_new_inputs_and_changed_weights(graphed):
 def test_a_loop_without_an_initial_state_is_another_kind(graphed, monkeypatch):
     run, seen = op.run, []
 
-    def run_from_zeros(embeddings, positions, state, *others):
-        seen.append(state)
-        state = torch.zeros_like(embeddings) if state is None else state
-        return run(embeddings, positions, state, *others)
+    def run_from_zeros(tensors, settings):
+        seen.append(tensors.state)
+        if tensors.state is None:
+            tensors = tensors._replace(state=torch.zeros_like(tensors.embeddings))
+        return run(tensors, settings)
 
     monkeypatch.setattr(op, "run", run_from_zeros)
     loop, calls = graphed

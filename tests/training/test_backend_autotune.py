@@ -31,7 +31,7 @@ def a_gpu(monkeypatch, tmp_path):
     providers = pytest.importorskip("looped_fast.kernels.providers", exc_type=ImportError)
     monkeypatch.setattr(providers, "select", lambda problem: Selection("attention", "triton", {}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(backend_times, "_device_name", lambda device, index: f"GPU {index}")
+    monkeypatch.setattr(backend_times, "_device_name", str)
     monkeypatch.setattr(backend_times, "_failed", {})
     table = {name: lambda problem: None for name in ("triton", "compiled", "reference")}
     monkeypatch.setattr(backends, "UNSUPPORTED", table)
@@ -217,7 +217,7 @@ def test_a_time_is_that_of_a_warm_replay(monkeypatch):
     "changes",
     [
         {"batch": 63}, {"seq_len": 80}, {"n_embd": 128}, {"n_heads": 4}, {"n_layer": 2},
-        {"injection": "mul"}, {"precision": "fp16"}, {"device_index": 1}, {"replayed": False},
+        {"injection": "mul"}, {"precision": "fp16"}, {"device": "cuda:1"}, {"replayed": False},
     ],
     ids=str,
 )  # fmt: skip
