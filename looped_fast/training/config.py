@@ -146,16 +146,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_name("task", self.task, TASKS)
-        whole = (
-            "steps",
-            "batch_size",
-            "log_every",
-            "eval_every",
-            "eval_prompts",
-            "save_every",
-            "keep",
-        )
-        for name in whole:
+        whole = "steps batch_size log_every eval_every eval_prompts save_every keep"
+        for name in whole.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
         for name in ("lr", "weight_decay", "warmup_steps", "seed"):
