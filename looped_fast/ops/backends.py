@@ -56,8 +56,8 @@ def select(call: Call) -> Selection:
 
     Reasons in the result may be those of an earlier call. Raises as ``explain``.
     """
-    # Times of replays may come in at any moment; under a mode sizes may be symbolic, so no keys; and
-    # what these two need on a CPU, a compiler or the interpreter, can be switched off.
+    # Times of replays may come in at any moment. Under a mode sizes may be symbolic, and no keys.
+    # What these two need on a CPU, a compiler or the interpreter, can be switched off.
     forced = call.settings.backend in ("compiled", "triton") and call.device.type == "cpu"
     if forced or call.replayed or _get_current_dispatch_mode() is not None:
         return explain(call)
