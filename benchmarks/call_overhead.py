@@ -21,8 +21,9 @@ def main() -> None:
     torch.set_num_threads(1)
     model = LoopedTransformer(ModelConfig(n_embd=32, n_head=4, n_loops=1, window=1), "cpu")
     xs, ys = torch.randn(1, 2, 20), torch.randn(1, 2)
-    weights = [*model._backbone.op_weights(), *model._read_out.parameters()]
-    positions, settings = model._backbone.positions[:4], (4, 1, 1, "add", "fp32")
+    positions, weights = model._backbone.op_tensors()
+    weights += model._read_out.parameters()
+    positions, settings = positions[:4], (4, 1, 1, "add", "fp32")
 
     def by_hand() -> torch.Tensor:
         assert (xs.sum() + ys.sum()).isfinite()

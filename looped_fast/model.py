@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,16 +93,11 @@ class _Backbone(nn.Module):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.n_layer))
 
-    def op_weights(self) -> list[Tensor]:
-        """The ``weights`` argument of ``ops.loop``."""
+    def op_tensors(self) -> tuple[Tensor, list[Tensor]]:
+        """All positions, [2 * n_positions + 1, D], and the ``weights`` of ``ops.loop``."""
         modules: Any = self.transformer._modules
         weights = [w for block in modules["h"] for w in block.op_weights()]
-        return weights + _weights_and_biases(modules["ln_f"])
-
-    @property
-    def positions(self) -> Tensor:
-        """The learned positions, [2 * n_positions + 1, D]."""
-        return cast(nn.Embedding, self.transformer["wpe"]).weight
+        return modules["wpe"].weight, weights + _weights_and_biases(modules["ln_f"])
 
 
 class LoopedTransformer(nn.Module):
@@ -228,20 +223,18 @@ class LoopedTransformer(nn.Module):
     ) -> tuple[LoopTensors, LoopSettings]:
         """The arguments of ``op.run``."""
         check_window(n_loops, window)
-        self._check_prompt(xs, ys)
+        modules: Any = self._modules
+        read_in_weights = _weights_and_biases(modules["_read_in"])
+        self._check_prompt(xs, ys, read_in_weights[0])
         device = xs.device.type
-        precision, modules = ambient_precision(device), self._modules
-        *read_in_weights, weight, bias = _weights_and_biases(
-            modules["_read_in"], modules["_read_out"]
-        )
+        precision = ambient_precision(device)
         # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
         with nullcontext() if precision == "fp32" else torch.autocast(device, enabled=False):
             embeddings = read_in(xs, ys, *read_in_weights, backend=self.backend)
-        backbone = self._backbone
-        positions = backbone.positions[: embeddings.shape[1]]
-        settings = self._settings(n_loops, window, injection, precision)
-        weights = backbone.op_weights()
-        return LoopTensors(embeddings, positions, None, weights, [weight, bias]), settings
+        positions, weights = modules["_backbone"].op_tensors()
+        read_out = _weights_and_biases(modules["_read_out"])
+        tensors = LoopTensors(embeddings, positions[: embeddings.shape[1]], None, weights, read_out)
+        return tensors, self._settings(n_loops, window, injection, precision)
 
     def _settings(self, n_loops: int, window: int, injection: str, precision: str) -> LoopSettings:
         return LoopSettings(
@@ -270,8 +263,8 @@ class LoopedTransformer(nn.Module):
         replayed = replayed_training or self._loop.replays_on(weight.device)
         return Call(settings, weight.device, weight.dtype, *sizes, replayed, replayed_training)
 
-    def _check_prompt(self, xs: Tensor, ys: Tensor) -> None:
-        config, weight = self.config, self._read_in.weight
+    def _check_prompt(self, xs: Tensor, ys: Tensor, weight: Tensor) -> None:
+        config = self.config
         if xs.dim() != 3 or xs.shape[-1] != config.n_dims:
             raise ValueError(
                 f"xs has shape {tuple(xs.shape)}; [B, n, {config.n_dims}] is needed (n_dims)"

@@ -83,10 +83,11 @@ def hidden_states(model: LoopedTransformer, xs: Tensor, ys: Tensor, n_loops: int
     States are those before the final LayerNorm, as in the official code. xs: [B, n, d], ys: [B, n].
     Raises ValueError as in ``model.forward``.
     """
-    model._check_prompt(xs, ys)
+    model._check_prompt(xs, ys, model._read_in.weight)
     config, backbone = model.config, model._backbone
     embeddings = model._read_in(reference.interleave(xs, ys))  # [B, 2n, D]
-    positions, weights = backbone.positions[: embeddings.shape[1]], backbone.op_weights()
+    positions, weights = backbone.op_tensors()
+    positions = positions[: embeddings.shape[1]]
     blocks, ln_f_weight, ln_f_bias = reference.split_weights(weights)
     state, streams = reference.initial_state(embeddings, config.injection), [embeddings]
     for _ in range(n_loops):

@@ -31,7 +31,7 @@ MINI = {
 @pytest.fixture(autouse=True)
 def unchecked_prompts(monkeypatch):
     """Values of prompts are looked at on a CPU alone."""
-    monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, xs, ys: None)
+    monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, *_: None)
 
 
 def make_trainer(tmp_path, task="lr", **changes):
