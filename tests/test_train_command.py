@@ -356,7 +356,7 @@ def test_bad_settings_exit_2_and_name_value_limit_and_remedy(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--config", "mine.yaml"], "a resumed run goes on with its own settings"),
+        (["--config", "mine.yaml"], "a resumed run keeps its own settings"),
         (["--preset", "paper"], "--preset paper is for a new run"),
         (["--out", "elsewhere"], "--out elsewhere is for a new run"),
         (["--init-from", "lr-small"], "--init-from lr-small is for a new run"),
