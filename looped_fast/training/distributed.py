@@ -47,7 +47,7 @@ class Processes:
         """Gather the numbers of all processes by rank. A collective: every process must call it."""
         if self.world_size == 1:
             return [list(numbers)]
-        own = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, so that no GPU's stream waits
+        own = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no GPU's stream waits
         everyones = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(everyones, own)
         return [each.tolist() for each in everyones]
