@@ -225,7 +225,7 @@ def run(
     except (Exception, SystemExit):
         if processes.is_main:
             with contextlib.suppress(OSError):  # raised if the folder is not empty
-                run_dir.rmdir()  # a fresh folder would look taken to the next start
+                run_dir.rmdir()  # leave no folder of a run that did not start
         raise
     with processes.failing_together():
         if processes.is_main:

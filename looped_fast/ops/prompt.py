@@ -35,7 +35,7 @@ def read_in(
         if backend != "auto":
             check_name("backend", backend, ("auto", *BACKENDS))
         return reference.read_in(xs, ys, weight, bias)
-    if not torch.compiler.is_compiling():  # it can't trace a selection; the op makes it
+    if not torch.compiler.is_compiling():  # tracing can't select; the op does
         selection = backends.select_read_in(xs.device.type, xs.dtype, len(weight), backend)
         if selection.chosen != "triton":
             return reference.read_in(xs, ys, weight, bias)

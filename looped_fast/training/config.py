@@ -47,7 +47,7 @@ class CurriculumConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run. The defaults are the paper's if it gives one."""
+    """Settings of a training run; defaults are the paper's where it gives any."""
 
     task: str = "lr"
     """Function class: lr, noisy_lr, sparse_lr, dt, relu_2nn."""

@@ -334,10 +334,10 @@ def test_a_training_run_measures_the_step_that_it_mostly_makes(make_trainer):
 
 def test_a_training_run_prints_times_before_its_choice(make_trainer, capsys):
     train.announce(make_trainer())
-    said = capsys.readouterr().out
-    times = said.index("reference 3 ms, compiled 1 ms a training step")
-    assert times < said.index("backend: compiled")
-    assert "not reference: 3 ms a training step measured here, compiled takes 1" in said
+    printed = capsys.readouterr().out
+    times = printed.index("reference 3 ms, compiled 1 ms a training step")
+    assert times < printed.index("backend: compiled")
+    assert "not reference: 3 ms a training step measured here, compiled takes 1" in printed
 
 
 def test_measuring_changes_nothing_in_a_run(make_trainer):

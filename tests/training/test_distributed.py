@@ -267,12 +267,12 @@ def trainer_of(tmp_path, processes, **changes):
 
 
 def test_a_single_process_uses_the_same_methods():
-    alone = Processes()
-    assert alone.is_main
-    assert alone.gather(1, 2) == [[1, 2]]
-    assert alone.mean(1, float("inf")) == [1, float("inf")]
-    assert alone.broadcast(lambda: "done") == "done"
-    with pytest.raises(ValueError, match="its own"), alone.failing_together():
+    single = Processes()
+    assert single.is_main
+    assert single.gather(1, 2) == [[1, 2]]
+    assert single.mean(1, float("inf")) == [1, float("inf")]
+    assert single.broadcast(lambda: "done") == "done"
+    with pytest.raises(ValueError, match="its own"), single.failing_together():
         raise ValueError("its own")
 
 
