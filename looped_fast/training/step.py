@@ -203,7 +203,7 @@ class Stepper:
             self._rows.copy_(rows, non_blocking=True)
 
     def _update(self, n_points: int, n_loops: int) -> None:
-        """Run the device's part of a step: it reads no values, nor shapes from them, on the host."""
+        """Run the device's part of a step: reads no values, nor shapes from them, on the host."""
         config = self.config
         loss, zero = self._loss(n_points, n_loops, self._averaging_objective)
         self.scaler.scale(loss).backward()
