@@ -1,9 +1,9 @@
-"""Looped transformers, fast. See README.md; importing this has no side effects."""
+"""Fast looped transformers; see README.md. Importing the package has no side effects."""
 
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-__path__.append(str(_HERE / "moved"))  # modules that also import from where they were
+__path__.append(str(_HERE / "moved"))  # old names of modules that have moved
 if (_HERE.parent / "csrc").is_dir():  # a source tree, where kernels/ lies beside this folder
     __path__.append(str(_HERE.parent))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from looped_fast.errors import check_name
 
-VERSION = "0.1.0"  # as in pyproject.toml; a test holds them together
+VERSION = "0.1.0"  # as in pyproject.toml; a test compares them
 INJECTIONS = ("add", "mul", "none", "every_block")
 PRECISIONS = ("fp32", "bf16", "fp16")  # operands of matrix products
 BACKENDS = ("triton", "cpu", "compiled", "reference")  # preferred first, if none is measured

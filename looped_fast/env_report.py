@@ -1,4 +1,4 @@
-"""The environment, for a bug report: ``python -m looped_fast.env_report``."""
+"""Print the environment for a bug report: ``python -m looped_fast.env_report``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from looped_fast.model import LoopedTransformer
 
 
 def report() -> str:
-    """Versions, hardware, and the backend that runs the paper's model, as text."""
+    """Versions, hardware and the selected backend for the paper's model, as text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LoopedTransformer(ModelConfig()).to(device)
     lines = [

@@ -13,7 +13,7 @@ class CheckpointError(RuntimeError):
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
-    """A ValueError for a name outside ``valid``, which suggests the nearest valid one.
+    """Make a ValueError for a name outside ``valid`` that suggests the nearest valid one.
 
     >>> raise unknown_name("task", "lrr", ["lr", "dt"])
     Traceback (most recent call last):
@@ -32,12 +32,12 @@ def check_name(kind: str, name: object, valid: Collection[str]) -> None:
         raise unknown_name(kind, name, valid)
 
 
-# User errors: bad settings, unreadable files, divergence. Others are bugs and get a traceback.
+# User errors: bad settings, unreadable files, divergence. Anything else is a bug, with a traceback.
 EXPECTED = (ValueError, OSError, RuntimeError)
 
 
 def report(error: BaseException) -> int:
-    """Print an error, and return a command's exit status: 2 if other arguments would help."""
+    """Print an error; return the exit status: 2 if other arguments would help, else 1."""
     if not isinstance(error, EXPECTED):
         traceback.print_exception(error)
         return 1

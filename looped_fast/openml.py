@@ -1,4 +1,4 @@
-"""Leave each tabular set out in turn: ``python -m looped_fast.openml``."""
+"""Evaluate on each tabular set, held out of training in turn: ``python -m looped_fast.openml``."""
 
 import sys
 

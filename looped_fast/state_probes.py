@@ -1,4 +1,4 @@
-"""Probe hidden states for what they know, step by step: ``python -m looped_fast.state_probes``."""
+"""Probe what the hidden states encode at each loop step: ``python -m looped_fast.state_probes``."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Train a transformer on a function class: ``python -m looped_fast.train --task dt --amp bf16``.
 
-Settings come from a preset (or a YAML file), then from the command line; ``--help`` lists them.
+The command line overrides settings of a preset or a YAML file; ``--help`` lists all settings.
 ``torchrun --nproc-per-node 4 -m looped_fast.train ...`` trains with a batch in each process.
 """
 
@@ -53,10 +53,10 @@ class Command:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command; return its exit status."""
     args = sys.argv[1:] if args is None else args
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("looped_fast").setLevel(logging.INFO)  # what takes long: compiling kernels
+    logging.getLogger("looped_fast").setLevel(logging.INFO)  # says when kernels compile
     try:
         with distributed.join() as processes:
             return run(*processes.broadcast(lambda: prepare(args, processes)), processes)
@@ -67,7 +67,7 @@ def main(args: list[str] | None = None) -> int:
 def prepare(
     args: list[str], processes: distributed.Processes
 ) -> tuple[TrainConfig, str, Path, checkpoint.Checkpoint | None]:
-    """Arguments of ``run``, from the command line."""
+    """Make the arguments of ``run`` from the command line."""
     command, origin, resumed = parse(args, processes.world_size)
     return command.settings, origin, make_run_dir(command.settings, command.resume), resumed
 
@@ -75,7 +75,7 @@ def prepare(
 def parse(
     args: list[str], world_size: int = 1
 ) -> tuple[Command, str, checkpoint.Checkpoint | None]:
-    """Settings, a phrase that says where they come from, and the checkpoint to continue from."""
+    """Parse settings, a phrase that says where they come from, and the checkpoint to resume."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "model", "preset", "device"):
         early.add_argument(f"--{name}")
@@ -115,12 +115,12 @@ def parse(
 
 
 def _check_resume(command: Command, resumed: checkpoint.Checkpoint, before: TrainConfig) -> None:
-    """Raise ValueError for settings that a resumed run can't change."""
+    """Raise ValueError for changed settings that a resumed run must keep."""
     settings = command.settings
     if command.config is not None:
         raise ValueError(
-            f"--config {command.config}: a resumed run goes on with its own settings; give those "
-            f"that are to change as flags"
+            f"--config {command.config}: a resumed run keeps its own settings; change single ones "
+            f"with flags"
         )
     for name in ("preset", "out", "init_from"):
         value = getattr(settings, name)
@@ -136,18 +136,18 @@ def _check_resume(command: Command, resumed: checkpoint.Checkpoint, before: Trai
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """``name old -> new`` of each top-level setting that differs."""
+    """``name old -> new`` for each top-level setting that differs."""
     return [
         f"{name} {before[name]} -> {after[name]}" for name in after if before[name] != after[name]
     ]
 
 
 def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
-    """The newest checkpoint of a run.
+    """Load the newest checkpoint of a run.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is damaged.
+        FileNotFoundError: the run has no checkpoint.
+        CheckpointError: the newest checkpoint is damaged.
     """
     latest = checkpoint.latest(run_dir)
     run = run_dir.resolve().parent.parent
@@ -162,11 +162,11 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
 
 
 def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
-    """Make the folder of the run; without ``--out``, a new one of its own.
+    """Make the run's folder: that of ``--out``, or a new one under ``runs/``.
 
     Raises:
         ValueError: the folder already holds a run.
-        OSError: it can't be made.
+        OSError: the folder can't be made.
     """
     if resume is not None:
         return resume
@@ -187,7 +187,7 @@ def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    """A fresh folder, even for several runs that start within one second."""
+    """Make a new folder; runs that start within the same second get different ones."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     stem = f"{config.task}-{config.model}-{Path(config.preset).stem}-{stamp}"
     run_dir, tried = Path("runs") / stem, 1
@@ -214,7 +214,7 @@ def run(
     resumed: checkpoint.Checkpoint | None,
     processes: distributed.Processes,
 ) -> int:
-    """Train, then report; returns the exit status."""
+    """Train, then report; return the exit status."""
     print(f"looped_fast {VERSION}, task {config.task}, {origin}")
     try:
         with processes.failing_together():
@@ -224,8 +224,8 @@ def run(
             trainer = Trainer(config, run_dir, resumed, processes, start)
     except (Exception, SystemExit):
         if processes.is_main:
-            with contextlib.suppress(OSError):  # it is not empty
-                run_dir.rmdir()  # or the next start would find it taken
+            with contextlib.suppress(OSError):  # raised if the folder is not empty
+                run_dir.rmdir()  # leave no folder of a run that did not start
         raise
     with processes.failing_together():
         if processes.is_main:
@@ -240,7 +240,7 @@ def run(
             print(
                 f"\n{stop}: step {trainer.step} is finished and saved. Continue with\n"
                 f"  {launcher} -m looped_fast.train --resume {run_dir}",
-                flush=True,  # torchrun may end what is left of this process
+                flush=True,  # torchrun may kill this process next
             )
         return 128 + stop.signum
     minutes = (time.perf_counter() - started) / 60
@@ -257,7 +257,7 @@ def _write_config(config: TrainConfig, run_dir: Path) -> None:
 
 
 def announce(trainer: Trainer) -> None:
-    """Print what is about to run, with its estimated time."""
+    """Print the settings, backend and estimated time of the run."""
     config, device = trainer.config, trainer.device
     print("\n" + describe(config))
     if measured := trainer.measure_backends():

@@ -1,4 +1,4 @@
-"""Attention by formula and by plain PyTorch, and the rule that a provider is held against."""
+"""Attention by formula and by plain PyTorch, and the rule of accuracy for providers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import FP32_EPS
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GUARD = 7.0  # what surrounds the tensors that a provider fills
+GUARD = 7.0  # value around the tensors that a provider fills
 
 
 def inputs(B: int, S: int, n_heads: int, head_dim: int, precision: str) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def inputs(B: int, S: int, n_heads: int, head_dim: int, precision: str) -> tuple
 
 
 def by_formula(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-    """(out, lse) from the definition of causal attention."""
+    """Return (out, lse) from the definition of causal attention."""
     B, S, _ = qkv.shape
     q, k, v = qkv.view(B, S, 3, n_heads, -1).permute(2, 0, 3, 1, 4)
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
@@ -32,7 +32,7 @@ def by_formula(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def by_pytorch(qkv: Tensor, n_heads: int) -> tuple[Tensor, None]:
-    """out from PyTorch's op, which keeps the log-sum-exp to itself."""
+    """Return (out, None) from PyTorch's op, which does not return the log-sum-exp."""
     B, S, _ = qkv.shape
     q, k, v = qkv.view(B, S, 3, n_heads, -1).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -40,7 +40,7 @@ def by_pytorch(qkv: Tensor, n_heads: int) -> tuple[Tensor, None]:
 
 
 def differentiated(attend: Callable, qkv: Tensor, d_out: Tensor, n_heads: int) -> dict[str, Tensor]:
-    """out, dq, dk and dv of a differentiable ``attend``."""
+    """Return out, dq, dk and dv of a differentiable ``attend``."""
     qkv = qkv.detach().requires_grad_()
     out, _ = attend(qkv, n_heads)
     (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
@@ -49,7 +49,7 @@ def differentiated(attend: Callable, qkv: Tensor, d_out: Tensor, n_heads: int) -
 
 
 def provided(provider, qkv: Tensor, d_out: Tensor, n_heads: int) -> dict[str, Tensor]:
-    """The same and lse, of a provider: it fills slots of larger tensors, as in the history."""
+    """Return those and lse of a provider, which fills slots of tensors like SavedActivations'."""
     B, S, D = d_out.shape
     slots = {
         "out": qkv.new_full((3, B, S, D), GUARD),
@@ -73,7 +73,7 @@ def check(provider, qkv: Tensor, d_out: Tensor, n_heads: int) -> None:
     plain = differentiated(by_pytorch, qkv, d_out, n_heads)
     ours = provided(provider, qkv, d_out, n_heads)
     for name, exact in truth.items():
-        # A single token attends to itself alone: dq and dk are nothing but rounding.
+        # A single token attends only to itself: dq and dk are only rounding errors.
         vanishes = qkv.shape[1] == 1 and name in ("dq", "dk")
         size = truth["dv" if vanishes else name].norm()
         error, plain_error = ((x[name].double() - exact).norm() / size for x in (ours, plain))

@@ -1,4 +1,4 @@
-"""What every test gets: poisoned memory, fixed seeds, and a naive twin of the loop."""
+"""Fixtures for every test (poisoned memory, fixed seeds), and a naive loop to compare with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_engine = pytest.mark.skipif(
     reason=f"no CPU engine: {cpu_engine.unsupported_precision('fp32')}",
 )
 
-# A call of the paper's model, as the choice of a backend sees it.
+# A call of the paper's model, to select a backend for.
 CALL = Call(
     LoopSettings(n_heads=8, n_loops=30, window=15),
     device=torch.device("cpu"),
@@ -44,7 +44,7 @@ CALL = Call(
 
 
 def changed(call: Call, **changes: Any) -> Call:
-    """``call`` with other settings, or facts about its tensors."""
+    """Copy ``call`` with other settings or other properties of its tensors."""
     if "device" in changes:
         changes["device"] = torch.device(changes["device"])
     of_settings = {name: changes.pop(name) for name in LoopSettings._fields if name in changes}
@@ -53,13 +53,13 @@ def changed(call: Call, **changes: Any) -> Call:
 
 @pytest.fixture(autouse=True)
 def fresh_selections() -> Iterator[None]:
-    """Tests change what backends say about themselves, which is no part of a selection's key."""
+    """Forget selections: tests change what backends support, which is no part of their key."""
     backends._remembered.cache_clear()
     yield
     backends._remembered.cache_clear()
 
 
-# They start first, so that no core waits at the end for a file that another one has just begun.
+# Slow files start first, so that no core runs one alone at the end.
 LONGEST = (
     "test_cpu_engine_sanitizer.py", "test_cpu_engine_robustness.py", "test_baselines.py",
     "test_distributed.py", "test_ops.py", "test_cpu_engine.py", "test_train_command.py",
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # tensors here are tiny, and threads only get in each other's way
+    torch.set_num_threads(1)  # tensors are tiny here, so threads only cost time
     if INTERPRETING and find_spec("triton"):
         import interpreted_kernels
 
@@ -95,7 +95,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fills every ``empty`` with NaN, C++'s ``at::empty`` too, so an unwritten output shows."""
+    """Fill every ``empty`` with NaN, C++'s ``at::empty`` too, so an unwritten output shows."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -112,7 +112,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what a training run draws at its end, which takes longer than a tiny run."""
+    """Leave out the plot at the end of a training run, which takes longer than a tiny run."""
     monkeypatch.setattr("looped_fast.train.plot", lambda *_: None)
 
 
@@ -143,7 +143,7 @@ def loop_inputs(
     dtype: torch.dtype = torch.float64,
     n_outputs: int = 0,
 ) -> dict[str, Any]:
-    """Tensor arguments of ``ops.loop``; with a read-out if ``n_outputs`` is not 0."""
+    """Make tensor arguments of ``ops.loop``, with a read-out if ``n_outputs`` is not 0."""
     inputs = {
         "embeddings": torch.randn(B, S, D, dtype=dtype),
         "positions": torch.randn(S, D, dtype=dtype),
@@ -157,7 +157,7 @@ def loop_inputs(
 
 
 def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Name -> tensor of ``loop_inputs``, those of a list one by one."""
+    """Name -> tensor of ``loop_inputs``; each tensor of a list gets its own name."""
     named = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -221,7 +221,7 @@ def naive_step(
 def naive_loop(
     inputs: dict[str, Any], n_heads: int, n_loops: int, window: int, injection: str = "add"
 ) -> Tensor:
-    """Twin of ``ops.loop``, with truncated backpropagation written out as a detach."""
+    """``ops.loop`` by formulas, with truncated backpropagation written out as a detach."""
     z, states = inputs["state"], []
     for i in range(n_loops):
         args = inputs["embeddings"], inputs["positions"], inputs["weights"], n_heads, injection
@@ -233,12 +233,12 @@ def naive_loop(
     states = torch.stack(states)
     if "read_out" in inputs:
         weight, bias = inputs["read_out"]
-        return (states @ weight.T + bias)[:, :, ::2]  # of x
+        return (states @ weight.T + bias)[:, :, ::2]  # tokens of x
     return states
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Of the whole tensor, in the Euclidean norm."""
+    """Relative error of the whole tensor, in the Euclidean norm."""
     return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
 
 

@@ -1,4 +1,4 @@
-"""A graph that records and repeats on the CPU, as CUDA's does on a GPU."""
+"""A graph that records and replays on the CPU, as a CUDA graph does on a GPU."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What a captured region may not do: look at values on the host, bring values from there, or
-# make a tensor whose shape depends on values.
+# Operations that a capture forbids: they read values on the host, copy values from it, or make a
+# tensor whose shape depends on values.
 FORBIDDEN = {"_local_scalar_dense", "is_nonzero", "equal", "lift_fresh", "nonzero", "masked_select",
              "unique_dim", "_unique2", "bincount", "repeat_interleave"}  # fmt: skip
 
 
 class HostSync(RuntimeError):
-    """The recorded work does what a CUDA graph can't hold."""
+    """The recorded work runs an operation that a CUDA graph can't hold."""
 
 
 class Recorder(TorchDispatchMode):
-    """Lists every operation below autograd, with the very tensors it works on."""
+    """Lists every operation below autograd, with the tensors that it works on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class Recorder(TorchDispatchMode):
         return result
 
     def shapes(self) -> list[tuple]:
-        """(operation, shapes of its results) in order: what is allocated, and when."""
+        """(operation, shapes of its results) in order, which shows what is allocated and when."""
         return [(str(func), *(tuple(t.shape) for t in made)) for func, _, _, made in self.tape]
 
     def from_outside(self) -> list[Tensor]:
-        """Tensors that the work reads and did not make: the addresses that a graph depends on."""
+        """Tensors that the work reads but did not make: a graph depends on their addresses."""
         made = {id(t) for *_, results in self.tape for t in results}
         read = [t for _, args, kwargs, _ in self.tape for t in tensors((args, kwargs))]
         return list({id(t): t for t in read if id(t) not in made}.values())
@@ -57,7 +57,7 @@ class FakeGraph:
     """Repeats the operations it recorded, on the tensors that it recorded them with.
 
     What Python computed while recording (a learning rate, a step) is thus frozen, as on a GPU. A
-    real capture does nothing; this one does the work, and its first replay nothing instead.
+    real capture runs nothing; this one runs the work, and its first replay runs nothing instead.
     """
 
     n_bytes = 100

@@ -45,12 +45,12 @@ CHOSEN = OPTIONS[1]
 
 
 class Compiler:
-    """Notes what is compiled and launched, in order, and how many are compiled at a time."""
+    """Lists kernels as they compile and launch, and how many compile at a time."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
         self.running = self.most_at_a_time = 0
-        self.fails = ""  # name of a kernel
+        self.fails = ""  # name of a kernel that does not compile
         self.lock = threading.Lock()
 
     def compile(self, src, target=None, options=None, _env_vars=None) -> SimpleNamespace:
@@ -74,7 +74,7 @@ class Compiler:
 
 
 def use_loop() -> None:
-    """Forward and backward of a loop, as the ops run them."""
+    """Run forward and backward of a loop, as the ops do."""
     unrecorded = contextlib.nullcontext([])
     with mock.patch.object(kernel_launches, "recording", return_value=unrecorded):
         kernel_launches.launches_of(Loop("add", 1, 5, 2), "bf16", 2, 10, 64, 16)
@@ -101,14 +101,14 @@ def ask_triton(kernels: Sequence[Any]) -> None:
 
 
 def keys_after(*uses: Callable[[], Any]) -> dict[str, str]:
-    """The kernels' cache keys, once ``uses`` have happened in their order."""
+    """Return the kernels' cache keys after ``uses`` ran in order."""
     for use in uses:
         use()
     return {kernel.__name__: kernel.cache_key for kernel in KERNELS}
 
 
 def first_use(compiler: Compiler) -> dict[str, Any]:
-    """Compile a loop's kernels ahead, run it, and the same again."""
+    """Compile a loop's kernels ahead and run it, twice."""
 
     def fastest(options: Sequence[Config], run: Callable[[Config], None], precision: str) -> Config:
         compiler.events.append(("choose", trial._only_call(run, options[0]).kernel.__name__))
@@ -144,7 +144,7 @@ def first_use(compiler: Compiler) -> dict[str, Any]:
 
 
 def failure(compiler: Compiler) -> str:
-    """What the launch of a kernel raises whose compilation failed before."""
+    """Return the error of launching a kernel whose compilation failed before."""
     compiler.fails = "read_in_kernel"
     with mock.patch.multiple(ahead, _can_compile=lambda device: True):
         ahead.compile_ahead("key", torch.device("cpu"), use_read_in)
@@ -168,7 +168,7 @@ def compile_for_real() -> list[int]:
 
 
 def scenario(name: str) -> Any:
-    """In a process in which nothing was compiled before; all but the last with the stand-in."""
+    """Run a scenario in a fresh process; all but the last with the stand-in compiler."""
     driver = FakeDriver(target_of("sm_90"))
     driver.launcher_cls = lambda source, metadata: None  # launches do nothing
     triton.runtime.driver.set_active(driver)

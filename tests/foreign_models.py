@@ -1,7 +1,7 @@
 """Models written against the structure that drop-in acceleration knows, for its tests.
 
-They share attribute names with the official code and with nanoGPT, and nothing else. Every
-deviation that a lookalike may have is a setting.
+They share only attribute names with the official code and with nanoGPT. Every deviation that a
+lookalike may have is a setting.
 """
 
 import math
@@ -24,7 +24,7 @@ class Settings:
     causal: bool = True
     scale: float | None = None  # of attention scores; 1/sqrt(head_dim) if None
     p: float = 0.0  # dropout
-    look_back: int | None = None  # tokens that attention sees; all if None
+    look_back: int | None = None  # tokens that attention sees; None: all
     drop_path: float = 0.0  # probability that a block's MLP is left out while training
     post_norm: bool = False
     detach: bool = False  # cut the gradient between blocks

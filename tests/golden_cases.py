@@ -1,4 +1,4 @@
-"""Recorded runs of the official code (``golden/``), and a plain PyTorch twin to compare with."""
+"""Recorded runs of the official code (``golden/``), and a plain PyTorch model to compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "golden"
-SHARED = Path(__file__).parents[2] / "shared" / "golden"  # has the one that is too big to commit
+SHARED = Path(__file__).parents[2] / "shared" / "golden"  # has the file that is too big to commit
 
 MODEL_CASES = (
     "looped_tiny",
@@ -49,12 +49,12 @@ class Case:
 
     @property
     def conf(self) -> SimpleNamespace:
-        """What the official ``build_model`` takes."""
+        """The configuration that the official ``build_model`` takes."""
         return SimpleNamespace(**self.config)
 
 
 def load_tensors(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A golden file's configuration and tensors; skips the test if the file is nowhere."""
+    """A golden file's configuration and tensors; skips the test without the file."""
     for folder in (FOLDER, SHARED):
         file = folder / f"{name}.safetensors"
         if file.exists():
@@ -89,9 +89,9 @@ def loss_of(preds: Tensor, ys: Tensor, pred_type: str) -> Tensor:
     return (preds - ys).square().mean()
 
 
-# The gradients of these are the sum of all predictions' errors, of either sign, times a constant:
-# one number, whose own relative error is a matter of luck. They are held against the sum of the
-# errors' sizes, and may be as wrong as plain PyTorch's predictions are.
+# The gradients of these are a sum of all predictions' signed errors, times a constant: the relative
+# error of that number is a matter of chance. Its error is therefore divided by the sum of the
+# errors' sizes, and may be as large as that of plain PyTorch's predictions.
 NEARLY_CANCELLING = ("_read_out.bias", "_backbone.transformer.ln_f.bias")
 
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, faster: the same results and checks."""
+"""Make Triton's interpreter faster, with the same results and checks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from looped_fast.ops import triton_backend
 def make_fast() -> None:
     """Keep coverage out of kernels, patch ``tl`` once per launch, and check integers in NumPy.
 
-    Kernels are device code, which pyproject.toml has coverage leave out anyway. Where the
-    interpreter can't work the first launch of a test says so.
+    Kernels are device code, which pyproject.toml excludes from coverage anyway. If the interpreter
+    can't work, the first launch in a test raises an error.
     """
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
     reason = triton_backend.uninterpretable()
-    patched: set[frozenset[int]] = set()  # what the launch that runs has patched, as ``languages``
+    patched: set[frozenset[int]] = set()  # ``languages`` that the running launch has patched
 
     @untraced
     def launch_untraced(*args: Any, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ def make_fast() -> None:
         return frozenset(id(module) for module in modules if module in (tl, tl.core))
 
     def patch_once(fn: Any) -> Any:
-        """Triton patches again for each call of a function by another, and ignores the result."""
+        """Patch once: Triton does it at each call of a device function, and ignores the result."""
         if languages(fn) in patched:
             return None
         patched.add(languages(fn))
@@ -51,7 +51,7 @@ def make_fast() -> None:
 
 
 def _check_overflow(semantic: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
-    """Triton's check of a sum, difference or product of integers, without interpreted tensors."""
+    """Check a sum, difference or product of integers as Triton does, but in NumPy."""
     dtype = lhs.type.scalar
     if dtype.int_bitwidth >= 64 or not semantic.builder.options.sanitize_overflow:
         return

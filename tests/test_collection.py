@@ -1,4 +1,4 @@
-"""On a machine with a GPU the tests marked gpu are found without optional packages and git."""
+"""Tests marked gpu are collected on a machine without optional packages and git."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Python runs it at its start: what is not installed there is not found here.
+# Python runs this at its start; it hides packages that such a machine lacks.
 BLOCK = """
     from importlib.machinery import PathFinder
     find_spec = PathFinder.find_spec
@@ -40,7 +40,7 @@ def test_gpu_tests_are_collected_without_optional_packages_and_git(bare, tmp_pat
 
 
 def test_everything_up_to_the_first_launch_runs_without_a_gpu(bare, tmp_path):
-    """Host code and compiler as on an H100, which a driver claims to be."""
+    """Host code and compiler run as on an H100, behind a driver that claims to be one."""
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.rehearsal"], cwd=ROOT, capture_output=True,

@@ -22,11 +22,11 @@ SIZE = {"n_dims": 3, "n_points": 5, "n_positions": 7, "n_embd": 16, "n_head": 2}
 LOOPED = {"n_loops": 4, "window": 2}
 STANDARD = {"model": "standard", "injection": "none", "n_loops": 1, "window": 1, "n_layer": 2}
 QUICK = ["--prompts", "20", "--loop-prompts", "20", "--max-loops", "9", "--baselines", "quick"]
-FAR = "looped, 500 loops"  # as officially
+FAR = "looped, 500 loops"  # as in the official figures
 
 
 def make_run(path, **changes):
-    """The folder of a run that has been saved after no training."""
+    """Make the folder of a run that was saved before any training."""
     config = TrainConfig(**{**SIZE, **LOOPED, **changes})
     torch.manual_seed(0)
     model = LoopedTransformer(config.model_config())
@@ -47,7 +47,7 @@ def out(tmp_path):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """For tests of numbers: to draw takes longer than to compute them."""
+    """Draw nothing in tests of numbers: drawing takes longer than computing them."""
     for kind in ("position", "loop", "shift"):
         monkeypatch.setattr(figures, f"{kind}_figure", lambda *_: None)
     monkeypatch.setattr(figures, "save", lambda *_: [])
@@ -139,7 +139,7 @@ def test_several_runs_share_figures_and_only_looped_ones_have_loops(run, tmp_pat
     assert [r["loops"] for r in found["runs"].values()] == [[3, 2], [1], [3, 2]]
 
 
-def test_trees_are_looped_as_far_as_officially(tmp_path, out):
+def test_trees_are_looped_as_far_as_in_the_official_figure(tmp_path, out):
     run = make_run(tmp_path / "tree", task="dt", depth=2)
     assert evaluate(run, *QUICK, out=out) == 0
     assert list(results(out)["positions"])[:2] == ["tree", "tree, 200 loops"]
@@ -206,7 +206,7 @@ def test_a_sweep_over_distributions_has_quick_baselines_or_none(tmp_path, out, n
 
 
 def test_shifts_show_in_least_squares(tmp_path, out, no_figures):
-    """Orthogonal queries tell nothing about earlier points, overlapping ones repeat them."""
+    """Orthogonal queries carry nothing of earlier points, and overlapping ones repeat them."""
     run = make_run(tmp_path / "looped", n_points=7)
     evaluate(run, "--ood", "--prompts", 200, out=out)
     shifts = results(out, "ood")["shifts"]

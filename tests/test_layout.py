@@ -1,4 +1,4 @@
-"""The package's shape: public names, rooms, versions, and the tour in CONTRIBUTING.md."""
+"""The package's layout: public names, folders, versions, and the tour in CONTRIBUTING.md."""
 
 import importlib
 import re
@@ -63,7 +63,7 @@ def test_every_command_shows_its_flags(command):
     assert f"python -m looped_fast.{command}" in done.stdout
 
 
-def test_there_are_at_most_twenty_rooms():
+def test_there_are_at_most_twenty_folders():
     rooms = {path.name for path in PACKAGE.iterdir()}
     rooms -= {"__init__.py", "py.typed", "__pycache__"}
     assert len(rooms) <= 20, sorted(rooms)
@@ -86,7 +86,7 @@ def test_the_version_is_that_of_the_package():
 
 
 def test_the_tour_names_what_exists():
-    """Ten lines of CONTRIBUTING.md, each with a file and what happens to a prompt there."""
+    """The tour has ten lines, each with a file and what happens to a prompt there."""
     page = (ROOT / "CONTRIBUTING.md").read_text()
     stops = re.findall(r"^\d+\. `([\w/.]+)`, `(\w+)`", page, re.MULTILINE)
     assert len(stops) == 10

@@ -71,7 +71,7 @@ def test_the_state_dict_has_the_official_keys_and_shapes(n_layer, pred_type):
 
 @pytest.mark.parametrize(("n_layer", "millions"), [(1, 0.79), (12, 9.48)])
 def test_reference_sizes_have_the_papers_number_of_parameters(n_layer, millions):
-    """0.79M and 9.48M (paper, table of parameters), which leave positions out."""
+    """The paper's table of parameters has 0.79M and 9.48M, without positions."""
     model = LoopedTransformer(ModelConfig(n_layer=n_layer))
     positions = model._backbone.transformer["wpe"].weight.numel()
     count = sum(p.numel() for p in model.parameters()) - positions

@@ -1,4 +1,4 @@
-"""The examples of README.md and of the pages in docs/ run, their commands parse, links lead on."""
+"""Examples of README.md and docs/ run, their commands parse, and their links have targets."""
 
 import re
 import shlex

@@ -27,7 +27,7 @@ from looped_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
-# As small as a run can be that still has a curriculum, several loops and clipping.
+# The smallest run that still has a curriculum, several loops and clipping.
 MINI = [
     *("--preset", "tiny", "--n-embd", "32", "--n-head", "2", "--batch-size", "4"),
     *("--n-points", "6", "--n-positions", "6", "--n-loops", "3", "--window", "2"),
@@ -72,7 +72,7 @@ def test_a_run_writes_metrics_results_plot_events_and_weights(tmp_path, capsys, 
     assert "preset tiny" in printed.splitlines()[0]
     for expected in ("estimated time", "--preset paper", "least squares", "zero", "3 loops"):
         assert expected in printed
-    assert "--preset tiny" not in printed  # this is it
+    assert "--preset tiny" not in printed  # it is the preset of this run
 
 
 def test_without_a_preset_a_cpu_gets_small_and_says_so(tmp_path, capsys):
@@ -129,7 +129,7 @@ def test_a_run_says_where_there_is_nothing_to_recompute(tmp_path, capsys, backen
 
 def test_training_learns(tmp_path):
     out = tmp_path / "run"
-    # Four prompts, over and over: a model that learns anything at all memorises them.
+    # The data is four prompts, which any model that learns at all memorises.
     few = ("--train-prompts", 4, "--curriculum.dims.start", 5, "--warmup-steps", 10)
     assert train("--steps", 100, "--log-every", 20, "--out", out, *few) == 0
     errors = [x["relative_error"] for x in read_metrics(out / "metrics.jsonl") if "loss" in x]
@@ -153,7 +153,7 @@ def start(*args, script=None):
     )
 
 
-# Each run is a fork: to import PyTorch anew takes longer than to train. One that is killed in a
+# Each run is a fork, since importing PyTorch takes longer than training. A run that is killed in a
 # write dies at the Nth call of os.fsync or os.rename, which only checkpoints make.
 KILLED_AND_RESUMED = textwrap.dedent("""
     import json, os, signal, sys
@@ -289,7 +289,7 @@ def test_an_official_configuration_runs_unchanged(tmp_path, capsys):
     assert main(["--config", str(config), "--out", str(out), "--eval-prompts", "4"]) == 0
     assert f"task dt, official settings of {config}" in capsys.readouterr().out
     assert checkpoint.load(checkpoint.latest(out)).step == 3
-    # b and T as the official scripts give them, on the command line
+    # The official scripts give b and T on the command line, too.
     out = tmp_path / "run2"
     changes = ["--n-loops", "4", "--window", "2", "--steps", "1", "--eval-prompts", "4"]
     assert main(["--config", str(config), "--out", str(out), *changes]) == 0
@@ -356,7 +356,7 @@ def test_bad_settings_exit_2_and_name_value_limit_and_remedy(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--config", "mine.yaml"], "a resumed run goes on with its own settings"),
+        (["--config", "mine.yaml"], "a resumed run keeps its own settings"),
         (["--preset", "paper"], "--preset paper is for a new run"),
         (["--out", "elsewhere"], "--out elsewhere is for a new run"),
         (["--init-from", "lr-small"], "--init-from lr-small is for a new run"),

@@ -1,6 +1,6 @@
-"""Code of others that takes most of its tests' time, kept out of coverage.
+"""Keep third-party code that takes most of its tests' time out of coverage.
 
-While coverage traces, Python 3.11 runs all code at half its speed, not the traced files alone.
+While coverage traces, Python 3.11 runs all code at half speed, not only the traced files.
 """
 
 from __future__ import annotations

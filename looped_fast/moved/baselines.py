@@ -1,3 +1,3 @@
-"""``looped_fast.evaluation.baselines``, where it was until version 0.1."""
+"""Old name, until version 0.1, of ``looped_fast.evaluation.baselines``."""
 
 from looped_fast.evaluation.baselines import *  # noqa: F403

@@ -1,3 +1,3 @@
-"""``looped_fast.evaluation.shifts``, under its name until version 0.1."""
+"""Old name, until version 0.1, of ``looped_fast.evaluation.shifts``."""
 
 from looped_fast.evaluation.shifts import *  # noqa: F403

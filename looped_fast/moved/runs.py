@@ -1,4 +1,4 @@
-"""``looped_fast.pretrained.load_run`` where it was until version 0.1."""
+"""Old name, until version 0.1, of ``looped_fast.pretrained.load_run``."""
 
 from looped_fast.pretrained.runs import Run, load_run
 

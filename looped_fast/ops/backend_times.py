@@ -1,8 +1,8 @@
 """Times of backends on this machine's GPUs: measured by training runs, remembered on disk.
 
 Times hold for one kind of call: a GPU, versions of PyTorch and Triton, the model's sizes, a
-precision, and the shape of the batch. The shape is exact, since ``compiled`` compiles for each.
-They are times of replayed CUDA graphs; without graphs other things cost time.
+precision, and the exact shape of the batch, since ``compiled`` compiles for each shape. They are
+times of replayed CUDA graphs: without graphs, launching kernels costs time as well.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Times = dict[str, float]  # backend -> milliseconds
 
 
 def path() -> Path:
-    """The file that remembers."""
+    """The file that holds the times."""
     return cache.folder() / "backends.json"
 
 
 def lookup(call: Call) -> Times:
-    """Times of calls like ``call``.
+    """Known times of calls like ``call``.
 
     Empty where none were measured, where the call is not replayed, and under
     ``torch.use_deterministic_algorithms(True)``: results must not depend on timing there.
@@ -41,7 +41,7 @@ def remember(call: Call, times: Times) -> str | None:
     """Add ``times`` of calls like ``call``, in this process and on disk.
 
     Returns:
-        Why they are not on disk, or None.
+        Why the times could not be written to disk, or None.
     """
     kind = _kind(call)
     _known()[kind] = _known().get(kind, {}) | times
@@ -49,7 +49,7 @@ def remember(call: Call, times: Times) -> str | None:
 
 
 def remember_failure(call: Call, backend: str, reason: str) -> None:
-    """Note in this process that ``backend`` failed when it was measured; the next tries again."""
+    """Note, for this process only, that ``backend`` failed when it was measured."""
     _failed.setdefault(_kind(call), {})[backend] = reason
 
 
@@ -63,7 +63,7 @@ _failed: dict[str, dict[str, str]] = {}
 
 @functools.cache
 def _known() -> dict[str, Times]:
-    """Read once in a process, not at every call."""
+    """Times by kind of call, read from disk once in a process."""
     return {
         kind: times
         for kind, times in cache.load(path()).items()
@@ -72,7 +72,7 @@ def _known() -> dict[str, Times]:
 
 
 def operands(call: Call) -> str:
-    """What matrix products multiply: ``fp32``, ``tf32``, ``bf16``, ``fp16``, or ``fp64``."""
+    """Operands of matrix products: ``fp32``, ``tf32``, ``bf16``, ``fp16``, or ``fp64``."""
     if call.dtype == torch.float64:
         return "fp64"
     return operand_precision(AUTOCAST_DTYPES[call.settings.precision] or torch.float32)

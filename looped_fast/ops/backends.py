@@ -1,8 +1,8 @@
 """Which backend runs the loop: decided here, and nowhere else.
 
-Backends that can run a call are those without a reason against it; ``reference`` has none, ever.
-``auto`` takes the one that was measured fastest on this GPU (``backend_times``), or else the first
-that no rule of ``_slower`` passes over.
+A backend can run a call if its ``unsupported`` gives no reason; ``reference`` runs every call.
+``auto`` takes the backend that was measured fastest on this GPU (``backend_times``), or else the
+first that no rule of ``_slower`` passes over.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _reference_runs_all(call: Call) -> None:
     return None
 
 
-# For each of ``config.BACKENDS``, in that order: why it can't run a call, or None.
+# Backends, in the order of ``config.BACKENDS`` -> why each can't run a call, or None.
 UNSUPPORTED: dict[str, Callable[[Call], str | None]] = {
     "triton": triton_backend.unsupported,
     "cpu": cpu_engine.unsupported,
@@ -41,23 +41,23 @@ UNSUPPORTED: dict[str, Callable[[Call], str | None]] = {
 
 # Width D from which a GPU's fp32 products are predicted to be faster in cuBLAS than in Triton.
 # Triton multiplies without tensor cores and loads 3 bytes of shared memory for a multiply-add: a
-# third of the peak. cuBLAS comes near the peak, but launches 25 kernels a step, which decides at
-# small D. At D = 256 a step of 5248 tokens is predicted to take 0.44 ms in Triton, 0.27 in cuBLAS.
+# third of the peak. cuBLAS comes near the peak, but its 25 launches a step dominate at small D.
+# At D = 256 a step of 5248 tokens is predicted to take 0.44 ms in Triton, 0.27 ms in cuBLAS.
 CUBLAS_WIDTH = 256
 
 
 def able(call: Call) -> list[str]:
-    """Backends that can run ``call``, in the order of preference without measurement."""
+    """Backends that can run ``call``, in the order that ``auto`` prefers without measured times."""
     return [name for name, unsupported in UNSUPPORTED.items() if unsupported(call) is None]
 
 
 def select(call: Call) -> Selection:
-    """The backend for ``call``, as ``explain`` says; remembered, for every call of a model asks.
+    """Select as ``explain`` does, and remember it: every call of a model selects a backend.
 
-    Reasons in the result may be those of an earlier call. Raises as ``explain``.
+    Reasons in the result may be those of an earlier call. Raises as ``explain`` does.
     """
-    # Times of replays may come in at any moment. Under a mode sizes may be symbolic, and no keys.
-    # What these two need on a CPU, a compiler or the interpreter, can be switched off.
+    # Not remembered: replays (times may arrive at any moment), calls under a dispatch mode (sizes
+    # may be symbolic), and a forced compiler or interpreter on a CPU (it may be switched off).
     forced = call.settings.backend in ("compiled", "triton") and call.device.type == "cpu"
     if forced or call.replayed or _get_current_dispatch_mode() is not None:
         return explain(call)
@@ -70,7 +70,7 @@ def _remembered(call: Call, surroundings: tuple[Any, ...]) -> Selection:
 
 
 def _surroundings(device: str) -> tuple[Any, ...]:
-    """What decides besides the call, and may change in a process."""
+    """State that a selection depends on besides the call, and that may change in a process."""
     surroundings = loop_autograd.unsupported(), torch.are_deterministic_algorithms_enabled()
     if device == "cpu":
         return surroundings
@@ -86,8 +86,8 @@ def explain(call: Call) -> Selection:
     """Select a backend for ``call``; ``call.settings.backend`` forces one.
 
     Raises:
-        ValueError: the backend or ``call.settings.attention`` is unknown, or forced and unable;
-            the reason is in the message.
+        ValueError: the backend or ``call.settings.attention`` is unknown, or can't run a call that
+            forces it; the message gives the reason.
     """
     settings = call.settings
     obstacles = {name: unsupported(call) for name, unsupported in UNSUPPORTED.items()}
@@ -108,7 +108,7 @@ def explain(call: Call) -> Selection:
 
 
 def select_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "auto") -> Selection:
-    """Who embeds a prompt to ``width`` D: a kernel of ``triton``, or else plain PyTorch.
+    """Select what embeds a prompt to ``width`` D: a kernel of ``triton``, or else plain PyTorch.
 
     Raises:
         ValueError: as in ``explain``.
@@ -133,9 +133,9 @@ def _slower(call: Call, able: list[str]) -> dict[str, str]:
         "compiling for a new shape takes many seconds"
     }
     if call.device.type != "cpu" and call.settings.attention != "auto":
-        return slower  # asks for the triton backend, which alone has a choice of attention
+        return slower  # only the triton backend has a choice of attention
     for name, reason in backend_times.failures(call).items():
-        if name != "reference":  # the last resort
+        if name != "reference":  # which must remain to fall back on
             slower[name] = f"it failed when it was measured: {reason}"
     times = {name: t for name, t in backend_times.lookup(call).items() if name in able}
     if times:

@@ -1,4 +1,4 @@
-"""What is measured once on a machine and remembered: JSON files in the user's cache folder."""
+"""JSON files in the user's cache folder, for what is measured once on a machine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """``looped_fast`` under ``$XDG_CACHE_HOME``, or under ``~/.cache``."""
+    """The cache folder: ``looped_fast`` under ``$XDG_CACHE_HOME``, or under ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "looped_fast")
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The mapping in ``path``; an empty one where there is no file, or none that can be read."""
+    """The mapping in ``path``; empty if there is no file, or it can't be read (which is logged)."""
     try:
         kept = json.loads(path.read_text())
         if isinstance(kept, dict):
@@ -36,7 +36,7 @@ def update(path: Path, entries: dict[str, Any]) -> str | None:
     """Add ``entries`` to the mapping in ``path``, which other processes never see half-written.
 
     Returns:
-        Why that was not possible, or None.
+        Why the file could not be written, or None.
     """
     temporary = path.with_suffix(f".{os.getpid()}")
     try:

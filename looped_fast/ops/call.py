@@ -1,4 +1,4 @@
-"""One call of the loop: its settings, and all that the choice of a backend may depend on."""
+"""Records of one call of the loop: tensors, settings, and what a backend is selected by."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from looped_fast.errors import check_name
 
 
 class LoopTensors(NamedTuple):
-    """Tensors of one call of the loop; ``ops.loop`` says what they are."""
+    """Tensors of one call of the loop, as documented in ``ops.loop``."""
 
     embeddings: Tensor
     positions: Tensor
@@ -33,11 +33,11 @@ class LoopSettings(NamedTuple):
         window: last steps W that carry gradient and are returned.
         injection: ``add``, ``mul``, ``none`` or ``every_block``; see ``ModelConfig``.
         precision: operands of matrix products: ``fp32`` (as given), ``bf16`` or ``fp16``.
-        recompute: keep the states alone for the backward, and compute a step's activations from
-            the state before it again.
+        recompute: save only states for the backward, which recomputes each step's activations
+            from the state before it.
         backend: ``auto``, or one of ``config.BACKENDS`` to force it.
-        attention: who computes it on the triton backend: ``auto``, or ``flash_attn``, ``sdpa``
-            (PyTorch's flash attention) or ``triton`` (this project's kernel) to force it.
+        attention: its implementation on the triton backend: ``auto``, or ``flash_attn``, ``sdpa``
+            (PyTorch's flash attention) or ``triton`` (this project's kernel) to force one.
     """
 
     n_heads: int
@@ -65,12 +65,12 @@ class LoopSettings(NamedTuple):
             )
 
 
-# The settings in the schema of an op, which takes no records.
+# The settings one by one for the schema of an op, which can't take a record.
 SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(LoopSettings).items())
 
 
 class Call(NamedTuple):
-    """What ``backends.select`` decides by, and the key that it remembers a decision under."""
+    """What ``backends.select`` selects by, and the key that it remembers a selection under."""
 
     settings: LoopSettings
     device: torch.device
@@ -80,7 +80,7 @@ class Call(NamedTuple):
     n_embd: int  # D
     n_layer: int
     replayed: bool = False  # as a CUDA graph
-    training: bool = False  # with gradients; told apart where calls are replayed only
+    training: bool = False  # with gradients; set only where ``replayed``
 
     @property
     def head_dim(self) -> int:
@@ -93,7 +93,7 @@ _replayed: ContextVar[bool] = ContextVar("looped_fast_replayed", default=False)
 
 @contextlib.contextmanager
 def replaying(on: bool = True) -> Iterator[None]:
-    """Inside, calls are those that a CUDA graph replays: ``auto`` goes by times of replays."""
+    """Mark calls inside as replayed by a CUDA graph, so that ``auto`` uses times of replays."""
     token = _replayed.set(on)
     try:
         yield

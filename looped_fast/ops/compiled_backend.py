@@ -1,7 +1,7 @@
-"""The ``compiled`` backend: the reference's loop, with its step compiled by ``torch.compile``.
+"""The ``compiled`` backend: the reference's loop with a step compiled by ``torch.compile``.
 
 AOTAutograd differentiates the step, so gradients, the window and ``recompute`` work as in
-``reference``. A step is compiled for one shape, which takes seconds to half a minute.
+``reference``. A step is compiled for each shape, which takes seconds to half a minute.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from looped_fast.ops import loop_autograd, reference
 from looped_fast.ops.call import Call, LoopSettings
 
-# Compiled steps kept at once. The paper's curricula have 16 shapes, with gradients and without.
+# Compiled steps to keep. The paper's curricula have 16 shapes, each with and without gradients.
 MAX_STEPS = 128
 
 
@@ -30,7 +30,7 @@ def unsupported(call: Call) -> str | None:
     """Why ``torch.compile`` can't run ``call`` here; None where it can."""
     if reason := loop_autograd.unsupported():
         return reason
-    # torch.compile around the call traces it under a mode; a FLOP counter is a mode, too.
+    # torch.compile around the call traces it under a dispatch mode; a FLOP counter is one, too.
     if _get_current_dispatch_mode() is not None:
         return (
             "inside torch.compile or another TorchDispatchMode, which sees single operations; "
@@ -42,7 +42,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def is_switched_off() -> bool:
-    """True where ``torch.compile`` would return the function as it is, without a word."""
+    """True where ``torch.compile`` would silently return the function as it is."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return True
     dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second
@@ -57,7 +57,7 @@ def _missing_compiler(device: str) -> str | None:
         return None if find_spec("triton") else "torch.compile needs Triton, not installed here"
     if device != "cpu":
         return f"tensors are on {device}; it compiles for CPUs and CUDA devices"
-    # As torch._inductor.config.cpp.cxx has it, without the second that importing it takes.
+    # The same compiler as torch._inductor.config.cpp.cxx, whose import would take a second.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler.split()[0]) is None:
         return (
@@ -83,13 +83,13 @@ def loop(
     )  # fmt: skip
 
     def step(state: Tensor, *arguments: Any) -> Tensor:
-        # torch.compile specialises on which tensors require gradients, and on a first state that
-        # is the embeddings. Made alike, all steps of a kind share one compiled step.
+        # torch.compile specialises on which tensors require gradients, and on whether the first
+        # state is the embeddings. Making these equal lets all steps of a kind share one.
         recorded = loop_autograd.needs_grad((state, *tensors))
         if not recorded:
             state, arguments = state.detach(), (*detached, n_heads, injection)
         elif not state.requires_grad:
-            state = state.detach().requires_grad_()  # a gradient that nobody reads
+            state = state.detach().requires_grad_()  # its gradient is not read
         return _compiled_step((*kind, recorded))(state, *arguments)
 
     return reference.loop(embeddings, positions, state, weights, settings, step)
@@ -105,7 +105,7 @@ def _compiled_step(kind: Hashable) -> Callable[..., Tensor]:
     """Compile the reference's step for calls of one ``kind``: shapes, settings, gradients or not.
 
     ``torch.compile`` counts recompilations per code object, and fails at the ninth shape. So each
-    kind gets a copy of the code, which also frees what was compiled when the cache drops it.
+    kind gets a copy of the code; dropping the copy from the cache also frees what was compiled.
     """
     step = reference.step
     copied = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)

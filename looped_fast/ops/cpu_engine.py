@@ -19,21 +19,21 @@ from looped_fast.ops import loop_autograd
 from looped_fast.ops.call import Call, LoopSettings
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
-N_SETTINGS = 5  # that its ops take, the first of ``LoopSettings``: n_heads to precision
-_MAX_OUTPUTS = 8  # of a read-out; more are a matrix product, and PyTorch's business
+N_SETTINGS = 5  # its ops take the first ones of ``LoopSettings``: n_heads to precision
+_MAX_OUTPUTS = 8  # outputs of a fused read-out; PyTorch computes wider ones
 
-_loading = threading.Lock()  # functools.cache lets a thread in while another is at work
+_loading = threading.Lock()  # functools.cache may call the function in two threads at once
 
 
 def load_error() -> str | None:
-    """Load the extension, once; the reason where there is none."""
+    """Load the extension once; return why it can't be loaded, or None."""
     with _loading:
         return _load()
 
 
 @functools.cache
 def _load() -> str | None:
-    # Beside this file: an editable install would find another copy's.
+    # Search beside this file only: an editable install could find another copy's extension.
     spec = PathFinder.find_spec("looped_fast.ops._C", [str(Path(__file__).parent)])
     if spec is None or spec.origin is None:
         return (
@@ -50,12 +50,12 @@ def _load() -> str | None:
 
 @functools.cache
 def unsupported_precision(precision: str) -> str | None:
-    """Why this machine can't run matrix products of ``precision``; None where it can."""
+    """Return why this machine can't run matrix products of ``precision``, or None."""
     return load_error() or torch.ops.looped_fast.cpu_unsupported(precision) or None
 
 
 def unsupported(call: Call) -> str | None:
-    """Why the engine can't run ``call``; None where it can."""
+    """Return why the engine can't run ``call``, or None."""
     if call.device.type != "cpu":
         return f"tensors are on {call.device.type}"
     if call.dtype != torch.float32:
@@ -68,7 +68,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def can_read_out(read_out: Sequence[Tensor]) -> bool:
-    """True where the engine computes predictions itself, or where there is no read-out."""
+    """True if the engine can compute this read-out, or there is none."""
     return not read_out or 1 <= len(read_out[0]) <= _MAX_OUTPUTS
 
 
@@ -82,7 +82,7 @@ def loop(
 ) -> Tensor:
     """Run ``ops.loop`` on the engine: same arguments, predictions of all tokens.
 
-    The read-out is one that ``can_read_out`` takes.
+    ``read_out`` must satisfy ``can_read_out``.
     """
     weights = [*weights, *read_out]
     arguments = (embeddings, positions, state, weights, *settings[:N_SETTINGS])
@@ -111,7 +111,7 @@ def loop_mse(
 
 
 def empty_cache() -> None:
-    """Give back the memory that the engine keeps from call to call, if it is loaded."""
+    """Free the memory that the engine keeps between calls, if the extension loads."""
     if load_error() is None:
         torch.ops.looped_fast.cpu_empty_cache()
 

@@ -1,7 +1,7 @@
 """The loop as a CUDA graph, for calls without gradient.
 
-``GraphedLoop`` finds out which calls of ``ops.loop`` are alike (shapes, settings, addresses of the
-weights) and leaves capture and replay to ``graphs.Graphs``.
+``GraphedLoop`` makes a key of each call of ``ops.loop`` (shapes, settings, addresses of the
+weights); ``graphs.Graphs`` captures and replays by that key.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from looped_fast.ops.graphs import MODES, Graphs, graphs_on
 
 
 class GraphedLoop:
-    """``ops.loop``, replayed on a GPU from the third call with the same shapes and settings on.
+    """``ops.loop``, replayed on a GPU from the third call with the same shapes and settings.
 
     The second call does not capture yet: a capture waits for the device and empties the
-    allocator's cache, and many shapes come only once or twice (the last batch of a data set, a
-    trial at the prompt).
+    allocator's cache, and many shapes come only once or twice (the last batch of a data set, an
+    interactive trial).
 
     Calls that need a gradient run as usual. Parameters may change in place between calls (an
-    optimizer's step, ``load_state_dict``); parameters at new addresses need a new graph. The
-    caller owns the results. A copy, by ``copy`` or ``pickle``, starts without graphs.
+    optimizer's step, ``load_state_dict``); parameters at new addresses need a new graph. Results
+    belong to the caller: no replay overwrites them. A copy or an unpickled loop has no graphs yet.
 
     Args:
         mode: ``auto``, ``on`` or ``off``; see ``graphs_on``.
@@ -64,14 +64,14 @@ class GraphedLoop:
             *(tensor.shape for tensor in inputs), embeddings.dtype, settings,
             *map(_identity, parameters), operand_precision(torch.float32), _stream(device),
         )  # fmt: skip
-        # Tensors made in inference mode could not be written to outside of it.
+        # A graph's own inputs, if made in inference mode, could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             result = self._graphs[device].run(key, run, *inputs)
         assert result is not None
         return result
 
     def replays_on(self, device: torch.device) -> bool:
-        """True where calls without gradient are replayed, once there are enough of a kind."""
+        """True if calls without gradient are replayed on ``device`` from the third of a kind."""
         return device.type == "cuda" and self.mode != "off"
 
     def _applies(self, tensors: Sequence[Tensor]) -> bool:
@@ -104,5 +104,5 @@ def _watched() -> bool:
 
 
 def _identity(tensor: Tensor) -> Hashable:
-    """Equal for tensors in the same memory."""
+    """A key that is equal for tensors in the same memory with the same layout."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

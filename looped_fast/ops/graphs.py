@@ -1,4 +1,4 @@
-"""CUDA graphs: work that Python launches once and that is replayed as a whole from then on.
+"""CUDA graphs: kernels that Python launches once, and that are then replayed as a whole.
 
 A replay repeats the captured kernels on the captured addresses. Whatever changes from call to call
 must therefore lie in a tensor, or in the seed of a generator, that is set before the replay; and
@@ -37,7 +37,7 @@ class Graph(Protocol):
         """Run ``work`` as it will be captured: libraries load, kernels are compiled and tuned."""
 
     def capture(self, work: Work) -> Tensor | None:
-        """Record ``work`` without running it; the result holds values after ``replay``."""
+        """Record ``work`` without running it; its result holds values only after ``replay``."""
 
     def replay(self) -> None:
         """Run the recorded work."""
@@ -59,7 +59,7 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def warm_up(self, work: Work) -> Tensor | None:
-        """Run ``work`` on the stream that captures."""
+        """Run ``work`` on the stream that will capture it."""
         with _side_stream(self._device):
             return work()
 
@@ -67,7 +67,7 @@ class CudaGraph:
         """Record ``work``; raises RuntimeError if CUDA can't."""
         if self._generator is not None:
             self._graph.register_generator_state(self._generator)
-        # Other threads may go on (thread_local): a progress bar, a logger, a data loader.
+        # thread_local lets other threads use CUDA: a progress bar, a logger, a data loader.
         with (
             _side_stream(self._device) as stream,
             torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
@@ -86,9 +86,9 @@ class CudaGraph:
 def _side_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """A stream to warm up and capture on, as the default stream can't be captured.
 
-    It is the same stream every time, so that per-stream workspaces of libraries exist before a
-    capture. The caller's stream is current again after an error, too (``torch.cuda.graph`` may
-    leave its own).
+    Every call gets the same stream, so that per-stream workspaces of libraries exist before a
+    capture. The caller's stream is restored even after an error, where ``torch.cuda.graph`` may
+    leave its own.
     """
     with torch.cuda.device(device):
         stream = _side_stream_of(torch.cuda.current_device())
@@ -110,28 +110,28 @@ class _Captured(NamedTuple):
     result: Tensor | None  # the graph writes it
 
 
-# More than the 41 lengths of the paper's prompts. The budget does not see the driver's own memory
-# for a graph, so the number of graphs has a limit, too.
+# More than the paper's 41 prompt lengths. The number of graphs is limited because the budget does
+# not count the driver's own memory for a graph.
 MAX_GRAPHS = 64
 MAX_COUNTED = 128  # keys waiting for their capture; a key holds the addresses of all weights
 
 
 class Graphs:
-    """Runs work, and replays it as a graph once it has come often enough with the same key.
+    """Runs work, and replays it as a graph after ``capture_at`` calls with the same key.
 
     Args:
         new_graph: makes an empty graph.
         budget: bytes that captured graphs may hold together. Beyond it, or beyond ``MAX_GRAPHS``,
-            the least recently used graphs are dropped; the newest stays, whatever it holds.
-        capture_at: number of the call with a key that captures. The call before it warms up,
-            earlier calls run as usual. A key whose graph was dropped starts from the beginning:
-            where more kinds of work take turns than there is room for, a capture at every call
-            would cost far more than it saves.
-        unsupported: reason to do without graphs.
-        required: raise if a capture fails; otherwise warn, and go on without graphs.
+            the least recently used graphs are dropped; the newest one always stays.
+        capture_at: which call with a key captures, counted from 1. The call before it warms up,
+            and earlier calls run as usual. A key whose graph was dropped counts from the start:
+            if more kinds of work alternate than there is room for, a capture at every call would
+            cost far more than it saves.
+        unsupported: reason to do without graphs, or None.
+        required: raise if a capture fails; otherwise warn, and continue without graphs.
 
     Attributes:
-        unsupported: reason that graphs are not used (any more), or None.
+        unsupported: reason that graphs are not used, or no longer used; or None.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Graphs:
         self._required = required
         self._capture_at = capture_at
         # Both have the least recently used key first.
-        self._calls: dict[Hashable, int] = {}  # for keys that are not captured
+        self._calls: dict[Hashable, int] = {}  # only keys that are not captured
         self._captured: dict[Hashable, _Captured] = {}
 
     def run(
@@ -159,11 +159,11 @@ class Graphs:
         *inputs: Tensor,
         clean_up: Callable[[], None] = lambda: None,
     ) -> Tensor | None:
-        """Run ``work(*inputs)``, by a replay if ``key`` was captured.
+        """Run ``work(*inputs)``, or replay it if ``key`` was captured.
 
         Args:
-            key: equal keys promise equal work: the same kernels, on tensors of the same
-                addresses but for ``inputs``, which must have the same shapes and dtypes.
+            key: equal keys promise equal work: the same kernels on tensors at the same
+                addresses, except ``inputs``, which must have the same shapes and dtypes.
             work: returns a tensor, or None if it only changes tensors in place.
             inputs: copied into tensors of the graph before a replay.
             clean_up: undoes what a failed capture has done on the host.
@@ -208,10 +208,10 @@ class Graphs:
                 self._evict()
                 return
             except RuntimeError as error:
-                # Without memory, try once more after dropping all other graphs.
+                # Out of memory: try once more after dropping all other graphs.
                 if not (isinstance(error, torch.OutOfMemoryError) and self._captured):
                     self._give_up(error)
-            # Outside of the handler, whose error keeps memory of the attempt alive.
+            # Retry outside of the handler: the error in it keeps memory of the attempt alive.
             clean_up()
             self._captured.clear()
 
@@ -231,7 +231,7 @@ class Graphs:
 
     def _give_up(self, error: BaseException) -> None:
         while isinstance(error.__context__, Exception):
-            error = error.__context__  # the cause: ending a broken capture raises once more
+            error = error.__context__  # the cause: ending a broken capture raises a second error
         first_line, *_ = str(error).strip().split("\n")
         reason = f"{type(error).__name__}: {first_line}"
         if self._required:
@@ -253,14 +253,14 @@ def graphs_on(
     unsupported: str | None = None,
     capture_at: int = 2,
 ) -> Graphs:
-    """Make ``Graphs`` for work on ``device``, in a quarter of its memory at most.
+    """Make ``Graphs`` for work on ``device``, limited to a quarter of its memory.
 
     Args:
         device: where the work's tensors are.
-        mode: ``auto`` uses graphs on a CUDA device, and goes on without them if a capture fails;
+        mode: ``auto`` uses graphs on a CUDA device, and continues without if a capture fails;
             ``on`` raises on another device or if a capture fails; ``off`` uses no graphs.
         generator: returns the generator of random numbers in the work; see ``CudaGraph``.
-        unsupported: the caller's reason to do without graphs.
+        unsupported: the caller's reason to do without graphs, or None.
         capture_at: see ``Graphs``. The default suits work that is known to come often, such as the
             steps of a training run.
 

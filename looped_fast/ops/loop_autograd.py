@@ -1,6 +1,6 @@
-"""Autograd of the fast backends' ops: first derivatives in reverse mode, and no others.
+"""Autograd of the fast backends' ops: first derivatives in reverse mode only.
 
-Others are those of the reference; asking a fast backend for one is a refusal, never a wrong value.
+A fast backend refuses any other derivative, and never gives a wrong one; the reference has them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Gradients = Callable[[Tensor, Tensor, list[Tensor], list[Any], list[Any]], list[
 
 
 def unsupported() -> str | None:
-    """What, around the caller, asks for derivatives that only plain PyTorch has; or None."""
+    """Return which context asks for derivatives that only plain PyTorch has, or None."""
     if forward_ad._current_level >= 0:
         return "inside torch.autograd.forward_ad.dual_level"
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -26,7 +26,7 @@ def unsupported() -> str | None:
 
 
 def needs_grad(tensors: Sequence[Tensor]) -> bool:
-    """Whether autograd records what is done with them here."""
+    """True if autograd records what the caller computes from ``tensors``."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -39,11 +39,11 @@ def register(
     """Make ``looped_fast::{backend}_loop_forward`` differentiable, once.
 
     Args:
-        backend: whose op it is; the op takes the tensors of ``ops.loop``, settings that begin with
-            n_heads, n_loops, window and injection, and arguments that a backward does not need.
+        backend: name of the backend. Its op takes the tensors of ``ops.loop``, settings that begin
+            with n_heads, n_loops, window and injection, and arguments that no backward needs.
         gradients: calls ``looped_fast::{backend}_loop_backward``. ``saved`` is what the forward
             returned after its first output.
-        n_settings: how many settings there are.
+        n_settings: number of settings that the op takes.
         lib: the library that defines the ops; None where the extension does.
     """
 
@@ -74,7 +74,7 @@ def register(
 
 
 def register_mse() -> None:
-    """Make ``looped_fast::cpu_loop_mse``, which has computed gradients, differentiable, once."""
+    """Make ``looped_fast::cpu_loop_mse``, whose forward returns gradients, differentiable, once."""
 
     def setup_context(ctx, inputs, output) -> None:
         embeddings, positions, state, weights, *others = inputs
@@ -91,7 +91,7 @@ def register_mse() -> None:
         of_others = (None,) * ctx.n_others
         if grad is None:
             return None, None, None, [None] * (n - 3), *of_others
-        # It has no use for inputs, but a second derivative would be through them.
+        # The op does not read inputs; it takes them so that a second derivative is refused.
         grads = torch.ops.looped_fast.cpu_loop_mse_backward(grad, gradients, inputs)
         return *_of_inputs(grads, *ctx.settings), *of_others
 

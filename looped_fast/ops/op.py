@@ -1,8 +1,8 @@
-"""The loop as a differentiable PyTorch op, ``torch.ops.looped_fast.loop``, and ``loop_mse``.
+"""The loop as differentiable PyTorch ops, ``looped_fast::loop`` and ``looped_fast::loop_mse``.
 
-Ops are registered with torch.library: schema, a fake implementation (shapes only, for
-torch.compile) and one for the Autograd keys. The reference backend decomposes into ATen ops
-there, so PyTorch differentiates it and Inductor may fuse it.
+The ops are registered with torch.library: schema, a fake implementation (shapes only, for
+torch.compile) and one for the Autograd keys, in which the reference backend decomposes into ATen
+ops, so PyTorch differentiates it and Inductor may fuse it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def loop(
     read_out: Sequence[Tensor] = (),
     **settings: Any,
 ) -> Tensor:
-    """Run a shared stack of transformer blocks ``n_loops`` times: the last states, or predictions.
+    """Run a shared stack of transformer blocks ``n_loops`` times; return states or predictions.
 
     Args:
         embeddings: e, the embedded prompt, [B, S, D]; float32, or float64 on the reference.
@@ -49,11 +49,11 @@ def loop(
             ``add``, 1 for ``mul``), or for ``embeddings`` where the injection has none.
         weights: per block, the twelve tensors of ``reference.Block``; then the weight and bias
             of the final LayerNorm: ``12 * n_layer + 2`` tensors.
-        read_out: weight [n_outputs, D] and bias [n_outputs] of a Linear; with it predictions of
-            the even tokens, which are x, are returned, and the ``cpu`` and ``triton`` backends
+        read_out: weight [n_outputs, D] and bias [n_outputs] of a Linear. With it the result is
+            predictions at the even tokens, which are x, and the ``cpu`` and ``triton`` backends
             keep no states for a backward that does not need them.
-        settings: the fields of ``LoopSettings`` by name: ``n_heads``, ``n_loops`` and ``window``,
-            and those that are not to have their defaults.
+        settings: the fields of ``LoopSettings`` by name; ``n_heads``, ``n_loops`` and ``window``
+            are required.
 
     Returns:
         States after steps ``n_loops - window + 1 .. n_loops``: [W, B, S, D]; or with ``read_out``
@@ -88,16 +88,16 @@ def loop_mse(
     That is ``(loop(...)[-n_supervised:] - targets).square().mean()``. The ``cpu`` backend
     computes the error's gradient along with it, sequence by sequence: it keeps activations of a
     sequence per thread instead of those of the batch, whatever ``recompute`` says. The ``triton``
-    backend subtracts targets where it reads out.
+    backend subtracts targets in the kernel that reads out.
 
     Args:
         embeddings, positions, state, weights, settings: as in ``loop``.
         targets: [B, (S + 1) // 2, n_outputs], in the dtype and on the device of the others.
-        read_out: as in ``loop``; needed.
+        read_out: as in ``loop``, but required.
         n_supervised: last steps of the window whose predictions count; all of them by default.
 
     Returns:
-        A scalar, [], in the tensors' dtype; differentiable, once, in all tensors.
+        A scalar, [], in the tensors' dtype; once differentiable in all tensors.
 
     Raises:
         ValueError: as in ``loop``; or ``targets`` or ``n_supervised`` does not fit.
@@ -112,7 +112,7 @@ def loop_mse(
 def run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:
     """Run ``loop`` with its arguments in records."""
     _check(tensors, settings)
-    if torch.compiler.is_compiling():  # it takes an op; otherwise the dispatcher only costs time
+    if torch.compiler.is_compiling():  # otherwise the dispatcher would only cost time
         return torch.ops.looped_fast.loop(*tensors, *settings)
     return _run(tensors, settings)
 
@@ -171,20 +171,20 @@ _BACKENDS: dict[str, Any] = {
 
 
 def _run_on(chosen: str, tensors: LoopTensors, settings: LoopSettings) -> Tensor:
-    """States, or predictions of the even tokens, by the backend that was chosen."""
+    """Run the chosen backend; return states, or predictions at the even tokens."""
     backend, read_out = _BACKENDS[chosen], tensors.read_out
     if chosen in ("triton", "cpu") and backend.can_read_out(read_out):
         outputs = backend.loop(*tensors[:4], settings, read_out)
     else:
         outputs = backend.loop(*tensors[:4], settings)
         if read_out:
-            with torch.autocast(outputs.device.type, enabled=False):  # a thousandth of the work
+            with torch.autocast(outputs.device.type, enabled=False):  # 0.1 % of the work
                 outputs = F.linear(outputs, *read_out)
     return outputs[:, :, ::2] if read_out else outputs
 
 
 def _select(tensors: LoopTensors, settings: LoopSettings) -> tuple[str, LoopTensors, LoopSettings]:
-    """The backend; tensors and settings with the state and the attention that it starts from."""
+    """Select a backend; return it, and the arguments with first state and attention filled in."""
     embeddings, _, state, weights, _ = tensors
     replayed = is_replayed()
     training = replayed and loop_autograd.needs_grad((embeddings, *weights))
@@ -209,7 +209,7 @@ def _impl_mse(*flat: Any) -> Tensor:
     return _run_mse(LoopTensors(*flat[:5]), LoopSettings(*flat[7:]), *flat[5:7])
 
 
-# One function under both keys: below autograd it only computes, at autograd it is differentiated.
+# One function for both keys: below autograd it only computes, at Autograd it is differentiated.
 for _key in ("CompositeExplicitAutograd", "Autograd"):
     _library.impl("loop", _impl, _key)
     _library.impl("loop_mse", _impl_mse, _key)
@@ -261,11 +261,11 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> None:
 
 @functools.lru_cache
 def _expected(D: int, n_weights: int, n_outputs: int) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Names and shapes of the loop's weights, and of a read-out's if there are outputs."""
+    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs."""
     matrices = {
         "c_attn_weight": (3 * D, D), "c_attn_bias": (3 * D,), "attn_c_proj_weight": (D, D),
         "c_fc_weight": (4 * D, D), "c_fc_bias": (4 * D,), "mlp_c_proj_weight": (D, 4 * D),
-    }  # fmt: skip  # all others are [D]
+    }  # fmt: skip  # all other weights are [D]
     fields = reference.Block._fields
     n_layer = (n_weights - 2) // len(fields)
     names = [f"block {i} {name}" for i in range(n_layer) for name in fields]

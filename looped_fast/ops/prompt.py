@@ -1,4 +1,4 @@
-"""The read-in: a prompt's embedding, in one launch on the triton backend."""
+"""The read-in, which embeds a prompt; one kernel launch on the triton backend."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def read_in(
         ys: [B, n].
         weight: of the read-in, [D, d].
         bias: [D].
-        backend: as in ``loop``; one launch on ``triton``, plain PyTorch on the others.
+        backend: as in ``loop``; a single kernel on ``triton``, plain PyTorch on the others.
 
     Returns:
         e, [B, 2n, D]; differentiable in all four.
 
     Raises:
-        ValueError: ``backend`` is unknown, or forced and unable; the reason is in the message.
+        ValueError: ``backend`` is unknown, or forced and can't run; the message gives the reason.
     """
     if backend != "triton" and not (backend == "auto" and xs.is_cuda):
         if backend != "auto":
             check_name("backend", backend, ("auto", *BACKENDS))
         return reference.read_in(xs, ys, weight, bias)
-    if not torch.compiler.is_compiling():  # which can't trace the rules; the op asks them then
+    if not torch.compiler.is_compiling():  # tracing can't select; the op does
         selection = backends.select_read_in(xs.device.type, xs.dtype, len(weight), backend)
         if selection.chosen != "triton":
             return reference.read_in(xs, ys, weight, bias)
@@ -61,12 +61,12 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     xs, ys, weight = ctx.saved_tensors
-    of_x, of_y = grad[:, ::2], grad[:, 1::2]  # [B, n, D]
+    of_x, of_y = grad[:, ::2], grad[:, 1::2]  # gradients of tokens, [B, n, D]
     with torch.autocast(grad.device.type, enabled=False):
         d_weight = torch.einsum("bno,bni->oi", of_x, xs)
         d_first = torch.einsum("bno,bn->o", of_y, ys)  # y is in coordinate 0
         d_weight = torch.cat([d_weight[:, :1] + d_first[:, None], d_weight[:, 1:]], dim=1)
-        needs_xs, needs_ys, *_ = ctx.needs_input_grad  # of data: seldom
+        needs_xs, needs_ys, *_ = ctx.needs_input_grad  # prompts seldom need one
         d_xs = of_x @ weight if needs_xs else None
         d_ys = of_y @ weight[:, 0] if needs_ys else None
         return d_xs, d_ys, d_weight, grad.sum((0, 1)), None

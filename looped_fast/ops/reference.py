@@ -1,6 +1,6 @@
-"""The loop in plain PyTorch: the oracle that every other backend is held against.
+"""The loop in plain PyTorch: the oracle that every other backend is tested against.
 
-Any device, any floating dtype (float64 too), differentiable by autograd. The model is that of
+It runs on any device in any floating dtype, float64 too, and autograd differentiates it. Source:
 arXiv 2311.12424, section 4; the block is GPT-2's (official ``scripts/nano_gpt.py``):
 
     x0 = inject(z, e) + p
@@ -26,7 +26,7 @@ AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Block(NamedTuple):
-    """Parameters of one transformer block, in the order in which the loop op takes them."""
+    """Parameters of one transformer block, in the order that the loop op takes."""
 
     ln_1_weight: Tensor  # [D]
     ln_1_bias: Tensor  # [D]
@@ -53,12 +53,12 @@ def interleave(xs: Tensor, ys: Tensor) -> Tensor:
 
 
 def read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The prompt embedded: e, [B, 2n, D]. xs: [B, n, d], ys: [B, n], weight: [D, d]."""
+    """The embedded prompt e, [B, 2n, D]. xs: [B, n, d], ys: [B, n], weight: [D, d]."""
     return F.linear(interleave(xs, ys), weight, bias)
 
 
 def split_weights(weights: Sequence[Tensor]) -> tuple[list[Block], Tensor, Tensor]:
-    """``weights`` of the loop op as its blocks and the final LayerNorm's (weight, bias)."""
+    """Split ``weights`` of the loop op into blocks and the final LayerNorm's weight and bias."""
     n = len(Block._fields)
     blocks = [Block(*weights[i : i + n]) for i in range(0, len(weights) - 2, n)]
     return blocks, weights[-2], weights[-1]
@@ -139,19 +139,19 @@ def loop(
     Arguments are those of ``looped_fast.ops.loop``. Gradients flow through the last ``window``
     steps only. ``settings.precision`` picks the operands of matrix products, as autocast does; the
     residual stream and all statistics keep the dtype of ``embeddings``. ``run_step`` replaces
-    ``step``, with its arguments and result: a compiled one.
+    ``step`` (same arguments and result), by a compiled one, say.
     """
     n_loops, window = settings.n_loops, settings.window
     dtype = AUTOCAST_DTYPES[settings.precision]
     device = embeddings.device.type
     arguments = (embeddings, positions, weights, settings.n_heads, settings.injection)
     states = []
-    # No cache, as in the official code: it would sum the steps' gradients in low precision.
+    # No cache, as in the official code: a cached cast sums the steps' gradients in low precision.
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
         for i in range(n_loops):
             with torch.no_grad() if i < n_loops - window else nullcontext():
                 if settings.recompute:
-                    # There is no randomness in a step, and a CUDA graph can't ask for its state.
+                    # A step draws no random numbers, and a capture can't read the RNG state.
                     state = torch.utils.checkpoint.checkpoint(
                         run_step, state, *arguments, use_reentrant=False, preserve_rng_state=False
                     )

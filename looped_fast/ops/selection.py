@@ -1,4 +1,4 @@
-"""Selecting one of several implementations by rules that can explain themselves."""
+"""Select one of several implementations, with a reason against each of the others."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from looped_fast.errors import check_name
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen, and why each other was not.
+    """The chosen implementation, and why each other one was not chosen.
 
     Attributes:
-        kind: what there is a choice of: ``backend`` or ``attention``.
+        kind: what was selected: ``backend`` or ``attention``.
         chosen: name of the implementation that runs.
-        reasons: name of each other implementation -> why it does not.
-        attention: who computes attention, where the triton backend was chosen.
+        reasons: name of each other implementation -> why it does not run.
+        attention: the selection of attention, if the triton backend was chosen.
     """
 
     kind: str
@@ -34,17 +34,17 @@ class Selection:
 def select_by(
     kind: str, wanted: str, unsupported: Mapping[str, str | None], preference: str = "comes first"
 ) -> Selection:
-    """The first implementation that supports the call, or the one that is wanted.
+    """Select the first implementation that supports the call, or the one that is wanted.
 
     Args:
-        kind: what there is a choice of; the name of the argument that forces one.
-        wanted: ``auto``, or the name of one.
-        unsupported: for each implementation, the preferred first, why it can't run the call; None
-            if it can, as at least one must.
-        preference: why those that come first do.
+        kind: what is selected; also the name of the argument that forces an implementation.
+        wanted: ``auto``, or the name of an implementation.
+        unsupported: implementation, the preferred ones first -> why it can't run the call, or None;
+            at least one must be None.
+        preference: completes "not <other>: <chosen> ..." under ``auto``.
 
     Raises:
-        ValueError: ``wanted`` is unknown, or can't run the call; the reason is in the message.
+        ValueError: ``wanted`` is unknown, or can't run the call; the message gives the reason.
     """
     check_name(kind, wanted, ("auto", *unsupported))
     able = [name for name, reason in unsupported.items() if reason is None]

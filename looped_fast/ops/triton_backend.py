@@ -1,7 +1,7 @@
 """The GPU backend: the Triton kernels of ``kernels/``, as differentiable ops.
 
-Their ops, ``looped_fast::triton_loop_forward`` and ``triton_loop_backward``, are registered here;
-what launches kernels is imported when it runs, so that importing the package needs no Triton.
+The ops ``looped_fast::triton_loop_forward`` and ``triton_loop_backward`` are registered here. Code
+that launches kernels is imported when it runs, so that importing the package needs no Triton.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MIN_TRITON = "3.6"
 WIDTHS = (64, 128, 256, 512)
 HEAD_DIMS = (16, 32, 64)
 MIN_CAPABILITY = (8, 0)
-MIN_TORCH = "2.8"  # has products of bf16 and fp16 matrices with a result in fp32
+MIN_TORCH = "2.8"  # multiplies bf16 and fp16 matrices to a result in fp32
 MAX_ELEMENTS = 2**31  # kernels index with 32 bits
-MAX_OUTPUTS = 8  # of a read-out in the kernels; more are a matrix product, and PyTorch's business
+MAX_OUTPUTS = 8  # outputs of a read-out in the kernels; PyTorch computes wider ones
 
 
 @functools.cache
 def load_error() -> str | None:
-    """Why there is no Triton that the kernels can be compiled by; None where there is."""
+    """Return why there is no Triton that can compile the kernels, or None."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install 'looped_fast[triton]', on Linux)"
     import triton
@@ -43,12 +43,12 @@ def load_error() -> str | None:
 
 
 def _interpreting() -> bool:
-    # As Triton will see it, without the second that importing it takes.
+    # As Triton will read it, but without importing Triton, which takes a second.
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def uninterpretable() -> str | None:
-    """What stands against Triton's interpreter here: NumPy 2.4 ended a use of arrays as scalars."""
+    """Return why Triton's interpreter fails here, or None: NumPy 2.4 rejects arrays as scalars."""
     import numpy
     import triton
 
@@ -61,7 +61,7 @@ def uninterpretable() -> str | None:
 
 
 def unsupported_tensors(device: str, dtype: torch.dtype, width: int) -> str | None:
-    """Why no kernel runs on tensors of such a device, dtype and width D; None where kernels do."""
+    """Return why no kernel runs on tensors of that device, dtype and width D, or None."""
     if device not in ("cpu", "cuda"):
         return f"tensors are on {device}"
     if device == "cpu" and not _interpreting():
@@ -89,13 +89,13 @@ def unsupported_tensors(device: str, dtype: torch.dtype, width: int) -> str | No
 
 
 def unsupported(call: Call) -> str | None:
-    """Why the kernels can't run ``call``; None where they can."""
+    """Return why the kernels can't run ``call``, or None."""
     D, precision = call.n_embd, call.settings.precision
     if call.head_dim not in HEAD_DIMS:
         return f"head_dim = {call.head_dim} is not one of {HEAD_DIMS}"
     if reason := unsupported_tensors(call.device.type, call.dtype, D):
         return reason
-    # After the device: torch.export would take it for a limit of a model on the CPU too.
+    # Checked after the device: torch.export would apply this limit to a model on the CPU too.
     if (elements := call.batch * call.seq_len * 4 * D) >= MAX_ELEMENTS:
         return f"{elements} hidden activations (B S 4D) are not below 2^31; use smaller batches"
     if precision == "fp32" and D == 512 and operand_precision(torch.float32) == "tf32":
@@ -109,7 +109,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def _has_little_shared_memory(device: str) -> bool:
-    """99 KiB to a block, where other GPUs have 163 or more."""
+    """True on GPUs with 99 KiB of shared memory for a block; others have 163 or more."""
     if device != "cuda" or torch.version.hip:
         return False
     major, minor = torch.cuda.get_device_capability()
@@ -130,9 +130,9 @@ def loop(
 
     Args:
         embeddings, positions, weights: as in ``ops.loop``.
-        state: None only where the injection has a neutral element: ``add`` and ``mul``.
-        settings: of the call; ``attention`` is what ``backends.select`` chose.
-        read_out: one that ``can_read_out`` takes.
+        state: None only if the injection has a neutral element: ``add`` and ``mul``.
+        settings: settings of the call; ``attention`` is what ``backends.select`` chose.
+        read_out: must satisfy ``can_read_out``.
         targets: as in ``ops.loop_mse``, but without a gradient. With them the result is the error
             of the last ``n_supervised`` steps' predictions at even tokens, and 0 at odd ones:
             [n_supervised, B, S, n_outputs].
@@ -152,12 +152,12 @@ def loop(
 
 
 def can_read_out(read_out: Sequence[Tensor]) -> bool:
-    """True where the kernels compute predictions themselves, or where there is no read-out."""
+    """True if the kernels can compute this read-out, or there is none."""
     return not read_out or 1 <= len(read_out[1]) <= MAX_OUTPUTS
 
 
 def _split(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The loop's weights, 12 for each block and 2, and the read-out's, 2 or none."""
+    """Split the loop's weights, 12 for each block and 2, from the read-out's, 2 or none."""
     n = len(weights) - len(weights) % 12 + 2
     return weights[:n], weights[n:]
 
@@ -194,7 +194,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 def _what_to_keep(read_out, settings, save_activations, save_states) -> tuple[bool, bool, bool]:
     """``save_activations``, ``save_start`` and ``save_states`` of ``loop_forward``.
 
-    States are its result without a read-out, and where the window covers every step the first one
+    Without a read-out the states are its result; if the window covers every step, the first state
     is an argument.
     """
     save_start = save_states and settings.window < settings.n_loops
@@ -231,7 +231,7 @@ def _backward_op(grad, result, saved, embeddings, positions, state, weights, *fl
         "backward", embeddings.shape, grad.shape, state is None, len(weights), settings,
         *(len(tensor) for tensor in saved), operand_precision(torch.float32),
     )  # fmt: skip
-    # A backward may run inside an autocast that its forward was not in.
+    # A backward may run under an autocast that its forward did not run under.
     with torch.autocast(embeddings.device.type, enabled=False):
         compile_ahead(kind, embeddings.device, run)
         return run()

@@ -1,1 +1,1 @@
-"""Training: settings and presets, curriculum, the loop over steps, checkpoints, processes, log."""
+"""Training: settings, presets, curriculum, the training loop, checkpoints, processes, log."""

@@ -1,6 +1,6 @@
 """Measure which backend is fastest on this GPU, once for each kind of training step.
 
-A training run has this done before its first step; ``backends`` then goes by the times.
+A training run measures before its first step; ``backends`` then selects by the times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from looped_fast.ops import backend_times, backends
 from looped_fast.ops.call import Call
 from looped_fast.ops.graphs import CudaGraph
 
-# Compiling takes up to half a minute: a run that is over in less than this is better off without.
+# Compiling takes up to half a minute, which a run that ends sooner than this would not win back.
 MIN_SECONDS = 300.0
 
 Work = Callable[[], None]
@@ -32,15 +32,15 @@ def measure(
     """Time the backends that can run ``call``, and remember their times.
 
     ``compiled`` comes last, and only if ``n_steps`` on the fastest of the others would take
-    ``MIN_SECONDS``. Times that are known, from an earlier run perhaps, are not measured again.
+    ``MIN_SECONDS``. Known times, from an earlier run perhaps, are not measured again.
 
     Args:
         call: a training step that is replayed.
-        n_steps: how many of them there will be.
-        model: whose ``backend`` is set while it is measured.
-        works: under True such a training step of ``model``, under False an inference call of the
+        n_steps: number of such training steps to come.
+        model: its ``backend`` is set to each candidate while that is measured.
+        works: for key True such a training step of ``model``, for False an inference call of the
             same shape.
-        milliseconds: replays the work that it is given, and times that.
+        milliseconds: replays the given work, and returns its time.
 
     Returns:
         A line with the times, and with failures; None where nothing was compared.
@@ -67,10 +67,10 @@ def measure(
 
 
 def _candidates(call: Call) -> list[str]:
-    """Backends worth timing, ``compiled`` last: the others need not compile for each shape."""
+    """Backends worth timing, with ``compiled`` last: only it compiles for each shape."""
     able = backends.able(call)
     if "triton" in able and backend_times.operands(call) in ("bf16", "fp16"):
-        able.remove("reference")  # ``compiled`` is the same with less traffic to memory
+        able.remove("reference")  # ``compiled`` runs the same with less memory traffic
     return sorted(able, key=lambda backend: backend == "compiled")
 
 
@@ -99,12 +99,12 @@ def _describe(call: Call, unkept: str | None) -> str | None:
 
 
 def replay_milliseconds(work: Work, device: torch.device, generator: Generator) -> float:
-    """Median time of a replay of ``work``, which warms up and is captured before.
+    """Median time of a replay of ``work``, after warming up and capturing it.
 
     Args:
-        work: launches kernels on ``device``, and looks at no values.
+        work: launches kernels on ``device``, and reads no values on the host.
         device: a CUDA device.
-        generator: of random numbers in ``work``; see ``CudaGraph``.
+        generator: source of random numbers in ``work``; see ``CudaGraph``.
 
     Raises:
         RuntimeError: the work can't be captured.
@@ -124,4 +124,4 @@ def replay_milliseconds(work: Work, device: torch.device, generator: Generator) 
 
     with torch.cuda.device(device):
         times = [milliseconds() for _ in range(40)]
-    return statistics.median(times[20:])  # clocks rise in the first ones
+    return statistics.median(times[20:])  # clocks rise during the first 20

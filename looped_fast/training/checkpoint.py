@@ -6,10 +6,10 @@ A checkpoint is a directory, ``<run>/checkpoints/step-00001000/``, with
 * ``trainer.safetensors``: optimizer and generator state, ``exp_avg/<parameter>``, ``rng/cpu``;
 * ``checkpoint.json``: everything else, and size and sha256 of the two files above.
 
-``export_weights`` makes one without the second file, to share: it can be loaded, not resumed.
+``export_weights`` writes one without the second file, to share: it can be loaded, not resumed.
 
-It is built in a hidden sibling, synced to disk, and renamed into place, so that a visible
-checkpoint is a complete one. A replaced one stays visible as ``step-00001000.old`` until its
+A checkpoint is built in a hidden sibling, synced to disk, and renamed into place, so that every
+visible one is complete. A replaced checkpoint stays visible as ``step-00001000.old`` until its
 successor is in place.
 """
 
@@ -40,19 +40,19 @@ _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``load`` read. Tensors are on the CPU, bit for bit as saved.
+    """A checkpoint read by ``load``. Tensors are on the CPU, bit for bit as saved.
 
     Attributes:
-        path: its directory.
+        path: the checkpoint's directory.
         step: training steps finished.
         config: the run's configuration, as given to ``save``.
-        meta: whatever else was given to ``save`` (curriculum values, ...).
+        meta: what else was given to ``save`` (curriculum values, ...).
         model_state: name -> tensor, under the official state-dict names.
         optimizer_state: layout of ``torch.optim.Adam.state_dict()``; empty in exported weights,
             as are the three below.
         param_names: per parameter group, the names of its parameters in order.
-        scaler_state: of ``torch.amp.GradScaler``; empty where none was used.
-        rng_state: ``cpu`` and, if it was in use, ``cuda`` generator state, uint8.
+        scaler_state: state dict of ``torch.amp.GradScaler``; empty if none was used.
+        rng_state: generator state, uint8, under ``cpu`` and, if CUDA was in use, ``cuda``.
     """
 
     path: Path
@@ -89,22 +89,22 @@ def save(
 ) -> Path:
     """Write ``<run_dir>/checkpoints/step-<step>`` atomically, and keep the last ``keep``.
 
-    Afterwards it is what ``latest`` returns: one of the same step is replaced, and ones of later
+    Afterwards ``latest`` returns it: a checkpoint of the same step is replaced, and those of later
     steps, left by a run that has been rewound, are removed.
 
     Args:
-        run_dir: the run's output folder; made if absent.
+        run_dir: the run's output folder; created if absent.
         step: training steps finished.
         model: its ``state_dict()`` is saved.
-        optimizer: an Adam over parameters of ``model``.
+        optimizer: ``torch.optim.Adam`` over parameters of ``model``.
         config: the run's configuration; JSON values.
-        meta: anything else to get back on resuming; JSON values.
+        meta: anything else that resuming needs; JSON values.
         scaler: the gradient scaler of an fp16 run.
-        keep: how many checkpoints stay, at least 1.
+        keep: number of checkpoints to keep, at least 1.
 
     Raises:
-        CheckpointError: the folder can't be written or the disk is full. Nothing of the attempt
-            remains, and the earlier checkpoints are untouched.
+        CheckpointError: the folder can't be written or the disk is full. The attempt leaves no
+            files, and earlier checkpoints are untouched.
     """
     if keep < 1:
         raise ValueError(f"keep = {keep}: at least 1 checkpoint is kept")
@@ -115,7 +115,7 @@ def save(
     files = _serialize(step, model, optimizer, config, meta or {}, scaler)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(".tmp-*"):  # of a process that was killed
+        for leftover in parent.glob(".tmp-*"):  # left by a process that was killed
             shutil.rmtree(leftover)
         hidden.mkdir()
         for name, content in files.items():
@@ -141,8 +141,8 @@ def load(path: str | Path) -> Checkpoint:
     """Read and verify one checkpoint directory.
 
     Raises:
-        CheckpointError: missing, truncated, corrupt, or of a newer format. The message names an
-            intact older checkpoint of the run if there is one.
+        CheckpointError: it is missing, truncated, corrupt, or of a newer format. The message names
+            an intact older checkpoint of the run if there is one.
     """
     path = Path(path)
     try:
@@ -161,14 +161,14 @@ def load(path: str | Path) -> Checkpoint:
 def export_weights(
     source: Checkpoint, folder: str | Path, *, config: dict[str, Any], meta: dict[str, Any]
 ) -> None:
-    """Write ``source`` without its optimizer and generators, a third of the size, to ``folder``.
+    """Write ``source`` to ``folder`` without optimizer and generators: a third of the size.
 
     ``load`` reads the result, and ``looped_fast.train --init-from`` starts from it.
 
     Args:
-        source: what to share.
-        folder: made if absent; its two files are replaced.
-        config: the run's configuration, in place of that of ``source``.
+        source: the checkpoint to share.
+        folder: created if absent; its two files are replaced.
+        config: the run's configuration, which replaces that of ``source``.
         meta: anything that readers should know; JSON values.
     """
     folder = Path(folder)
@@ -187,16 +187,16 @@ def restore_into(
     """Put a checkpoint's state into a model and, to continue training, its optimizer and scaler.
 
     With an optimizer, torch's generators are restored too, so that training continues bit for
-    bit. The checkpoint shares no memory with what it was put into.
+    bit. Model and optimizer share no memory with the checkpoint.
 
     Raises:
-        CheckpointError: names, shapes or dtypes do not match. Nothing has been changed then.
+        CheckpointError: names, shapes or dtypes do not match; nothing was changed.
     """
     _check_model(checkpoint, model)
     if optimizer is not None and not checkpoint.optimizer_state:
         raise CheckpointError(
-            f"{checkpoint.path} holds weights alone, so training can't go on as if never stopped; "
-            f"start a new run from them with --init-from {checkpoint.path}"
+            f"{checkpoint.path} holds weights only, so no run can resume from it exactly; "
+            f"start a new run from it with --init-from {checkpoint.path}"
         )
     if optimizer is not None and _param_names(model, optimizer) != checkpoint.param_names:
         raise CheckpointError(
@@ -208,7 +208,7 @@ def restore_into(
         state = {
             i: {kind: tensor.clone() for kind, tensor in tensors.items()}
             for i, tensors in checkpoint.optimizer_state["state"].items()
-        }  # cloned, since torch keeps the tensors given and Adam updates them in place
+        }  # cloned: the optimizer keeps the given tensors, and Adam updates them in place
         groups = checkpoint.optimizer_state["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         torch.set_rng_state(checkpoint.rng_state["cpu"])
@@ -219,7 +219,7 @@ def restore_into(
 
 
 def _serialize(step, model, optimizer, config, meta, scaler) -> dict[str, bytes]:
-    """File name -> content. The index comes last, and knows the others' sizes and hashes."""
+    """File name -> content. The index comes last, with sizes and hashes of the other files."""
     optimizer_state = optimizer.state_dict()
     groups_of_names = _param_names(model, optimizer)
     names = [name for group in groups_of_names for name in group]
@@ -229,7 +229,7 @@ def _serialize(step, model, optimizer, config, meta, scaler) -> dict[str, bytes]
         for kind, tensor in tensors.items()
     }
     trainer["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_initialized():  # asking for the state would initialise CUDA
+    if torch.cuda.is_initialized():  # reading the state would initialise CUDA
         trainer["rng/cuda"] = torch.cuda.get_rng_state()
     files = {MODEL: _pack(model.state_dict()), TRAINER: _pack(trainer)}
     index = _index(
@@ -241,7 +241,7 @@ def _serialize(step, model, optimizer, config, meta, scaler) -> dict[str, bytes]
         param_groups=[
             {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items()}
             for group in optimizer_state["param_groups"]
-        ],  # the learning rate may be a tensor
+        ],  # JSON takes no tensor, which the learning rate may be
         param_names=groups_of_names,
     )
     return {**files, INDEX: index}
@@ -298,7 +298,7 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _parse_trainer(content: bytes, index: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``Checkpoint`` that only training needs."""
+    """Parse the fields of ``Checkpoint`` that only training needs."""
     names = [name for group in index["param_names"] for name in group]
     position = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
@@ -342,7 +342,7 @@ def _read_index(file: Path) -> dict[str, Any]:
 
 
 def _read(file: Path, expected: dict[str, Any] | None = None) -> bytes:
-    """The content of a file, held against its recorded size and hash where there are any."""
+    """Read a file, and check it against its recorded size and hash if they are given."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -409,7 +409,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Make the directory's entries, new names among them, survive a power cut."""
+    """Make new names in the directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

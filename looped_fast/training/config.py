@@ -1,7 +1,7 @@
-"""Everything that defines a training run, in one record: ``TrainConfig``.
+"""``TrainConfig``: one record of everything that defines a training run.
 
-The record is what the command line sets, what ``config.yaml`` of a run holds, and what a
-checkpoint carries. ``presets.py`` has ready ones.
+The command line sets it, a run's ``config.yaml`` and its checkpoints hold it, and ``presets/`` has
+ready ones.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MODELS = ("looped", "standard", "tied")
 class ScheduleConfig:
     """A curriculum schedule: ``start``, plus ``inc`` every ``interval`` steps, up to ``end``."""
 
-    start: int | None = None  # first value; none: no growth, the final value at once
-    inc: int = 1  # added every interval
-    interval: int = 1  # training steps
+    start: int | None = None  # first value; none: the final value from the first step
+    inc: int = 1  # added after every interval
+    interval: int = 1  # in training steps
     end: int | None = None  # last value; none: n_dims, n_points or n_loops
 
     def schedule(self, final: int) -> Schedule:
-        """The ``Schedule`` that ends at ``end``, or at ``final`` where that is not set."""
+        """The ``Schedule`` that ends at ``end``, or at ``final`` if ``end`` is not set."""
         end = final if self.end is None else self.end
         start = end if self.start is None else min(self.start, end)
         return Schedule(start, end, self.inc, self.interval)
@@ -47,7 +47,7 @@ class CurriculumConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run. The defaults are the paper's, where it has them."""
+    """Settings of a training run; defaults are the paper's where it gives any."""
 
     task: str = "lr"
     """Function class: lr, noisy_lr, sparse_lr, dt, relu_2nn."""
@@ -87,14 +87,14 @@ class TrainConfig:
     hidden: int | None = None
     """relu_2nn: hidden units (100)."""
     train_prompts: int | None = None
-    """Train on a fixed set of that many prompts; none: fresh prompts every step."""
+    """Train on a fixed set of this many prompts; none: fresh prompts every step."""
 
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     """Schedules of dims, points and loops."""
     steps: int = 500_000
     """Training steps."""
     batch_size: int = 64
-    """Prompts of a step; of each process, if torchrun starts several."""
+    """Prompts in a step; each process has as many if torchrun starts several."""
     lr: float = 1e-4
     """Adam's learning rate."""
     beta2: float = 0.999
@@ -108,26 +108,26 @@ class TrainConfig:
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; none: no clipping."""
     seed: int = 42
-    """Of initial weights and data."""
+    """Seed of initial weights and data."""
     init_from: str | None = None
-    """Start from this checkpoint: a folder of ours (weights alone), or an official state.pt or
-    model_N.pt (which also carries on at its step)."""
+    """Start from this checkpoint: a folder of ours (weights only), or an official state.pt or
+    model_N.pt (which also continues at its step)."""
 
     amp: Literal["off", "bf16", "fp16"] = "off"
-    """Operands of matrix products; all else stays float32. fp16 scales the loss."""
+    """Operands of matrix products; everything else is float32. fp16 scales the loss."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU where there is one."""
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
     backend: str = "auto"
-    """What runs the loop: auto, reference, compiled, cpu, triton."""
+    """Implementation of the loop: auto, reference, compiled, cpu, triton."""
     attention: Literal["auto", "triton", "flash_attn", "sdpa"] = "auto"
-    """Who computes attention on the triton backend: this project, flash-attn, PyTorch."""
+    """Implementation of attention on the triton backend: this project, flash-attn, PyTorch."""
 
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Replay a training step as one CUDA graph, captured once for each stage of the curriculum.
-    auto: on a GPU, if it can be captured; on: or else it is an error."""
+    auto: on a GPU, if it can be captured; on: an error if it can't."""
     recompute: bool = False
-    """Recompute activations in the backward: less memory, more time. Without effect on the cpu
-    backend, which keeps those of one prompt per thread, unless the task is a classification."""
+    """Recompute activations in the backward: less memory, more time. It has no effect on the cpu
+    backend, which keeps activations of one prompt per thread."""
 
     out: str | None = None
     """Folder of the run; none: runs/<task>-<model>-<preset>-<time>."""
@@ -136,7 +136,7 @@ class TrainConfig:
     eval_every: int = 5000
     """Steps between evaluations."""
     eval_prompts: int = 256
-    """Prompts of an evaluation while training; the last one uses five times as many."""
+    """Prompts of an evaluation during training; the last evaluation uses five times as many."""
     save_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
@@ -164,7 +164,7 @@ class TrainConfig:
                 f"lower n_points or raise n_positions"
             )
         self._check_model()
-        # Each of these checks its own part.
+        # Each of these raises ValueError for its part of the settings.
         self.make_task()
         self.model_config()
         self.make_curriculum()
@@ -194,7 +194,7 @@ class TrainConfig:
             )
 
     def make_task(self) -> Task:
-        """The task; raises ValueError for a setting that belongs to another one."""
+        """Make the task; raises ValueError for a setting of another task."""
         options = {
             name: getattr(self, name)
             for name in ("sparsity", "noise_std", "depth", "hidden")
@@ -211,7 +211,7 @@ class TrainConfig:
         return ModelConfig(**{name: getattr(self, name) for name in names})
 
     def make_curriculum(self) -> Curriculum:
-        """The three schedules; each ends at its final value unless the settings say otherwise."""
+        """Make the three schedules; each ends at its final value unless its ``end`` is set."""
         finals = {"dims": self.n_dims, "points": self.n_points, "loops": self.n_loops}
         schedules = {}
         for name, final in finals.items():
@@ -230,24 +230,24 @@ class TrainConfig:
 
     @property
     def precision(self) -> str:
-        """Operands of matrix products: ``amp``, by the library's name for none: fp32."""
+        """Operands of matrix products: ``amp``, with ``off`` as the library's ``fp32``."""
         return "fp32" if self.amp == "off" else self.amp
 
     @property
     def supervised_window(self) -> int:
-        """Predictions that the loss averages: the window, but one for standard and tied."""
+        """Number of last steps in the loss: the window of a looped model, 1 of the others."""
         return self.window if self.model == "looped" else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict, for YAML and JSON."""
+        """The settings as a plain nested dict, for YAML and JSON."""
         return dataclasses.asdict(self)
 
 
 def config_from_dict(settings: dict[str, Any], base: TrainConfig) -> TrainConfig:
-    """``base`` with the given settings replaced; nested dicts replace in part.
+    """Replace the given settings of ``base``; a nested dict replaces only what it names.
 
     Raises:
-        ValueError: an unknown setting (with the nearest valid name) or a value of a wrong type.
+        ValueError: a setting is unknown (the message has the nearest) or of a wrong type.
     """
     return _replace(base, settings, prefix="")
 
@@ -269,7 +269,7 @@ def _replace(record: Any, settings: dict[str, Any], prefix: str) -> Any:
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the annotated type; YAML reads 1e-4 as text, and a float may be whole."""
+    """Convert ``value`` to the annotated type: YAML reads 1e-4 as text, and 1 as an int."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None

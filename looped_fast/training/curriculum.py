@@ -1,6 +1,6 @@
-"""What grows during training: active dimensions, in-context points, loop steps.
+"""The curriculum: active dimensions, in-context points and loop steps grow during training.
 
-A value is a pure function of the training step, and equal, step for step, to the official
+Each value is a pure function of the training step. It equals, step for step, that of the official
 ``Curriculum`` (``scripts/curriculum.py``), which counts updates instead.
 """
 
@@ -32,12 +32,12 @@ class Schedule:
             raise ValueError(f"start = {self.start}, end = {self.end}: 1 <= start <= end is needed")
 
     def at(self, step: int) -> int:
-        """The value that training step ``step`` (from 0) uses."""
+        """The value at training step ``step`` (from 0)."""
         return min(self.start + self.inc * (step // self.interval), self.end)
 
 
 class Stage(NamedTuple):
-    """What one training step uses."""
+    """Values of the curriculum at one training step."""
 
     n_dims: int
     n_points: int

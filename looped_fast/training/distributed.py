@@ -1,7 +1,7 @@
 """Processes that train one model together, started by torchrun, or a single one; their devices.
 
-Each process draws its own batch, and DistributedDataParallel averages their gradients. Errors and
-stops are agreed on here, so that no process waits in a collective for one that has left.
+Each process draws its own batch, and DistributedDataParallel averages the gradients. Processes
+agree here on errors and stops, so that none waits in a collective for one that has exited.
 
 Source: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
 """
@@ -29,9 +29,9 @@ class Processes:
     """This process among those that train one model; by default it is the only one.
 
     Attributes:
-        rank: its number, from 0.
-        world_size: how many there are, on all machines.
-        local_rank: its number on this machine.
+        rank: number of this process, from 0.
+        world_size: number of processes on all machines.
+        local_rank: number of this process among those on its machine, from 0.
     """
 
     rank: int = 0
@@ -40,20 +40,20 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """True in the process that prints and writes files."""
+        """True if this process prints and writes files."""
         return self.rank == 0
 
     def gather(self, *numbers: float) -> list[list[float]]:
-        """The numbers of every process, by rank. A collective: every process must call it."""
+        """Gather the numbers of all processes by rank. A collective: every process must call it."""
         if self.world_size == 1:
             return [list(numbers)]
-        own = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: a GPU's stream goes on
+        own = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no GPU's stream waits
         everyones = [torch.empty_like(own) for _ in range(self.world_size)]
         dist.all_gather(everyones, own)
         return [each.tolist() for each in everyones]
 
     def mean(self, *numbers: float) -> list[float]:
-        """The mean over processes of each number, the same bits on all. A collective."""
+        """Average each number over processes, to the same bits on all. A collective."""
         return [
             sum(column) / self.world_size for column in zip(*self.gather(*numbers), strict=True)
         ]
@@ -63,9 +63,8 @@ class Processes:
         """End every process if one of them raises in the block, which holds no collectives.
 
         Raises:
-            SystemExit: with several processes, on each of them, if one raised in the block. The
-                first that did has printed its error. A single process gets the
-                error itself.
+            SystemExit: one of several processes raised in the block; all exit with the status of
+                the first by rank, which has printed its error. A single process gets the error.
         """
         if self.world_size == 1:
             yield
@@ -83,13 +82,13 @@ class Processes:
             status = failure.code if isinstance(failure.code, int) else 1
         elif failure is not None and self.rank == failed[0]:
             status = errors.report(failure)
-        # After the message is out: torchrun kills the others as soon as one has gone.
+        # Exit after the message is printed: torchrun kills the others once one has exited.
         raise SystemExit(int(self.gather(status)[failed[0]][0])) from failure
 
     def broadcast(self, work: Callable[[], T]) -> T:
-        """The result of ``work()``, done by the main process for all; it must pickle.
+        """Run ``work()`` in the main process; return its result, which must pickle, in all.
 
-        Raises as ``failing_together``.
+        Raises as ``failing_together`` does.
         """
         result: list[T | None] = [None]
         with self.failing_together():
@@ -100,10 +99,10 @@ class Processes:
         return result[0]  # type: ignore[return-value]
 
     def own_device(self, device: torch.device) -> torch.device:
-        """``device``, or this process's own among several GPUs, which becomes the current one.
+        """``device``, or with several processes this one's own GPU, made the current device.
 
         Raises:
-            ValueError: one GPU is asked for by number, or there are fewer than processes.
+            ValueError: ``device`` names one GPU by number, or there are too few GPUs.
         """
         if self.world_size == 1 or device.type != "cuda":
             return device
@@ -123,14 +122,14 @@ class Processes:
         return torch.device("cuda", self.local_rank)
 
     def average_gradients(self, module: nn.Module, *, some_unused: bool) -> nn.Module:
-        """``module``, whose backward from now on gives means of gradients over the processes.
+        """Wrap ``module`` so that its backward averages gradients over processes.
 
-        Parameters become those of the main process. All must call it, at one place. A process by
-        itself gets ``module`` back.
+        Parameters become those of the main process. Every process must call this at the same
+        point. A single process gets ``module`` back.
 
         Args:
-            module: with a scalar loss as its forward's result, and no gradients yet.
-            some_unused: whether parameters may get no gradient.
+            module: its forward returns a scalar loss, and it has no gradients yet.
+            some_unused: True if some parameters may get no gradient.
         """
         if self.world_size == 1:
             return module
@@ -138,7 +137,7 @@ class Processes:
 
 
 def single_process() -> Processes:
-    """This process, for work that is not shared.
+    """This process by itself, for work that is not shared.
 
     Raises:
         ValueError: torchrun started several, which would all do the same.
@@ -152,10 +151,10 @@ def single_process() -> Processes:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
+    """The device ``name``; ``auto`` is the GPU if there is one.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: there is no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,14 +172,14 @@ def resolve_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def join() -> Iterator[Processes]:
-    """Join the processes that torchrun started, or go on as a single one where it did not.
+    """Join the processes that torchrun started, or continue as a single one without torchrun.
 
-    Within, the standard output of all but the main process goes nowhere. The process group
-    has gloo for tensors on CPUs and NCCL for those on GPUs.
+    Inside, only the main process writes to standard output. The process group uses gloo for tensors
+    on CPUs and NCCL for those on GPUs.
 
     Raises:
-        ValueError: there are several processes, but the environment does not say how to meet.
-        RuntimeError: they did not meet.
+        ValueError: there are several processes, but a variable of torchrun's is not set.
+        RuntimeError: the processes did not connect.
     """
     world_size = _from_environment("WORLD_SIZE", 1)
     if world_size == 1:
@@ -203,14 +202,14 @@ def join() -> Iterator[Processes]:
             processes = Processes(rank, world_size, local_rank)
             try:
                 yield processes
-            except SystemExit:  # on all processes: see ``failing_together``
+            except SystemExit:  # raised on all processes by ``failing_together``
                 processes.gather(0)
                 raise
-            processes.gather(0)  # files are closed: torchrun kills the others once one has failed
+            processes.gather(0)  # all have closed their files: torchrun kills the rest if one fails
     finally:
         dist.destroy_process_group()
-        # A moment after a collective gloo's threads, which are not joined, release its tensors.
-        # They take Python's lock for that, and abort the process if Python is ending by then.
+        # Shortly after a collective, gloo's unjoined threads release its tensors. They take the GIL
+        # for that, and abort the process if the interpreter is shutting down by then.
         time.sleep(0.1)
 
 

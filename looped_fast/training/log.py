@@ -1,4 +1,4 @@
-"""Where numbers of a run go: ``metrics.jsonl`` always, TensorBoard events, W&B on request."""
+"""Log a run's numbers to ``metrics.jsonl``, TensorBoard and, on request, W&B."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class MetricsLog:
     """Append-only log of a run.
 
     Args:
-        run_dir: the run's folder; ``metrics.jsonl`` and ``tensorboard/`` are made in it.
-        first_step: lines of this step and later are dropped: a resumed run writes them again.
+        run_dir: the run's folder, for ``metrics.jsonl`` and ``tensorboard/``.
+        first_step: lines after this step are dropped: a resumed run writes them again.
         wandb_project: also log to Weights & Biases, under the name of ``run_dir``.
         config: settings to show in W&B.
 
     Raises:
-        RuntimeError: W&B is asked for but not installed.
+        RuntimeError: ``wandb_project`` is given, but wandb is not installed.
     """
 
     def __init__(
@@ -29,19 +29,19 @@ class MetricsLog:
         wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        # Here, not above: TensorBoard takes a second to import, and evaluation does not need it.
+        # Imported here: TensorBoard takes a second to import, and evaluation does not need it.
         from torch.utils.tensorboard import SummaryWriter
 
         self._wandb = _start_wandb(wandb_project, run_dir.name, config) if wandb_project else None
         path, rewritten = run_dir / METRICS_FILE, run_dir / f".{METRICS_FILE}"
         earlier = [line for line in read_metrics(path) if line["step"] <= first_step]
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in earlier))
-        rewritten.replace(path)  # in one step: a kill loses no line
+        rewritten.replace(path)  # atomically: a kill loses no line
         self._file = path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line: ``step`` completed steps, numbers, and lists of numbers by position."""
+        """Log numbers, and lists of numbers by position, after ``step`` completed steps."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         scalars = {name: v for name, v in values.items() if isinstance(v, (int, float))}
         for name, by_position in values.items():
@@ -73,9 +73,9 @@ def _start_wandb(project: str, name: str, config: dict[str, Any] | None) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``; none if it is not there.
+    """Read the lines of ``metrics.jsonl``; none if there is no file.
 
-    A last line that a kill cut short is left out.
+    Reading stops at a line that a kill cut short.
     """
     if not path.exists():
         return []

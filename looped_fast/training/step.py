@@ -24,13 +24,13 @@ from looped_fast.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Start:
-    """What a new run starts from in place of random weights; see ``pretrained.load_start``.
+    """Weights that a new run starts from, instead of random ones; see ``pretrained.load_start``.
 
     Attributes:
-        path: where it was read.
+        path: file or folder that it was read from.
         model_state: name -> tensor, under the official state-dict names.
-        optimizer_state: of ``torch.optim.Adam``; None for a fresh one.
-        step: training steps finished; 0 counts from the beginning.
+        optimizer_state: state dict of ``torch.optim.Adam``; None for a fresh optimizer.
+        step: training steps finished; 0 if the run starts its own count.
     """
 
     path: Path
@@ -40,36 +40,36 @@ class Start:
 
 
 class Objective(nn.Module):
-    """``model.loss`` as a forward: DistributedDataParallel takes no other method."""
+    """``model.loss`` as a module's forward, the only method that DistributedDataParallel wraps."""
 
     def __init__(self, model: LoopedTransformer) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *args: Any) -> Tensor:
-        """Arguments and result are those of ``LoopedTransformer.loss``."""
+        """Run ``LoopedTransformer.loss`` (same arguments and result)."""
         return self.model.loss(*args)
 
 
 class Stepper:
-    """Makes the training steps of ``config``: model, optimizer and data, without the run around it.
+    """Model, optimizer and data of ``config``, and its training steps, without logs and files.
 
-    The data of step i is a pure function of (seed, i, rank). Several processes each make a stepper
-    and call the same methods; a step then takes the mean gradient over a batch of each.
+    The data of step i is a pure function of (seed, i, rank). Each of several processes makes a
+    stepper and calls the same methods; a step then averages gradients over the processes' batches.
 
     On a GPU the first step of a curriculum stage (n_points, n_loops) runs as usual, the second
-    is captured as a CUDA graph, and later ones are replays of it. What else changes from step to
-    step (n_dims, learning rate, random numbers) is therefore kept on the device.
+    is captured as a CUDA graph, and later ones replay it. All else that changes from step to step
+    (n_dims, learning rate, random numbers) is therefore kept on the device.
 
     Args:
         config: all settings.
         resume: a checkpoint of this run to continue from.
-        processes: those that train the model, from ``distributed.join``; this one by default.
-        start: what a new run starts from in place of random weights.
+        processes: processes that train the model, from ``distributed.join``; only this by default.
+        start: weights that a new run starts from, instead of random ones.
 
     Raises:
-        CheckpointError: ``resume`` is damaged or of another model, or ``start`` is of another.
-        ValueError: a device or backend that can't be used, CUDA graphs required of several
+        CheckpointError: ``resume`` is damaged, or it or ``start`` is of another model.
+        ValueError: a device or backend can't be used, CUDA graphs are required of several
             processes, torchrun started several and ``processes`` is not given, or
             ``config.init_from`` is set and neither ``start`` nor ``resume`` is given.
     """
@@ -92,11 +92,11 @@ class Stepper:
             config.backend,
             recompute=config.recompute,
             attention=config.attention,
-            cuda_graphs="off",  # for inference: evaluations are too rare for them
+            cuda_graphs="off",  # in inference: evaluations are too rare for graphs
         )
         self.model = model.to(self.device)
         self._objective = Objective(self.model)
-        on_cpu = self.device.type == "cpu"  # where the fused Adam reads a double
+        on_cpu = self.device.type == "cpu"  # where fused Adam reads a float64 rate
         self._lr = torch.tensor(
             config.lr, dtype=torch.float64 if on_cpu else torch.float32, device=self.device
         )
@@ -118,11 +118,11 @@ class Stepper:
             self._start_from(start)
         elif config.init_from is not None:
             raise ValueError(
-                f"init_from = {config.init_from!r}: a Trainer takes what is in there, as "
+                f"init_from = {config.init_from!r} is not read by a Trainer; pass "
                 f"start=looped_fast.pretrained.load_start(config.init_from)"
             )
         for group in self.optimizer.param_groups:
-            group.update(settings)  # a checkpoint brought its own
+            group.update(settings)  # replaces those of a checkpoint
         self._fixed_prompts = (
             FixedPrompts(
                 self.task, config.train_prompts, config.n_points, config.batch_size,
@@ -131,9 +131,9 @@ class Stepper:
             if config.train_prompts is not None
             else None
         )  # fmt: skip
-        self._sums = torch.zeros(3, device=self.device)  # of loss, mean y^2, gradient norm
+        self._sums = torch.zeros(3, device=self.device)  # sums of loss, mean y^2, gradient norm
         self._steps_in_sums = 0
-        # With the learning rate, all that differs from step to step within a stage.
+        # With the learning rate, these are all that differs from step to step within a stage.
         self._generator = torch.Generator(self.device)
         self._n_dims = torch.zeros((), dtype=torch.int64, device=self.device)
         self._rows = torch.zeros(config.batch_size, dtype=torch.int64, device=self.device)
@@ -150,7 +150,7 @@ class Stepper:
         return self.config.model_config()
 
     def _available_precision(self) -> tuple[str, str]:
-        """That of the settings, or fp32 on a CPU where it is faster than bf16; and a note if so."""
+        """The configured precision and "", or fp32 and a note if bf16 is slower on this CPU."""
         wanted = self.config.precision
         if self.device.type == "cpu" and wanted == "bf16":
             size = (self.config.batch_size, self.config.n_points)
@@ -166,7 +166,7 @@ class Stepper:
         except RuntimeError as error:
             raise CheckpointError(f"{start.path} is of another model: {error}") from None
         if start.optimizer_state is not None:
-            # Adam's moments carry on; the settings of this run stay.
+            # Keep Adam's moments, but with this run's settings.
             groups = self.optimizer.state_dict()["param_groups"]
             state = start.optimizer_state["state"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -178,7 +178,7 @@ class Stepper:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def training_step(self) -> None:
-        """One optimizer step on the next batch."""
+        """Take one optimizer step on the next batch."""
         self._set_inputs()
         _, n_points, n_loops = self.curriculum.at(self.step)
         self.graphs.run(
@@ -190,7 +190,7 @@ class Stepper:
         self.step += 1
 
     def _set_inputs(self) -> None:
-        """Put what the next step needs where ``_update`` and its graph read it."""
+        """Write inputs of the next step to the tensors that ``_update`` and its graph read."""
         self._lr.fill_(self.learning_rate(self.step))
         self._n_dims.fill_(self.curriculum.at(self.step).n_dims)
         rank = self.processes.rank
@@ -198,12 +198,12 @@ class Stepper:
             self._generator.manual_seed(batch_seed(self.config.seed, self.step, rank))
         else:
             rows = self._fixed_prompts.rows(self.step, rank)
-            if self.device.type == "cuda":  # else the copy would wait for the step before
+            if self.device.type == "cuda":  # else the copy would wait for the last step
                 rows = rows.pin_memory()
             self._rows.copy_(rows, non_blocking=True)
 
     def _update(self, n_points: int, n_loops: int) -> None:
-        """The device's part of a step: reads no values on the host, and no shapes from them."""
+        """Run the device's part of a step: reads no values, nor shapes from them, on the host."""
         config = self.config
         loss, zero = self._loss(n_points, n_loops, self._averaging_objective)
         self.scaler.scale(loss).backward()
@@ -219,20 +219,20 @@ class Stepper:
 
     @functools.cached_property
     def _averaging_objective(self) -> nn.Module:
-        """The objective, made to average gradients once every process is there."""
+        """The objective, wrapped at its first use to average gradients over processes."""
         config, (_, n_points, n_loops) = self.config, self.curriculum.at(0)
         averaging = self.processes.average_gradients(
             self._objective,
-            # The prompt enters before the first step alone, which may have no gradient.
+            # The prompt enters only before the first step, which may be outside of the window.
             some_unused=config.injection == "none" and config.window < config.n_loops,
         )
         if averaging is not self._objective:
-            # DDP sorts its buckets by the first backward, and the order in which three or more
-            # processes are summed depends on them. A trial on what every run has at its first
-            # step gives a resumed run the same bits as an uninterrupted one.
+            # DDP sorts its buckets by the first backward, and buckets fix the order in which three
+            # or more processes are summed. A trial on the shapes of step 0 therefore gives a
+            # resumed run the same bits as an uninterrupted one.
             self._loss(n_points, n_loops, averaging)[0].backward()
             self.model.zero_grad(set_to_none=True)
-            self._set_inputs()  # the trial used the generator
+            self._set_inputs()  # the trial advanced the generator
         return averaging
 
     def _drop_half_step(self) -> None:
@@ -242,7 +242,7 @@ class Stepper:
         if self.scaler.is_enabled():
             scaler.load_state_dict(self.scaler.state_dict())
         self.scaler = scaler
-        self._generator = torch.Generator(self.device)  # the other one may still be capturing
+        self._generator = torch.Generator(self.device)  # the old one may still be capturing
         self._set_inputs()
 
     def _make_scaler(self) -> torch.amp.GradScaler:
@@ -258,7 +258,7 @@ class Stepper:
     def _loss(
         self, n_points: int, n_loops: int, objective: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss on the batch that ``_set_inputs`` chose, and that of predicting zero."""
+        """Loss on the batch that ``_set_inputs`` chose, and the loss of predicting zero."""
         xs, ys = self._batch(n_points)
         window = min(self.config.window, n_loops)
         n_supervised = min(self.config.supervised_window, window)

@@ -22,7 +22,7 @@ from looped_fast.training.curriculum import Stage
 from looped_fast.training.log import MetricsLog
 from looped_fast.training.step import Start, Stepper
 
-_LEAST_SCALE = 2.0**-10  # of the fp16 loss; reached by 26 overflows in a row, from 2^16
+_LEAST_SCALE = 2.0**-10  # of the fp16 loss: below it after 27 overflows in a row from 2^16
 
 
 class NonFiniteError(RuntimeError):
@@ -41,7 +41,7 @@ class Trainer(Stepper):
     """Trains ``config`` in ``run_dir``, from the start or from a checkpoint.
 
     A resumed run ends bit-identical to an uninterrupted one on the same machine with as many
-    threads and processes. Of several processes the main one alone evaluates and writes.
+    threads and processes. With several processes only the main one evaluates and writes.
 
     Args:
         config: all settings.
@@ -63,17 +63,17 @@ class Trainer(Stepper):
         super().__init__(config, resume, processes, start)
         self.run_dir = run_dir
         self._saved_step: int | None = self.step if resume is not None else None
-        self._signal = 0  # the one that came
+        self._signal = 0  # number of the signal received
 
     def measure_backends(self) -> str | None:
-        """Time the backends on this GPU, unless their times are known; ``auto`` goes by them.
+        """Time the backends on this GPU unless their times are known; ``auto`` selects by them.
 
-        What is timed is the step that most of this run consists of. Nothing is where steps are not
-        replayed as CUDA graphs, where a backend or who computes attention is forced, with
-        ``recompute``, and under ``torch.use_deterministic_algorithms(True)``.
+        The step that occurs most often in the rest of this run is timed. Nothing is timed if steps
+        are not replayed as CUDA graphs, if a backend or attention is forced, with ``recompute``,
+        or under ``torch.use_deterministic_algorithms(True)``.
 
         Returns:
-            A line that says the times, or None where nothing was measured.
+            A line with the times, or None if nothing was measured.
         """
         config = self.config
         forced = config.backend != "auto" or config.attention != "auto" or config.recompute
@@ -110,7 +110,7 @@ class Trainer(Stepper):
         """Train to ``config.steps``, with a progress bar.
 
         Raises:
-            NonFiniteError: the loss or gradient is NaN or Inf; no checkpoint is written of it.
+            NonFiniteError: the loss or gradient is NaN or Inf; that state is not checkpointed.
                 (SystemExit with several processes, see ``Processes.failing_together``.)
             Interrupted: SIGINT or SIGTERM came; the step was finished and checkpointed. With
                 several processes all stop after the same step, whichever got the signal.
@@ -124,7 +124,7 @@ class Trainer(Stepper):
                 log = MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            # A log file gets a line every half minute, a terminal a live bar.
+            # A terminal shows a live bar; a log file gets a line every half minute.
             interval = 0.1 if sys.stderr.isatty() else 30
             with tqdm(
                 total=config.steps, initial=self.step, unit="step", smoothing=0.05,
@@ -137,13 +137,13 @@ class Trainer(Stepper):
             if log is not None:
                 log.close()
 
-    def _fit(self, log: Any, bar: tqdm) -> None:  # of the main process; None in the others
+    def _fit(self, log: Any, bar: tqdm) -> None:  # ``log`` is None outside of the main process
         config = self.config
         logged_at, logged_step = time.perf_counter(), self.step
         while self.step < config.steps:
             self.training_step()
             bar.update()
-            # Reading the loss stalls a GPU's stream, and costs nothing on a CPU.
+            # Reading the loss stalls a GPU's stream, but costs nothing on a CPU.
             reads = self.device.type == "cpu" or self._is_due(config.log_every)
             if reads:
                 values = self._read_sums()
@@ -167,7 +167,7 @@ class Trainer(Stepper):
                     lambda: log.write(self.step, {"errors": self.evaluate(config.eval_prompts)})
                 )
             signum = 0
-            if reads or self.processes.world_size == 1:  # others would wait for the slowest
+            if reads or self.processes.world_size == 1:  # a gather waits for the slowest
                 signum = int(max(self.processes.gather(self._signal))[0])
             if self._is_due(config.save_every) or signum:
                 self.save()
@@ -175,7 +175,7 @@ class Trainer(Stepper):
                 raise Interrupted(signum)
 
     def evaluate(self, n_prompts: int) -> dict[str, list[float]]:
-        """Relative error by position, {loop count: [n]}, at T, b and 2b loops."""
+        """Relative error by position, {loop count: [n]}, at each of ``loop_counts``."""
         errors = model_errors(
             self.model, self.task, self.loop_counts(), n_prompts, self.config.n_points,
             seed=self.config.seed, autocast=self.autocast,
@@ -183,12 +183,12 @@ class Trainer(Stepper):
         return {str(n_loops): error.tolist() for n_loops, error in errors.items()}
 
     def loop_counts(self) -> list[int]:
-        """Where a looped model is evaluated: T, b and 2b loops. Others have one count."""
+        """Loop counts to evaluate at: T, b and 2b of a looped model; others have one."""
         b = self.config.n_loops
         return sorted({self.config.window, b, 2 * b}) if self.config.model == "looped" else [b]
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one or the numbers are bad."""
+        """Write a checkpoint of this step unless there is one; raises for non-finite numbers."""
         if self._saved_step == self.step:
             return
         self._read_sums()  # raises when not finite
@@ -208,9 +208,9 @@ class Trainer(Stepper):
         self._saved_step = self.step
 
     def estimate_seconds(self) -> float:
-        """Seconds that the rest of the run will take, from two trial steps and a count of FLOPs.
+        """Estimate seconds for the rest of the run, from two trial steps and a count of FLOPs.
 
-        The trial is on the next batch, by each process for itself, and changes nothing.
+        Each process runs the trial by itself, on its next batch; no weights change.
         """
         config = self.config
         seconds = math.inf
@@ -243,7 +243,7 @@ class Trainer(Stepper):
             with self.processes.failing_together():
                 raise NonFiniteError(self._explain_non_finite(loss, norm))
         values = {"loss": loss, "grad_norm": norm}
-        # With few dimensions at the start, sparse weights may all be 0, and y with them.
+        # With few dimensions at the start, all sparse weights may be 0, and then so is y.
         return values | {"relative_error": loss / zero} if zero else values
 
     def _reset_sums(self) -> None:
@@ -274,14 +274,14 @@ class Trainer(Stepper):
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signal = signum
-        # A second one ends the process at once. Several processes may each get one, and again from
-        # torchrun, which ends them itself if they take long.
+        # A second signal ends a single process at once. Each of several processes may get one from
+        # the terminal and another from torchrun, which kills them itself if they take too long.
         if self.processes.world_size == 1:
             signal.signal(signum, signal.SIG_DFL)
 
 
 def step_flops(config: TrainConfig, stage: Stage) -> float:
-    """Floating-point operations in the blocks of a training step at that stage."""
+    """Floating-point operations in the blocks of one training step at ``stage``."""
     D, S = config.n_embd, 2 * stage.n_points
     passes = stage.n_loops + 2 * min(config.window, stage.n_loops)  # backward counts twice
     return config.batch_size * passes * config.n_layer * S * (24 * D * D + 2 * S * D)

@@ -1,4 +1,4 @@
-"""Measuring on a GPU: every part runs dry, says what is missing, and keeps what it measured."""
+"""benchmarks.gpu: every part runs dry, reports what is missing, and keeps its results."""
 
 import dataclasses
 import json
@@ -162,7 +162,7 @@ def test_an_unknown_part_is_refused(capsys):
 
 @needs_triton
 def test_a_dry_run_of_training_from_the_command_line(tmp_path):
-    """Through all processes: the command's, the part's, and the training's."""
+    """The run goes through the processes of the command, the part and the training."""
     assert command.main(["train", "--dry", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "gpu_dry_run.json").read_text())["train"]
     assert result["status"] == "done"

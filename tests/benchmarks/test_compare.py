@@ -1,4 +1,4 @@
-"""The benchmark program: counts right, refuses wrong results, reports what it can't measure."""
+"""benchmarks.compare counts right, refuses wrong results, and reports what it can't measure."""
 
 import dataclasses
 import itertools
@@ -55,7 +55,7 @@ def test_right_results_pass_the_check(contender, mode):
     check(TINY, contender, mode)
 
 
-# Steps with something wrong, in place of a compiled one.
+# Steps with a fault, each of which replaces a compiled one.
 WRONG_STEPS = {
     "predictions": lambda step: lambda *args: 1.001 * step(*args),
     "predictions: error nan": lambda step: lambda *args: torch.nan * step(*args),
@@ -164,7 +164,7 @@ def test_without_opponents_there_are_no_ratios():
 
 
 class FakeMeasuring:
-    """In place of a process: says ``done`` for each job, or fails as ``failures`` has it."""
+    """Stand-in for a process: answers ``done`` for each job, or fails if in ``failures``."""
 
     started: ClassVar[list[list[str]]] = []
     failures: ClassVar[dict[str, str]] = {}
@@ -193,7 +193,7 @@ class FakeMeasuring:
 
 @pytest.fixture
 def started(monkeypatch):
-    """Lists of jobs of the processes that are started: the first measures the peak."""
+    """Jobs of each process that is started, in lists; the first process measures the peak."""
     monkeypatch.setattr(compare, "Measuring", FakeMeasuring)
     monkeypatch.setattr(compare, "unsupported", lambda *_: None)
     monkeypatch.setattr(FakeMeasuring, "started", [])
@@ -261,7 +261,7 @@ def test_on_a_gpu_all_but_whole_compiled_models_share_a_process(started, monkeyp
     monkeypatch.setattr(compare, "provenance", lambda *_: {"load_before": 0})
     names = ["triton bf16 graphs", "compiled step bf16 graphs", "reduce-overhead bf16"]
     shared = [f"{job}: {name}" for name in names[:2] for job in ("lr training", "lr inference")]
-    # A process that fails is replaced, and what it had not measured yet is measured in another.
+    # A process that fails is replaced by another, which measures the jobs that remain.
     monkeypatch.setitem(FakeMeasuring.failures, shared[1], "CUDA error: an illegal address")
     result = compare.compare(["lr"], names, repeats=1, seconds=1, device="cuda")
     whole = [f"{job}: {names[2]}" for job in ("lr training", "lr inference")]
@@ -297,7 +297,7 @@ def test_launches_are_counted_in_a_profile():
 
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_replays_are_checked_and_timed(mode, monkeypatch):
-    """What a contender with CUDA graphs runs through, on a CPU."""
+    """The path of a contender with CUDA graphs runs on a CPU."""
     calls = []
 
     def fake_graphs_on(device, mode):

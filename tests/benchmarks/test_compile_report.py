@@ -1,4 +1,4 @@
-"""The compile report: its rules, and that the stored one is good and of these kernels."""
+"""Rules of the compile report; the stored one is good and of these kernels."""
 
 import os
 import subprocess
@@ -77,7 +77,7 @@ def test_candidates_are_good_in_every_version_that_compiled_the_group() -> None:
         report(
             entry(in_both), entry(bad_in_one), entry(in_one),
             entry(in_both, triton="3.6"), entry(bad_in_one, triton="3.6", spill_share=0.1),
-            entry(in_one, arch="sm_80"),  # where the other version compiled nothing
+            entry(in_one, arch="sm_80"),  # the other version compiled nothing for it
         )
     )  # fmt: skip
     assert found == {
@@ -280,7 +280,7 @@ def test_what_another_version_found_good_is_tried_first() -> None:
 
 
 def test_kernels_compile_to_what_the_stored_report_says() -> None:
-    # In a process of its own: here kernels are interpreted.
+    # A process of its own is needed: kernels are interpreted in this one.
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.compile_report", "--verify"],

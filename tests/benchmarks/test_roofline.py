@@ -1,4 +1,4 @@
-"""Predicted times: against the review of the kernels, against hand formulas, and their rules."""
+"""Predicted times against the review of the kernels and formulas by hand, and their rules."""
 
 from collections import Counter
 from dataclasses import replace
@@ -57,10 +57,10 @@ def entry(config=(64, 64, 64, 8, 2), wgmma=True, together=1, phases=()) -> dict:
 def test_predicted_launches_are_those_of_the_review(
     kernel: str, n_rows: int, low: float, high: float
 ) -> None:
-    """Microseconds per launch, by somebody else's model of the same machine code on an H100.
+    """Microseconds per launch, by an independent model of the same machine code on an H100.
 
-    The one outside its range is the forward of 64 rows at DT, 10 % above: we take a tenth of the
-    shared memory's bandwidth off.
+    Only the forward of 64 rows at DT is outside its range, 10 % above: we subtract a tenth of the
+    shared memory's bandwidth.
     """
     config, *values = REVIEWED[kernel]
     predicted = 1e6 * seconds(entry(config, *values), -(-n_rows // config[0]), H100)
@@ -159,7 +159,7 @@ def test_launches_of_inference() -> None:
         "fold": 1, "few_rows_input": 4, "attention_forward": 3, "few_rows_output": 3,
         "few_rows_project": 3, "other": 1,
     }  # fmt: skip
-    assert len(roofline.plain(case, "fp32")) == 3 * 13 + 1  # a step each, and the result
+    assert len(roofline.plain(case, "fp32")) == 3 * 13 + 1  # ops of three steps, and the result
 
 
 def test_plain_pytorch_is_counted_op_by_op() -> None:
@@ -215,7 +215,7 @@ def test_reading_and_writing_are_counted_by_memory() -> None:
 
 
 def test_one_prompt_is_predicted_to_be_faster_in_the_kernels_for_few_rows() -> None:
-    """And than a compiled step in a graph."""
+    """Those kernels are predicted to be faster than a compiled step in a graph, too."""
     report = load()
     for name in ("lr_b1", "dt_b1"):
         case = CASES[name]
@@ -228,7 +228,7 @@ def test_one_prompt_is_predicted_to_be_faster_in_the_kernels_for_few_rows() -> N
 
 
 def test_the_goal_is_met_by_prediction() -> None:
-    """A training step on an H100, in milliseconds; issue 13."""
+    """The goal of issue 13 is a training step on an H100, in milliseconds."""
     report = load()
     for version in sorted({key.triton for key in report}):
         lr, dt = (

@@ -1,4 +1,4 @@
-"""The choice of configurations on a GPU, where it is really made: other tests are deterministic."""
+"""The choice of configurations by timing on a GPU; other tests run in deterministic mode."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = {"n_heads": 8, "n_loops": 3, "window": 2}
 
 @pytest.fixture(autouse=True)
 def untuned(monkeypatch, tmp_path) -> None:
-    """Nothing is chosen yet, and timing is allowed."""
+    """Forget earlier choices, and allow timing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(ahead, "_done", set())
@@ -61,7 +61,7 @@ def states_and_gradients(inputs, backend: str, precision: str) -> dict[str, Tens
 def test_candidates_are_timed_on_the_tensors_device_and_the_numbers_are_right(
     caplog, index, current, precision
 ):
-    """Right at once, in the very call that chooses."""
+    """The numbers are right even in the call that times candidates."""
     if max(index, current) >= torch.cuda.device_count():
         pytest.skip("needs two GPUs")
     inputs = on_device(loop_inputs(B=4, S=82, D=256), torch.device("cuda", index))

@@ -1,4 +1,4 @@
-"""What happens before a kernel's first launch, without a GPU: see ``fake_h100``."""
+"""Compilation before a kernel's first launch, tested without a GPU: see ``fake_h100``."""
 
 import json
 import os
@@ -36,8 +36,8 @@ def test_cache_keys_do_not_depend_on_the_order_of_use(seen, order) -> None:
     assert seen[f"keys, {order}"] == seen["keys, loop first"]
 
 
-def test_without_settling_them_they_would(seen) -> None:
-    """In Triton 3.6; otherwise the test above shows nothing."""
+def test_without_settling_cache_keys_depend_on_the_order_of_use(seen) -> None:
+    """Keys do depend on it in Triton 3.6; otherwise the test above would show nothing."""
     if seen["Triton's keys"] == seen["Triton's keys, reversed"]:
         pytest.skip("keys do not depend on the order in this version of Triton")
     assert seen["Triton's keys"] != seen["keys, loop first"]
@@ -71,7 +71,7 @@ def test_candidates_come_first_and_other_forms_of_the_chosen_alone(seen) -> None
     assert len(before) == 1 + 4 * 3  # the fold, and three candidates of four kernels
     launched = {name for _, name in seen["first use"]["run"]}
     assert after
-    assert compiled(after) <= launched  # nothing is compiled for nothing
+    assert compiled(after) <= launched  # only launched kernels are compiled
     assert {name.split()[0] for name in compiled(after)} == {
         "row_forward_kernel", "row_backward_kernel",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The attention kernels, interpreted, against formulas; their machine code: compile report."""
+"""The interpreted attention kernels against formulas; compile_report checks machine code."""
 
 from __future__ import annotations
 

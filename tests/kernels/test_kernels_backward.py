@@ -1,4 +1,4 @@
-"""The backward's kernels and host code, interpreted: the rule of DESIGN.md, against float64."""
+"""Accuracy of the interpreted backward against float64, by DESIGN.md's rule."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_any_number_of_rows_is_accurate(B, S, D, n_heads):
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "n_loops"), [("bf16", 4), ("bf16", 9), ("fp32", 9)])
 def test_accuracy_holds_over_many_loops(precision, n_loops):
-    """After T and b; most tests have one or two."""
+    """Gradients through T and b steps; most tests have one or two."""
     inputs = loop_inputs(B=1, S=10, D=64)
     window = min(4, n_loops)
     check(inputs, precision, n_heads=2, n_loops=n_loops, window=window, injection="add")

@@ -45,7 +45,7 @@ def recorded(injection, precision, recompute, attention):
 )
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("injection", INJECTIONS)
-def test_it_looks_at_no_value_and_does_the_same_every_time(
+def test_it_reads_no_value_on_the_host_and_does_the_same_every_time(
     injection, precision, recompute, attention
 ):
     shapes, launches = recorded(injection, precision, recompute, attention)

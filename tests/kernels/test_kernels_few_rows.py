@@ -1,4 +1,4 @@
-"""The forward in the kernels for few rows, interpreted: the rule of DESIGN.md, against float64."""
+"""Accuracy of the interpreted kernels for few rows against float64, by DESIGN.md's rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward's kernels and host code, interpreted: the rule of DESIGN.md, against float64."""
+"""Accuracy of the interpreted forward against float64, by DESIGN.md's rule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from looped_fast.kernels.fold import fold
 
 @pytest.fixture(autouse=True)
 def rows_are_not_few(monkeypatch):
-    """For what there are, see test_kernels_few_rows."""
+    """Turn off the kernels for few rows, which test_kernels_few_rows tests."""
     monkeypatch.setattr(few_rows, "MAX_ROWS", 0)
 
 
@@ -49,7 +49,7 @@ def check(inputs, precision, n_heads=1, n_loops=2, window=1, injection="add", ke
     exact, plain = plain_pytorch(torch.float64, "fp32"), plain_pytorch(torch.float32, precision)
     result, saved = interpreted(inputs, precision, **arguments, keep=keep)
     if "read_out" in inputs:
-        result = result[:, :, ::2]  # the op reads out the even tokens alone
+        result = result[:, :, ::2]  # the op reads out only the even tokens
     for w in range(window):
         error, of_plain = (relative_error(s[w], exact[w]) for s in (result, plain))
         assert error <= 2 * of_plain + 4 * FP32_EPS, (
@@ -90,7 +90,7 @@ def test_no_state_is_the_neutral_element_of_the_injection(injection):
 
 @pytest.mark.parametrize(("precision", "n_loops"), [("bf16", 30), ("fp32", 10)])
 def test_accuracy_holds_over_many_loops(precision, n_loops):
-    """After 1, T, b and 3b steps, and all between."""
+    """States after 1 to 3b steps, which include T and b."""
     check(loop_inputs(B=1, S=9, D=64), precision, n_loops=n_loops, window=n_loops)
 
 
@@ -120,7 +120,7 @@ def test_no_sequences_give_no_states():
 
 @pytest.mark.parametrize("n_layer", [1, 2])
 def test_all_that_is_kept_is_written(n_layer):
-    """``empty`` is NaN in tests."""
+    """``empty`` holds NaN in tests, so a slot that is not written shows."""
     inputs = loop_inputs(B=2, S=9, D=64, n_layer=n_layer)
     saved = check(inputs, "bf16", n_loops=3, window=2, injection="mul", keep=True)
     assert saved.qkv.shape == (2 * n_layer, 18, 192)

@@ -1,4 +1,4 @@
-"""What kernels compute with, interpreted: where Triton's interpreter is wrong, it is put right."""
+"""Interpreted numerics of kernels, where they correct Triton's interpreter, too."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_gelu_and_its_slope_are_as_accurate_as_plain_pytorch():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.3, 1, 3, 10])
 def test_an_approximate_tanh_costs_no_more_than_rounding(scale, dtype, monkeypatch):
-    """With the largest error that PTX documents for it, of random sign."""
+    """tanh gets the largest error that PTX documents for it, with random sign."""
 
     @triton.jit
     def with_error(y):

@@ -1,4 +1,4 @@
-"""Who computes attention, why, and that each of them does it right."""
+"""Providers of attention: which one is selected and why, and the accuracy of each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ampere(monkeypatch):
 
 
 class FlashAttn:
-    """flash-attn's two functions, with the library's parameters, by formula."""
+    """A stand-in for flash-attn: its two functions, computed by formula."""
 
     def _flash_attn_forward(
         self, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
@@ -148,7 +148,7 @@ def test_the_loop_runs_on_a_forced_provider():
         tensors = require_grad(cast(inputs, dtype))
         states = ops.loop(**tensors, n_heads=4, n_loops=2, window=1, **settings)
         (states * grad).sum().backward()
-        return states, tensors["weights"][2].grad  # of Wqkv
+        return states, tensors["weights"][2].grad  # gradient of Wqkv
 
     exact = run(torch.float64, backend="reference")
     plain = run(torch.float32, backend="reference", precision="bf16")
@@ -191,7 +191,7 @@ def test_fp32_goes_to_our_kernel(ampere, flash_attn):
     assert set(choice.reasons.values()) == {"it multiplies bf16 and fp16 only, not fp32"}
 
 
-def test_old_gpus_have_our_kernel_alone(ampere, flash_attn, monkeypatch):
+def test_old_gpus_have_only_our_kernel(ampere, flash_attn, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     choice = providers.select(LONG)
     assert choice.chosen == "triton"
@@ -243,7 +243,7 @@ def test_a_broken_flash_attn_is_named(ampere, tmp_path, monkeypatch):
     providers._flash_attn_load_error.cache_clear()
 
 
-def test_explain_backend_tells_who_computes_attention(ampere, no_flash_attn, monkeypatch):
+def test_explain_backend_names_the_provider_of_attention(ampere, no_flash_attn, monkeypatch):
     able = {name: lambda problem: None for name in ("triton", "reference")}
     monkeypatch.setattr(backends, "UNSUPPORTED", able)
     model = small_model()

@@ -1,4 +1,4 @@
-"""The prompt assembled and embedded by one kernel, interpreted."""
+"""The interpreted kernel that assembles and embeds a prompt."""
 
 from __future__ import annotations
 

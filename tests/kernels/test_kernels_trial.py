@@ -1,4 +1,4 @@
-"""Trials of configurations, in the interpreter: what is compared, and what is left alone."""
+"""Trials of configurations in the interpreter: comparison of results, and side effects."""
 
 import contextlib
 from typing import NamedTuple
@@ -21,7 +21,7 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def tile_kernel(x, part, out, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out = 2 x, x += 1, part[program] = the tile's sum; COLUMNS is what goes wrong."""
+    """out = 2 x, x += 1, part[program] = the tile's sum; COLUMNS selects a fault."""
     program = tl.program_id(0)
     i = program * ROWS + tl.arange(0, ROWS)
     value = tl.load(x + i, mask=i < N, other=0.0)
@@ -44,7 +44,7 @@ BROKEN = Config(16, num_warps=3)
 
 
 class Problem:
-    """What a caller of ``choose`` has: tensors, and a way to launch on them."""
+    """A caller of ``choose``: its tensors, and a function that launches on them."""
 
     def __init__(self) -> None:
         self.x = torch.arange(40.0)
@@ -58,7 +58,7 @@ class Problem:
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[Config, float]:
-    """Milliseconds, by configuration; once timed, those alone that were."""
+    """Milliseconds by configuration; after a trial, only of those that were timed."""
     given: dict[Config, float] = {}
 
     def milliseconds(calls) -> list[float]:
@@ -96,7 +96,7 @@ def test_wrong_numbers_are_out_however_fast(times, caplog, wrong, fault) -> None
     assert f"tile_kernel with {wrong}: {fault}" in message
 
 
-def test_the_callers_tensors_are_left_alone(monkeypatch) -> None:
+def test_the_callers_tensors_do_not_change(monkeypatch) -> None:
     problem, timed = Problem(), []
     monkeypatch.setattr(trial, "milliseconds", lambda calls: timed.extend(calls) or [1.0, 2.0])
     trial.fastest([RIGHT, LARGER], problem.run, "fp32")
@@ -111,7 +111,7 @@ def test_the_callers_tensors_are_left_alone(monkeypatch) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_rounding_is_not_taken_for_an_error(times, caplog, monkeypatch, precision) -> None:
-    """Tiles as different as can be sum in other orders."""
+    """The most different tiles sum in different orders."""
     tried = []
 
     def choose(kernel, *, run, precision, width, **problem) -> Config:
@@ -150,8 +150,8 @@ def test_a_configuration_that_can_not_be_launched_is_out(times, caplog, monkeypa
     [(torch.OutOfMemoryError("CUDA out of memory"), BROKEN), (None, RIGHT)],
     ids=["no memory", "no capture"],
 )
-def test_what_can_not_be_timed_is_said(monkeypatch, error, config) -> None:
-    """Without memory, the first; else the first that is right."""
+def test_a_trial_that_can_not_be_timed_is_reported(monkeypatch, error, config) -> None:
+    """Out of memory takes the first; other errors the first that is right."""
 
     def broken(*args):
         raise error or RuntimeError("operation not permitted when stream is capturing")

@@ -61,7 +61,7 @@ def test_forcing_an_unable_backend_says_why(three_backends):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """That every backend but the CPU's can run on."""
+    """A GPU that every backend but the CPU's can run on."""
     providers = pytest.importorskip("looped_fast.kernels.providers", exc_type=ImportError)
     monkeypatch.setattr(providers, "select", lambda call: Selection("attention", "triton", {}))
     table = {name: lambda call: None for name in ("triton", "compiled", "reference")}
@@ -87,7 +87,7 @@ def test_wide_fp32_products_on_a_gpu_are_left_to_cublas(a_gpu, changes, chosen):
         assert "backend='triton' forces it" in explanation.reasons["triton"]
 
 
-def test_products_in_tf32_are_not(a_gpu, monkeypatch):
+def test_wide_tf32_products_on_a_gpu_stay_in_triton(a_gpu, monkeypatch):
     monkeypatch.setattr(backend_times, "operand_precision", lambda dtype: "tf32")
     assert backends.select(changed(CALL, device="cuda")).chosen == "triton"
 

@@ -1,5 +1,5 @@
 """The reference's loop with a compiled step. ``aot_eager`` stands in for Inductor, which is slow:
-it traces and differentiates in the same way, and then runs what it traced as it is.
+it traces and differentiates in the same way, and then runs the traced ops uncompiled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def counter(monkeypatch):
 
 
 def states_and_gradients(inputs, grad: Tensor, **arguments) -> dict[str, Tensor]:
-    """Of ``ops.loop`` and (states * grad).sum(); the names are those of ``leaves``."""
+    """States of ``ops.loop``, and gradients of (states * grad).sum() by names of ``leaves``."""
     inputs = require_grad(inputs)
     settings = {"n_heads": 2, "n_loops": 3, "window": 2, **arguments}
     states = ops.loop(**inputs, **settings)
@@ -123,7 +123,7 @@ def test_recomputed_gradients_are_the_same_bits(counter):
 
 @pytest.mark.parametrize("injection", ["add", "mul", "none"])
 def test_a_shape_is_compiled_twice_with_gradients_and_without(counter, injection):
-    """Neither for the first state, which may be the embeddings, nor for other loop counts."""
+    """A first state that is the embeddings, and other loop counts, compile nothing more."""
     model = small_model(injection=injection)
     model.backend = "compiled"
     xs, ys = prompt()
@@ -135,7 +135,7 @@ def test_a_shape_is_compiled_twice_with_gradients_and_without(counter, injection
 
 
 def test_more_shapes_are_compiled_than_pytorch_lets_a_function_have(counter):
-    """And each of them once: the limit of recompilations, which is 8, is 2 here."""
+    """Each shape is compiled once. PyTorch's limit of recompilations, 8, is set to 2 here."""
     model = small_model()
     model.backend = "compiled"
     n_shapes = 5

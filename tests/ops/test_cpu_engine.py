@@ -1,4 +1,4 @@
-"""The CPU engine's numbers, by the rule of DESIGN.md: against plain PyTorch's own error."""
+"""Accuracy of the CPU engine, by DESIGN.md's rule: compared with plain PyTorch's own error."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def golden_results(case, precision, dtype, backend):
 
 @functools.cache
 def golden_truth(name):
-    """The case, and what the reference computes of it in float64; checked against the record."""
+    """The case, and its float64 results on the reference, checked against the record."""
     case = load_case(name)
     truth = golden_results(case, "fp32", torch.float64, "reference")
     recorded = {"preds": case.preds} | {f"grad {name}": g for name, g in case.grads.items()}
@@ -215,7 +215,7 @@ def test_the_recorded_training_run_is_reproduced():
         final = tensors[f"final/{name}"]
         if name.endswith("c_attn.bias"):
             # Softmax does not see a bias of the keys. Its gradient is rounding, which Adam scales
-            # up to steps of full size, in a direction of their own on every machine.
+            # up to steps of full size, in a direction that differs between machines.
             D = case["n_embd"]
             not_keys = torch.cat((torch.arange(D), torch.arange(2 * D, 3 * D)))
             parameter, final = parameter[not_keys], final[not_keys]

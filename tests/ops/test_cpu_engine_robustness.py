@@ -109,7 +109,7 @@ def _in_child(inputs, expected, queue):
 
 @needs_engine
 def test_a_forked_child_computes(inputs, threads):
-    """The child has no OpenMP pool, though the parent had one: it must not wait for it."""
+    """The child has no OpenMP pool, although its parent had one, and must not wait for it."""
     threads(2)
     expected = results(inputs)[0]
     context = multiprocessing.get_context("fork")
@@ -143,9 +143,9 @@ def test_a_data_loader_worker_computes(inputs, threads):
 
 
 def run_python(code, cwd=ROOT, **environment):
-    """Run in a fresh interpreter, with the tests at hand; its output.
+    """Run code in a fresh interpreter that can import the tests; return its output.
 
-    Packages in the folder ``cwd`` come before all others.
+    Packages in the folder ``cwd`` shadow all others.
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -160,7 +160,7 @@ FIRST_CALLS = """
     import sys, threading, warnings
     from looped_fast.ops import cpu_engine, triton_backend
     backend = {backend}
-    warnings.simplefilter("error", UserWarning)  # as of a second registration
+    warnings.simplefilter("error", UserWarning)  # a second registration warns
     sys.setswitchinterval(1e-6)
     start, reasons = threading.Barrier(8), []
     def ask():
@@ -254,7 +254,7 @@ def test_without_avx2_the_reference_runs_and_says_why():
 
 
 def test_without_the_extension_the_reference_runs_and_says_why(tmp_path):
-    """As after a build without a compiler."""
+    """A build without a compiler leaves no extension."""
     package = tmp_path / "looped_fast"
     for source, target in (
         (ROOT / "looped_fast", package),
@@ -311,7 +311,7 @@ def test_phases_show_in_a_profile(inputs):
 
 
 def peak_memory() -> int:
-    """Of this process, in KiB; getrusage would answer with its parent's where that was larger."""
+    """Peak memory of this process in KiB; getrusage may report that of a larger parent."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
@@ -347,9 +347,9 @@ MEMORY = """
 def test_a_step_adds_a_part_of_the_memory_that_eager_adds(
     precision, B, autograd_share, fused_share
 ):
-    """Whose peak varies by 5 %; benchmarks.compare measured 44 and 46 %, 31 and 33 %; 3 to 5 %.
+    """benchmarks.compare measured 44 and 46 %, 31 and 33 %; 3 to 5 %. Eager's peak varies by 5 %.
 
-    In bf16, 24 sequences are too few: what does not grow with them brings 33 % to 37 %.
+    In bf16, 24 sequences are too few: memory that does not grow with them raises 33 % to 37 %.
     """
     if cpu_engine.unsupported_precision(precision):
         pytest.skip(cpu_engine.unsupported_precision(precision))
@@ -416,7 +416,7 @@ def test_a_training_step_uses_the_memory_of_the_last_one():
 
 
 def test_a_build_compiles_what_is_up_to_date_with_its_sources(tmp_path, monkeypatch):
-    """It may be of another torch."""
+    """The extension may have been built for another torch, which timestamps do not show."""
     setuptools = pytest.importorskip("setuptools")
     arguments, compiled = {}, []
     monkeypatch.setattr(setuptools, "setup", arguments.update)

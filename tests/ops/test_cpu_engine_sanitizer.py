@@ -69,7 +69,7 @@ def sanitized(tmp_path_factory):
     ).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("GCC is here without its AddressSanitizer (libasan)")
-    # -O1 after setup.py's -O3, and checks that are calls: a sixth of the time to compile.
+    # -O1 after setup.py's -O3, and checks by calls, compile in a sixth of the time.
     flags = "-fsanitize=address --param asan-instrumentation-with-call-threshold=0"
     compiler = folder / "g++"
     compiler.write_text(f'#!/bin/sh\nexec g++ "$@" -O1 -fno-omit-frame-pointer {flags}\n')
@@ -85,7 +85,7 @@ def sanitized(tmp_path_factory):
     return {
         "cwd": folder,
         "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0",  # CPython's own
+        "ASAN_OPTIONS": "detect_leaks=0",  # CPython itself leaks
         "PYTHONPATH": f"{folder}:{ROOT / 'tests'}:{ROOT / 'tests' / 'ops'}",
     }
 

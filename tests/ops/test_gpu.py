@@ -1,4 +1,4 @@
-"""What only a GPU can show; ``make gpu-check`` runs it. Memory is poisoned, as in all tests."""
+"""Tests that need a GPU; ``make gpu-check`` runs them. Memory is poisoned, as in all tests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def on_device(inputs):
 
 
 def states_and_gradients(inputs, grad: Tensor, **arguments) -> dict[str, Tensor]:
-    """Of ``ops.loop`` and (states * grad).sum(); the names are those of ``leaves``."""
+    """States of ``ops.loop``, and gradients of (states * grad).sum() by names of ``leaves``."""
     inputs = require_grad(inputs)
     states = ops.loop(**inputs, **arguments)
     (states * grad.to(states.dtype)).sum().backward()
@@ -91,7 +91,7 @@ def test_the_loop_at_paper_size_against_float64(n_loops, window, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("injection", ["add", "mul"])
 def test_the_loss_at_paper_size_against_float64(injection, precision):
-    """Read out in the kernels, from the neutral state, as in training."""
+    """As in training, the kernels read out, and start from the neutral state."""
     inputs = on_device(loop_inputs(B=4, S=82, D=256, n_outputs=1))
     del inputs["state"]
     targets = torch.randn(4, 41, 1, dtype=torch.float64, device=DEVICE)
@@ -117,7 +117,7 @@ def test_the_loss_at_paper_size_against_float64(injection, precision):
 @pytest.mark.parametrize("injection", ["add", "mul"])
 @pytest.mark.parametrize("S", [82, 202])
 def test_a_prompt_alone_is_as_accurate_as_by_pytorch(S, injection, precision):
-    """In the kernels for few rows."""
+    """A single prompt runs in the kernels for few rows."""
     inputs = on_device(loop_inputs(B=1, S=S, D=256, n_outputs=1))
     del inputs["state"]
 
@@ -168,7 +168,7 @@ def test_providers_of_attention(attention, S):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_race_shows_in_repeated_runs(precision):
-    """The same bits every time, whatever else the GPU does, and no poison in them."""
+    """Results have the same bits in every run, whatever else the GPU does, and no poison."""
     inputs = on_device(cast(loop_inputs(B=5, S=82, D=256), torch.float32))
     grad = torch.randn(3, 5, 82, 256, device=DEVICE)
     noise, other = torch.randn(2048, 2048, device=DEVICE), torch.cuda.Stream()
@@ -189,8 +189,8 @@ def test_no_race_shows_in_repeated_runs(precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_200_training_steps_are_as_near_to_float64_as_pytorchs(precision):
-    """Rounding errors grow in training. So the yardstick is how far plain PyTorch strays, in the
-    worse of two runs that differ in the order of the prompts alone.
+    """Rounding errors grow in training, so the limit is how far plain PyTorch strays in the worse
+    of two runs that differ only in the order of prompts.
     """
 
     def losses(backend: str, dtype=torch.float32, reverse=False) -> Tensor:
@@ -265,7 +265,7 @@ def trained(tmp_path, task: str, cuda_graphs: str, **changes) -> dict[str, Tenso
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("task", TASKS)
 def test_replayed_steps_train_as_eager_ones_bit_for_bit(tmp_path, task, amp):
-    """Three stages, the curriculum of dims within them, learning rate and batches."""
+    """The run has three stages; dims, learning rate and batches change within them."""
     eager = trained(tmp_path, task, "off", amp=amp)
     replayed = trained(tmp_path, task, "on", amp=amp)
     for name in eager:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def measured_choice(monkeypatch, tmp_path):
-    """Off in deterministic mode, which tests have; every run is long enough; an empty cache."""
+    """Turn the choice on: no deterministic mode, no least length of a run, an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(backend_autotune, "MIN_SECONDS", 0)
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Graphs by key, without a GPU: see ``fake_graphs``."""
+"""Graphs by key, tested without a GPU: see ``fake_graphs``."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from looped_fast.ops.graphs import Graphs, graphs_on
 
 
 def counting(budget=10**9, fail=None, **settings):
-    """Graphs that list their calls; ``fail(n)`` may raise at the n-th capture."""
+    """Make graphs that list their calls; ``fail(n)`` may raise at the n-th capture."""
     calls = []
 
     class Failing(FakeGraph):
@@ -40,7 +40,7 @@ def test_the_first_call_warms_up_the_second_captures_and_all_others_replay():
     assert calls == ["warm up", "capture", "replay", "replay"]
 
 
-def test_a_later_call_captures_where_that_is_asked_for():
+def test_capture_at_sets_the_call_that_captures():
     subject, calls = counting(capture_at=4)
     counts = []
     for value in (1.0, 2.0, 3.0, 4.0, 5.0):
@@ -65,9 +65,9 @@ def test_keys_have_their_own_graphs():
     assert calls.count("replay") == 4
 
 
-def test_the_least_recently_used_go_when_the_budget_is_spent():
+def test_the_least_recently_used_are_dropped_over_budget():
     subject, calls = counting(budget=250)  # two graphs of 100
-    for key in ("a", "a", "b", "b", "a", "c", "c"):  # the third makes b go
+    for key in ("a", "a", "b", "b", "a", "c", "c"):  # the third drops b
         subject.run(key, double, torch.ones(1))
     del calls[:]
     subject.run("a", double, torch.ones(1))
@@ -76,7 +76,7 @@ def test_the_least_recently_used_go_when_the_budget_is_spent():
     assert calls == ["replay", "warm up"]  # b starts from the beginning
 
 
-def test_the_least_recently_used_go_when_there_are_too_many(monkeypatch):
+def test_the_least_recently_used_are_dropped_over_the_limit_on_number(monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     subject, calls = counting()
     for key in ("a", "a", "b", "b", "a", "c", "c"):
@@ -90,7 +90,7 @@ def test_the_least_recently_used_go_when_there_are_too_many(monkeypatch):
 def test_keys_that_come_once_are_forgotten(monkeypatch):
     monkeypatch.setattr(graphs, "MAX_COUNTED", 2)
     subject, calls = counting()
-    for key in ("a", "b", "c", "a", "c"):  # c makes a go
+    for key in ("a", "b", "c", "a", "c"):  # c drops a
         subject.run(key, double, torch.ones(1))
     assert calls == 4 * ["warm up"] + ["capture", "replay"]
     assert len(subject._calls) <= 2
@@ -153,7 +153,7 @@ def test_a_capture_that_fails_is_an_error_where_graphs_are_required():
         subject.run("a", double, torch.ones(1))
 
 
-def test_what_looks_at_values_on_the_host_is_not_captured():
+def test_work_that_reads_values_on_the_host_is_not_captured():
     subject, _ = counting()
     for work in (lambda x: x * x.sum().item(), lambda x: x[x > 0], lambda x: x + torch.tensor(1.0)):
         subject, _ = counting()
@@ -221,7 +221,7 @@ def small_model_with(mode):
 
 @pytest.fixture
 def graphed(monkeypatch):
-    """A graphed loop that takes CPU tensors for CUDA's; and its calls."""
+    """A graphed loop that treats CPU tensors as CUDA tensors, and the list of its calls."""
     subjects, calls = {}, []
 
     def graphs_on(device, mode, capture_at):
@@ -352,7 +352,7 @@ def test_a_counter_of_operations_sees_them(graphed):
 
 
 class FakeCuda:
-    """Streams and graphs that list what is asked of them; ``end`` may raise, as CUDA's may."""
+    """Streams and graphs that list their calls; ``end`` may raise, as CUDA's may."""
 
     def __init__(self, monkeypatch, end=lambda: None):
         self.calls, self.current, self.end = [], "caller", end

@@ -33,14 +33,14 @@ ARGUMENTS = {"n_heads": 2, "n_loops": 3, "window": 2}
 
 
 def targets_of(inputs):
-    """Random ones."""
+    """Random targets for the inputs."""
     B, S, _ = inputs["embeddings"].shape
     bias = inputs["read_out"][1]
     return torch.randn(B, (S + 1) // 2, len(bias), dtype=bias.dtype)
 
 
 def mse_of_predictions(inputs, targets, n_supervised=None, **arguments):
-    """The definition."""
+    """The error by its definition."""
     predictions = ops.loop(**inputs, **arguments)
     return (predictions[-(n_supervised or 0) :] - targets).square().mean()
 
@@ -74,7 +74,7 @@ def test_it_equals_its_formula(S, n_supervised):
 def test_the_engine_has_the_gradient_of_its_predictions_bit_by_bit(
     precision, problem, n_supervised, n_threads
 ):
-    """Their accuracy is tested with ``ops.loop``."""
+    """The accuracy of predictions is tested with ``ops.loop``."""
     problem = dict(problem)
     problem.pop("recompute", None)
     shape = {k: problem.pop(k) for k in ("B", "S", "D", "n_layer", "n_outputs")}

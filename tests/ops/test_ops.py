@@ -26,7 +26,7 @@ from without_coverage import untraced
 from looped_fast import ops
 from looped_fast.ops import backends, reference
 
-opcheck = untraced(torch.library.opcheck)  # which compiles the loop with symbolic shapes
+opcheck = untraced(torch.library.opcheck)  # it compiles the loop with symbolic shapes
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_gradients_equal_finite_differences(injection):
 
 
 def test_one_step_gradients_equal_finite_differences_from_the_state_before():
-    """A window of 1 in 3 loops: the derivative of the last step, its input state held still."""
+    """With a window of 1 in 3 loops the gradient is that of the last step at a fixed state."""
     inputs = require_grad(loop_inputs(B=1, S=3, D=4))
     state = ops.loop(**inputs, n_heads=2, n_loops=2, window=1)[0].detach()
     direction = torch.randn(1, 1, 3, 4, dtype=torch.float64)
@@ -126,7 +126,7 @@ def test_a_read_out_keeps_its_precision_under_autocast():
 
 
 def compare_compiled(compiler, autocast_dtype=None, n_loops=3, window=2, ulps=64):
-    """Loss and gradients of a training step, compiled in one graph, against eager ones."""
+    """Compare loss and gradients of a training step, compiled in one graph, with eager ones."""
     model = small_model()
     xs, ys = prompt(B=3, n=6)
 
@@ -269,7 +269,7 @@ def test_a_backend_that_can_not_embed_a_prompt_is_refused(backend, dtype, messag
 
 @pytest.fixture(params=["cpu", "triton"])
 def fast_loop(request):
-    """The loop on a fast backend, as a function of embeddings [1, 4, 64]; and those."""
+    """The loop on a fast backend as a function of embeddings, and embeddings [1, 4, 64]."""
     if reason := backends.UNSUPPORTED[request.param](CALL):
         pytest.skip(reason)
     inputs = loop_inputs(B=1, S=4, D=64, dtype=torch.float32)

@@ -83,7 +83,7 @@ def test_low_precision_is_as_good_as_autocast(precision, n_loops):
         plain = relative_error(naive_loop(single, 4, n_loops, 1), truth)
     error = relative_error(run(single, 4, n_loops, 1, precision=precision), truth)
     assert error <= 2 * plain + 8 * FP32_EPS
-    assert error > 100 * FP32_EPS  # operands were rounded at all
+    assert error > 100 * FP32_EPS  # operands were rounded
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

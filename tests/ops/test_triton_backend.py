@@ -1,4 +1,4 @@
-"""The triton backend as it is reached from outside, its kernels interpreted."""
+"""The triton backend through its public ops, with interpreted kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if triton_backend.load_error():
     pytest.skip(triton_backend.load_error(), allow_module_level=True)
 
 
-# Others differ in their numbers of loops and blocks alone, which test_kernels_* vary.
+# Other cases differ only in numbers of loops and blocks, which test_kernels_* vary.
 OTHER_CASES = {"looped_tiny", "looped_tiny_window_covers_all", "standard_tiny"}
 
 
@@ -51,7 +51,7 @@ def trained(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {"losses": torch.stack(losses), **{n: p.detach() for n, p in model.named_parameters()}}
 
 
-def test_training_goes_as_in_plain_pytorch():
+def test_training_is_as_in_plain_pytorch():
     truth = trained("reference", torch.float64)
     plain = trained("reference", torch.float32)
     fast = trained("triton", torch.float32)
@@ -118,7 +118,7 @@ def test_the_loss_is_as_accurate_as_plain_pytorch(injection, S, n_outputs, n_sup
 
 
 def test_gradients_of_a_fresh_model_keep_to_the_rule():
-    """Its bf16 products lose little, so that what is kept in 16 bits shows."""
+    """Its bf16 products lose little, so errors of what is saved in 16 bits show."""
     config = ModelConfig(n_dims=5, n_positions=11, n_embd=64, n_head=4, n_loops=2, window=1)
     fresh = LoopedTransformer(config)
     xs, ys = torch.randn(2, 11, 5), torch.randn(2, 11)

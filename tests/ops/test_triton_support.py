@@ -1,4 +1,4 @@
-"""When the triton backend runs, what it says where it can't, and the models that it speeds up."""
+"""Where the triton backend runs, why it can't elsewhere, and the models that it speeds up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(
     triton_backend.load_error() is not None, reason=str(triton_backend.load_error())
 )
-WIDE = {"n_embd": 64, "n_head": 4}  # of the smallest model that the kernels take
+WIDE = {"n_embd": 64, "n_head": 4}  # the smallest model that the kernels take
 
 WITHOUT_TRITON = """
     import sys
@@ -163,7 +163,7 @@ def test_explain_backend_tells_of_the_triton_backend():
 
 
 def test_a_model_exports_with_any_batch(monkeypatch):
-    """The limit of the kernels' indices is none of a model on the CPU."""
+    """The limit of the kernels' indices does not apply to a model on the CPU."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     batch = torch.export.Dim("batch")
     model, args = small_model(**WIDE), prompt(B=3)

@@ -1,4 +1,4 @@
-"""Measured times decide between backends. There is no GPU here: times are invented."""
+"""Selection of backends by measured times; they are invented here, without a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CALL = changed(STEP, training=False)
 
 @pytest.fixture(autouse=True)
 def a_gpu(monkeypatch, tmp_path):
-    """One that triton, compiled and reference can run on, with an empty cache folder."""
+    """A GPU that triton, compiled and reference can run on, and an empty cache folder."""
     providers = pytest.importorskip("looped_fast.kernels.providers", exc_type=ImportError)
     monkeypatch.setattr(providers, "select", lambda problem: Selection("attention", "triton", {}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -42,7 +42,7 @@ def a_gpu(monkeypatch, tmp_path):
 
 
 class Clock:
-    """Takes for a backend the milliseconds that it is told to, and counts what is timed."""
+    """Reports given milliseconds for each backend, and counts what is timed."""
 
     def __init__(self, **milliseconds: float | Exception) -> None:
         self.model = small_model()
@@ -66,7 +66,7 @@ class Clock:
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def test_the_faster_one_runs_training_and_inference():
+def test_the_faster_backend_runs_training_and_inference():
     clock = Clock(triton=2.1, compiled=1.44)
     line = clock.measure()
     assert clock.timed == [
@@ -89,7 +89,7 @@ def test_the_faster_one_runs_training_and_inference():
     assert clock.model.backend == "auto"
 
 
-def test_a_slower_compiled_step_says_both_times():
+def test_a_slower_compiled_step_reports_both_times():
     Clock(triton=2.1, compiled=2.9).measure()
     explanation = backends.select(STEP)
     assert explanation.chosen == "triton"
@@ -127,7 +127,7 @@ def test_a_short_run_does_not_wait_for_the_compiler():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_plain_pytorch_is_measured_in_fp32_alone(precision):
+def test_plain_pytorch_is_measured_only_in_fp32(precision):
     clock = Clock(triton=20.0, reference=14.0, compiled=12.0)
     clock.measure(changed(STEP, precision=precision))
     names = list(dict.fromkeys(backend for backend, _ in clock.timed))
@@ -143,7 +143,7 @@ def test_plain_pytorch_is_measured_where_triton_cannot_run(monkeypatch):
 
 
 @pytest.mark.parametrize("failing", ["triton", "compiled"])
-def test_of_one_that_fails_it_is_said_and_the_other_runs(failing):
+def test_a_failure_is_reported_and_the_other_backend_runs(failing):
     error = RuntimeError("ptxas: no\nand a page more")
     clock = Clock(**{"triton": 2.1, "compiled": 1.4, failing: error})
     other = "compiled" if failing == "triton" else "triton"
@@ -162,7 +162,7 @@ def test_where_all_fail_the_reference_runs():
     assert backends.select(fp32).chosen == "reference"
 
 
-def test_a_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     line = Clock(triton=2.1, compiled=1.4).measure()
@@ -180,7 +180,7 @@ def test_a_damaged_file_is_measured_afresh(text):
 
 def test_a_time_is_that_of_a_warm_replay(monkeypatch):
     class Event:
-        """The n-th replay takes n milliseconds."""
+        """A stand-in for CUDA events, by which the n-th replay takes n milliseconds."""
 
         def __init__(self, enable_timing):
             assert enable_timing
@@ -255,7 +255,7 @@ def test_a_backend_that_was_fastest_but_cannot_run_is_passed_over(monkeypatch):
 
 
 def test_graphs_say_to_the_op_that_calls_are_replayed(monkeypatch):
-    """With and without gradients, while graphs are on."""
+    """The op is told so with and without gradients, while graphs are on."""
     seen = []
     monkeypatch.setattr(
         backends, "UNSUPPORTED", {"reference": lambda problem: seen.append(problem) or None}
@@ -288,9 +288,9 @@ RUN = {
 
 @pytest.fixture
 def make_trainer(monkeypatch, tmp_path):
-    """With ``compiled`` (by aot_eager) and ``reference`` alone, which really run what is timed.
+    """Make a trainer with only ``compiled`` (by aot_eager) and ``reference``, which run for real.
 
-    ``trainer.timed`` lists backends. Times are invented: 1 and 3 ms.
+    ``trainer.timed`` lists timed backends. Times are invented: 1 and 3 ms.
     """
     table = {name: lambda problem: None for name in ("compiled", "reference")}
     monkeypatch.setattr(backends, "UNSUPPORTED", table)
@@ -332,12 +332,12 @@ def test_a_training_run_measures_the_step_that_it_mostly_makes(make_trainer):
     assert trainer.measure_backends() is None
 
 
-def test_a_training_run_says_what_it_measured_before_what_it_chose(make_trainer, capsys):
+def test_a_training_run_prints_times_before_its_choice(make_trainer, capsys):
     train.announce(make_trainer())
-    said = capsys.readouterr().out
-    times = said.index("reference 3 ms, compiled 1 ms a training step")
-    assert times < said.index("backend: compiled")
-    assert "not reference: 3 ms a training step measured here, compiled takes 1" in said
+    printed = capsys.readouterr().out
+    times = printed.index("reference 3 ms, compiled 1 ms a training step")
+    assert times < printed.index("backend: compiled")
+    assert "not reference: 3 ms a training step measured here, compiled takes 1" in printed
 
 
 def test_measuring_changes_nothing_in_a_run(make_trainer):
@@ -370,7 +370,7 @@ def test_a_failure_while_measuring_changes_nothing_in_a_run(make_trainer, monkey
         assert torch.equal(parameter, named[name]), name
 
 
-def test_training_goes_on_with_the_fastest(make_trainer, monkeypatch):
+def test_training_continues_on_the_fastest(make_trainer, monkeypatch):
     trainer = make_trainer()
     trainer.measure_backends()
     run, steps = compiled_backend.loop, []
@@ -384,7 +384,7 @@ def test_training_goes_on_with_the_fastest(make_trainer, monkeypatch):
 @pytest.mark.parametrize(
     "changes", [{"backend": "reference"}, {"recompute": True}, {"steps": 1}], ids=str
 )
-def test_a_run_measures_nothing_where_nothing_would_follow(make_trainer, changes):
+def test_a_run_measures_nothing_that_could_not_change_its_backend(make_trainer, changes):
     trainer = make_trainer(**changes)
     if "steps" in changes:
         trainer.step = 1

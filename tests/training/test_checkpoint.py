@@ -40,7 +40,7 @@ def save(run_dir, step, model, optimizer, **settings):
 
 
 def fill(model, value):
-    """A model whose weights all tell the step that it was saved at."""
+    """Set all weights of a model to one value, here the step that it is saved at."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(value)
@@ -66,7 +66,7 @@ def test_resumed_training_is_bit_identical(tmp_path, adam):
     straight, _ = train(*start(**adam), 7)
 
     model, optimizer = start(seed=1, **adam)
-    optimizer.param_groups[0]["lr"] = 0.5  # the right one comes from the checkpoint
+    optimizer.param_groups[0]["lr"] = 0.5  # the checkpoint has the right one
     saved = checkpoint.load(checkpoint.latest(tmp_path))
     for _ in range(2):  # the first must not have changed what the second restores
         checkpoint.restore_into(saved, model, optimizer)
@@ -197,7 +197,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for a kill: no handler for errors runs."""
+    """Simulates a kill: no handler for errors catches it."""
 
 
 @pytest.mark.parametrize("next_step", [1, 2])  # replacing the only one, and adding one
@@ -233,12 +233,12 @@ def test_a_kill_at_any_system_call_leaves_a_loadable_checkpoint(tmp_path, monkey
                 killed = False
             except Killed:
                 killed = True
-        # All that are visible are whole, and the newest, there always, is of one step.
+        # All visible checkpoints load, there always is one, and the newest mixes no two steps.
         saved = [checkpoint.load(path) for path in checkpoint.checkpoints(run_dir)]
         values = {t.unique().item() for t in saved[-1].model_state.values()}
         assert values in ({1.0}, {2.0})
         survived |= values
-        path = save(run_dir, next_step, model, optimizer, keep=1)  # and training can go on
+        path = save(run_dir, next_step, model, optimizer, keep=1)  # the next attempt succeeds
         assert names(run_dir) == [path.name]
         if not killed:
             break
@@ -259,7 +259,7 @@ def save_for_ever(run_dir, finished):
 
 def test_sigkill_during_writing_leaves_a_loadable_latest(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    # Adam imports the second when it is made, for more than a second.
+    # Making an Adam imports the second of these, which takes more than a second.
     context.set_forkserver_preload(["looped_fast.training.checkpoint", "torch._dynamo"])
     for trial in range(8):
         run_dir, finished = tmp_path / str(trial), context.Value("i", 0)
@@ -282,7 +282,7 @@ def test_sigkill_during_writing_leaves_a_loadable_latest(tmp_path):
         assert names(run_dir) == [f"step-{saved.step + 1:08d}"]
 
 
-# ---- what can be wrong
+# ---- damage and misuse
 
 
 @pytest.fixture
@@ -458,6 +458,6 @@ def test_training_does_not_resume_from_exported_weights(tmp_path):
     _, folder = exported(tmp_path)
     model, optimizer = start(seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"holds weights alone.*--init-from"):
+    with pytest.raises(CheckpointError, match=r"holds weights only.*--init-from"):
         checkpoint.restore_into(checkpoint.load(folder), model, optimizer)
     assert_same(model.state_dict(), before)

@@ -24,7 +24,7 @@ from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-N_PROCESSES = 3  # of two, sums have the same bits in any order
+N_PROCESSES = 3  # sums over two would have the same bits in any order
 STEPS = 6
 MINI = [
     *("--preset", "tiny", "--n-embd", "32", "--n-head", "2", "--batch-size", "4"),
@@ -36,8 +36,8 @@ MINI = [
 ]
 
 
-# torchrun's agent, with processes that are forks: to import PyTorch in each takes longer than to
-# train. ``work`` is a statement, after which a process trains.
+# torchrun's agent with forks, since importing PyTorch in each process takes longer than training.
+# ``work`` is a statement that a process executes before it trains.
 FORKING = """
     import sys, uuid
     import matplotlib.figure, torch._dynamo, torch.utils.tensorboard  # as training does
@@ -58,7 +58,7 @@ FORKING = """
 
 
 def torchrun(folder, *args, n_processes=N_PROCESSES, forked=None):
-    """What torchrun did in ``folder``: exit status, standard output, standard error.
+    """Run torchrun in ``folder``; return exit status, standard output and standard error.
 
     ``forked`` is Python for every process to execute before it trains; see ``FORKING``.
     """
@@ -75,14 +75,14 @@ def torchrun(folder, *args, n_processes=N_PROCESSES, forked=None):
     try:
         printed, errors = process.communicate(timeout=60)
     finally:
-        process.terminate()  # in time, it ends its processes, too
+        process.terminate()  # torchrun then ends its processes, too
         process.wait(60)
     return process.returncode, printed, errors
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted: where it was started, and what was printed."""
+    """Folder and output of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     status, printed, errors = torchrun(folder, *MINI)
     assert status == 0, errors
@@ -99,7 +99,7 @@ def weights(run_dir):
 
 
 def trained_on_all_batches(config, dtype):
-    """Losses and parameters of plain training on the batches of all ranks, put together."""
+    """Losses and parameters of plain training on the joined batches of all ranks."""
     torch.manual_seed(config.seed)
     model = LoopedTransformer(config.model_config(), backend="reference").to(dtype)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, (0.9, config.beta2))
@@ -124,8 +124,8 @@ def trained_on_all_batches(config, dtype):
 
 
 def flat(state):
-    """All parameters but the biases of keys: their gradient is 0, and what Adam makes of
-    rounding is noise."""
+    """All parameters but the biases of keys, whose gradient is 0: Adam scales its rounding errors
+    to noise."""
     state = {name: tensor.clone() for name, tensor in state.items()}
     for name, tensor in state.items():
         if name.endswith("c_attn.bias"):
@@ -133,7 +133,7 @@ def flat(state):
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
-def test_they_train_as_one_process_on_all_their_batches(whole):
+def test_several_processes_train_as_one_on_all_their_batches(whole):
     run_dir = run_of(whole[0])
     saved = checkpoint.load(checkpoint.latest(run_dir))
     config = config_from_dict(saved.config, TrainConfig())
@@ -149,7 +149,7 @@ def test_they_train_as_one_process_on_all_their_batches(whole):
     )
 
 
-def test_one_of_them_writes_and_prints(whole):
+def test_only_the_main_process_writes_and_prints(whole):
     folder, printed = whole
     run_dir = run_of(folder)  # the only one
     lines = read_metrics(run_dir / "metrics.jsonl")
@@ -190,8 +190,8 @@ def test_stopped_twice_and_resumed_they_end_bit_identical(tmp_path, whole, capsy
         status, printed, errors = torchrun(tmp_path, *args, forked=STOPPED)
         assert status != 0
         assert checkpoint.load(checkpoint.latest(out)).step == steps, errors
-        said = f"SIGTERM: step {steps} is finished and saved. Continue with\n  torchrun ... -m"
-        assert printed.count(said) == 1
+        message = f"SIGTERM: step {steps} is finished and saved. Continue with\n  torchrun ... -m"
+        assert printed.count(message) == 1
         assert "rror:" not in errors.replace("ChildFailedError:", "")
     status, printed, errors = torchrun(tmp_path, "--resume", out, forked="")
     assert status == 0, errors
@@ -208,10 +208,10 @@ def test_stopped_twice_and_resumed_they_end_bit_identical(tmp_path, whole, capsy
     assert f"processes {N_PROCESSES} -> 1, and with them the batches" in origin
 
 
-# --- what ends them -------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
-def test_a_bad_setting_ends_all_and_is_told_once(tmp_path):
+def test_a_bad_setting_ends_all_and_is_printed_once(tmp_path):
     args = ("--backend", "nosuch", "--out", tmp_path / "run")
     status, printed, errors = torchrun(tmp_path, *MINI, *args, forked="", n_processes=2)
     assert status != 0
@@ -220,7 +220,7 @@ def test_a_bad_setting_ends_all_and_is_told_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# A fault that only the process 1 has, before training.
+# Only process 1 has this fault, before training.
 FAILING = """
     from looped_fast import train
     from looped_fast.training.trainer import Trainer
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_ends_all_at_one_step(tmp_path):
     assert all(tensor.isfinite().all() for tensor in last.model_state.values())
 
 
-# --- without others -------------------------------------------------------------------------------
+# --- single processes -----------------------------------------------------------------------------
 
 
 def trainer_of(tmp_path, processes, **changes):
@@ -266,13 +266,13 @@ def trainer_of(tmp_path, processes, **changes):
     return Trainer(config, tmp_path, processes=processes)
 
 
-def test_a_process_alone_goes_through_the_same_motions():
-    alone = Processes()
-    assert alone.is_main
-    assert alone.gather(1, 2) == [[1, 2]]
-    assert alone.mean(1, float("inf")) == [1, float("inf")]
-    assert alone.broadcast(lambda: "done") == "done"
-    with pytest.raises(ValueError, match="its own"), alone.failing_together():
+def test_a_single_process_uses_the_same_methods():
+    single = Processes()
+    assert single.is_main
+    assert single.gather(1, 2) == [[1, 2]]
+    assert single.mean(1, float("inf")) == [1, float("inf")]
+    assert single.broadcast(lambda: "done") == "done"
+    with pytest.raises(ValueError, match="its own"), single.failing_together():
         raise ValueError("its own")
 
 

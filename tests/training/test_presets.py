@@ -13,7 +13,7 @@ from looped_fast.training.presets import describe, preset_config
 
 SIZES = ("tiny", "small", "paper")
 
-# Official configs/base.yaml and base_loop.yaml, and what is below them for a task.
+# Source: official configs/base.yaml and base_loop.yaml, and the files of tasks that inherit them.
 OFFICIAL = {
     "n_dims": 20,
     "n_positions": 101,

@@ -47,7 +47,7 @@ def write(path, text):
 
 
 def official_files(folder, task, family="gpt2_loop", n_layer=1):
-    """As official configs/: a base file, and one of a task that inherits it."""
+    """Write files like the official configs/: a base file, and a task's that inherits it."""
     name, extra, (start, end, inc), (T, b) = OFFICIAL_TASKS[task]
     loops = (T, b, T) if family == "gpt2_loop" else (1, 1, 20)
     write(folder / "base_loop.yaml", OFFICIAL_BASE % (family, n_layer, *loops))
@@ -71,7 +71,7 @@ def official_files(folder, task, family="gpt2_loop", n_layer=1):
 
 
 def same_run(config):
-    """What decides a run's numbers."""
+    """The settings that a run's numbers depend on."""
     settings = config.to_dict()
     for name in ("preset", "curriculum", "eval_every", "sparsity"):
         del settings[name]
@@ -175,7 +175,7 @@ def test_an_unknown_preset_in_a_file_is_named_with_the_nearest(tmp_path):
         load_config(path)
 
 
-def test_an_official_run_to_resume_is_refused_with_the_way_on(tmp_path):
+def test_an_official_run_to_resume_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"resume_id = 'abc'; .*--init-from"):
         official_with(tmp_path, {"training.resume_id": "abc"})
 
@@ -233,7 +233,7 @@ def test_a_value_of_the_wrong_type_is_refused(settings, message):
         ({"amp": False}, "amp", "off"),  # YAML 1.1 reads a bare off as False
     ],
 )
-def test_what_yaml_makes_of_a_value_is_understood(settings, name, value):
+def test_a_value_that_yaml_reads_as_another_type_is_converted(settings, name, value):
     found = getattr(config_from_dict(settings, TrainConfig()), name)
     assert found == value
     assert type(found) is type(value)
@@ -283,13 +283,13 @@ def test_a_curriculum_that_ends_beyond_its_final_value_is_refused(name):
         config_from_dict({"curriculum": {name: {"start": 1, "end": 999}}}, TrainConfig())
 
 
-def test_a_growth_without_a_start_is_at_its_end_at_once():
+def test_a_schedule_without_a_start_is_at_its_end_at_once():
     assert ScheduleConfig().schedule(9).at(0) == 9
     assert ScheduleConfig(end=4).schedule(9).at(0) == 4
 
 
-def test_a_growth_that_starts_beyond_its_end_is_held_to_it():
-    """So --n-loops 5 works with a preset whose loops start at 15."""
+def test_a_schedule_starts_at_its_end_at_most():
+    """This lets --n-loops 5 work with a preset whose loops start at 15."""
     assert ScheduleConfig(start=15).schedule(5).at(0) == 5
 
 

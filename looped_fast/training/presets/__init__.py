@@ -1,7 +1,7 @@
-"""Ready settings: three sizes of every task and model, as YAML files in this folder.
+"""Presets: settings in three sizes for every task and model, as YAML files in this folder.
 
 ``paper`` is the official configuration (``configs/**``, ``exec/script_loop.sh``), ``small`` fits
-a laptop, ``tiny`` ends in minutes on two cores. ``python -m looped_fast.presets`` prints them.
+a laptop, ``tiny`` takes minutes on two cores. ``python -m looped_fast.presets`` prints them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ NAMES = ("paper", "small", "tiny")
 
 @functools.cache
 def _read(name: str) -> dict[str, Any]:
-    """The file of a preset.
+    """Read the file of a preset.
 
-    ``all``: settings of all tasks; ``task``: of one task; ``looped``: of one task's looped model;
-    ``others``: of its standard and tied models, whose number of layers is ``depth``.
+    ``all`` holds settings for all tasks, ``task`` those for each task, ``looped`` those for each
+    task's looped model, and ``others`` for its standard and tied models, of ``depth`` layers.
     """
     return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())
 
@@ -36,7 +36,7 @@ def preset_config(preset: str, task: str = "lr", model: str = "looped") -> Train
     """The settings of ``preset`` for that task and model.
 
     Raises:
-        ValueError: an unknown preset, task or model; the message holds the nearest valid name.
+        ValueError: a preset, task or model is unknown; the message has the nearest valid name.
     """
     for kind, name, valid in (
         ("preset", preset, NAMES),
@@ -55,7 +55,7 @@ def _model_settings(size: dict[str, Any], task: str, model: str) -> Settings:
     no_growth = {"start": None, "inc": 1, "interval": 1}
     if model == "looped":
         looped = size["looped"][task]
-        # As the official scripts do: the loop count starts at the window.
+        # The loop count starts at the window, as in the official scripts.
         return _merge({"curriculum": {"loops": {"start": looped["window"]}}}, looped)
     once = {"curriculum": {"loops": no_growth}, "injection": "none", **size["others"][task]}
     if model == "standard":
@@ -72,7 +72,7 @@ def _merge(base: Settings, changes: Settings) -> Settings:
 
 
 def describe(config: TrainConfig) -> str:
-    """The settings as YAML, without those that are not set."""
+    """Write ``config`` as YAML, without settings that are None."""
 
     def without_none(settings: Settings) -> Settings:
         cleaned = {k: without_none(v) if isinstance(v, dict) else v for k, v in settings.items()}
