@@ -75,7 +75,9 @@ def test_a_run_starts_from_shipped_weights(tmp_path):
     config = dataclasses.replace(
         pretrained.train_config(name), init_from=str(pretrained.path(name))
     )
-    with pytest.raises(ValueError, match=r"init_from = .* is not read by a Trainer; pass start=.*load_start"):
+    with pytest.raises(
+        ValueError, match=r"init_from = .* is not read by a Trainer; pass start=.*load_start"
+    ):
         Trainer(config, tmp_path)
     start = pretrained.load_start(config.init_from)
     started = Trainer(config, tmp_path, start=start).model.state_dict()

@@ -30,13 +30,8 @@ MINI = {
 
 @pytest.fixture(autouse=True)
 def unchecked_prompts(monkeypatch):
-<<<<<<< HEAD
-    """Values of prompts are looked at on a CPU alone."""
-    monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, *_: None)
-=======
     """Turn off the check of prompt values, which only runs on CPUs."""
-    monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, xs, ys: None)
->>>>>>> h-eng3
+    monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, *_: None)
 
 
 def make_trainer(tmp_path, task="lr", **changes):
