@@ -1,0 +1,181 @@
+"""What ``looped_fast.train`` refuses, and what a run that fails leaves behind."""
+
+import os
+
+import pytest
+import yaml
+from test_train_command import assert_same_bits, final_weights, train
+
+import looped_fast
+from looped_fast.train import main
+from looped_fast.training import checkpoint
+from looped_fast.training.log import read_metrics
+
+pytestmark = pytest.mark.usefixtures("no_plot")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--task", "lrr"], "did you mean 'lr'"),
+        (["--preset", "tinny"], "did you mean 'tiny'"),
+        (["--model", "loopd"], "did you mean 'looped'"),
+        (["--window", "9", "--n-loops", "8"], "window = 9 is outside 1..8"),
+        (["--n-embd", "65"], "n_embd = 65 is not divisible by n_head"),
+        (["--n-points", "50", "--n-positions", "41"], "n_points = 50 exceeds n_positions = 41"),
+        (["--depth", "3"], "depth = 3 is no setting of task 'lr'"),
+        (["--device", "gpu"], "device 'gpu'"),
+        (["--device", "cuda:99"], "use --device cpu"),
+        (["--train-prompts", "3"], "3 training prompts are fewer than a step uses"),
+        (["--resume", "nowhere"], "nowhere holds no checkpoint"),
+        (["--config", "nowhere.yaml"], "no configuration file nowhere.yaml"),
+        (["--steps", "0"], "steps = 0: at least 1"),
+        (["--n-points", "0"], "n_points = 0: at least 1"),
+        (["--curriculum.dims.interval", "0"], "curriculum.dims: interval = 0: at least 1 step"),
+        (["--init-from", "lr-smal"], "lr-smal does not exist; give the folder of a run"),
+        (["--backend", "cuda"], "unknown backend 'cuda'"),
+    ],
+    ids=lambda a: a[0].strip("-") if isinstance(a, list) else "",
+)
+def test_bad_settings_exit_2_and_name_value_limit_and_remedy(
+    tmp_path, monkeypatch, capsys, args, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([*args, "--out", "run"] if "--resume" not in args else args) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # the corrected command may use it
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config", "mine.yaml"], "a resumed run keeps its own settings"),
+        (["--preset", "paper"], "--preset paper is for a new run"),
+        (["--out", "elsewhere"], "--out elsewhere is for a new run"),
+        (["--init-from", "lr-small"], "--init-from lr-small is for a new run"),
+        (["--steps", "1"], "--steps 1: run is at step 2 already"),
+        (["--n-embd", "65"], "n_embd = 65"),
+    ],
+    ids=lambda a: a[0].strip("-") if isinstance(a, list) else "",
+)
+def test_a_resumed_run_refuses_what_it_cant_take_and_stays_as_it_was(
+    tmp_path, monkeypatch, capsys, args, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("steps: 3\n")
+    assert train("--steps", 2, "--out", "run") == 0
+    settings = (tmp_path / "run" / "config.yaml").read_text()
+    assert main(["--resume", "run", *args]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_text() == settings
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
+
+
+def test_a_checkpoint_to_resume_names_its_run(tmp_path, capsys):
+    assert train("--steps", 1, "--out", tmp_path / "run") == 0
+    step = checkpoint.latest(tmp_path / "run")
+    assert main(["--resume", str(step)]) == 2
+    assert f"give its run: --resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+    for seed in range(3):
+        assert train("--steps", 1, "--seed", seed) == 0
+    folders = sorted((tmp_path / "runs").iterdir())
+    stems = [folder.name.partition("20260101-000000")[2] for folder in folders]
+    assert stems == ["", "-2", "-3"]
+    seeds = [yaml.safe_load((folder / "config.yaml").read_text())["seed"] for folder in folders]
+    assert seeds == [0, 1, 2]
+
+
+def test_weights_are_taken_from_a_run_or_a_shipped_model_by_name(tmp_path):
+    assert train("--steps", 1, "--out", tmp_path / "run") == 0
+    more = ("--steps", 1, "--lr", 0, "--out")
+    assert train(*more, tmp_path / "next", "--init-from", tmp_path / "run") == 0
+    assert main(["--preset", "small", "--steps", "1", "--lr", "0", "--batch-size", "2",
+                 "--eval-prompts", "2", "--init-from", "lr-small",
+                 "--out", str(tmp_path / "shipped")]) == 0  # fmt: skip
+    assert_same_bits(final_weights(tmp_path / "next"), final_weights(tmp_path / "run"))
+    shipped = looped_fast.from_pretrained("lr-small").state_dict()
+    assert_same_bits(final_weights(tmp_path / "shipped"), shipped)
+
+
+def test_where_all_of_y_is_zero_there_is_no_relative_error(tmp_path):
+    few = ("--task", "sparse_lr", "--n-dims", 8, "--sparsity", 1, "--batch-size", 1)
+    narrow = ("--curriculum.dims.start", 1, "--curriculum.dims.interval", 100)
+    assert train(*few, *narrow, "--steps", 3, "--log-every", 1, "--out", tmp_path / "run") == 0
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert len(lines) == 3
+    assert 0 < sum("relative_error" in line for line in lines) < 3
+
+
+def test_an_unknown_setting_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--n-lops", "3"])
+    assert stop.value.code == 2
+    assert "--n-loops" in capsys.readouterr().err
+
+
+def test_a_setting_misspelt_in_a_file_names_the_nearest(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("n_lops: 3\n")
+    assert main(["--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "did you mean 'n_loops'" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train("--steps", 1, "--out", out) == 0
+    before = (out / "metrics.jsonl").read_text()
+    assert train("--steps", 2, "--out", out) == 2
+    assert f"already holds a run; continue it with --resume {out}" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_of_a_run_that_saved_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("task: lr\n")
+    assert train("--steps", 1, "--out", tmp_path) == 2
+    assert "it saved nothing: delete it" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train("--steps", 1, "--out", tmp_path / "file" / "run") == 1
+    assert "choose another folder with --out" in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert train("--steps", 2, "--out", out) == 0
+    real = os.fsync
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["--resume", str(out), "--steps", "4"]) == 1
+    monkeypatch.setattr(os, "fsync", real)
+    assert "space" in capsys.readouterr().err
+    assert checkpoint.load(checkpoint.latest(out)).step == 2
+
+
+def test_a_non_finite_loss_stops_with_step_checkpoint_and_remedies(tmp_path, capsys):
+    out = tmp_path / "run"
+    wild = ("--lr", 1e30, "--clip-grad-norm", "None", "--warmup-steps", 0)
+    assert train("--steps", 20, "--save-every", 1, "--out", out, *wild) == 1
+    error = capsys.readouterr().err
+    last = checkpoint.load(checkpoint.latest(out))
+    assert f"at step {last.step + 1}" in error
+    assert str(last.path) in error
+    assert "--lr" in error
+    assert all(tensor.isfinite().all() for tensor in last.model_state.values())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train("--steps", 1, "--out", out) == 0
+    settings = (out / "config.yaml").read_text()
+    assert main(["--resume", str(out), "--n-embd", "64"]) == 1
+    assert "_read_in.weight" in capsys.readouterr().err
+    assert (out / "config.yaml").read_text() == settings
