@@ -161,10 +161,8 @@ class FastForward:
     ) -> Tensor:
         """Run ``ops.loop`` on the model's current parameters: see ``architectures.Loop``."""
         stack, precision = self.stack, ambient_precision(embeddings.device.type)
-        positions, weights = (
-            stack.wpe.weight[: embeddings.shape[1]],
-            architectures.stack_weights(stack),
-        )
+        positions = stack.wpe.weight[: embeddings.shape[1]]
+        weights = architectures.stack_weights(stack)
         tensors = LoopTensors(embeddings, positions, None, weights, list(read_out))
         return self.graphed(tensors, self._settings(n_loops, window, injection, precision))
 

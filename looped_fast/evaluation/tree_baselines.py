@@ -110,7 +110,7 @@ def fit_everywhere(
         return [0.0] + [fit(x[:i], y[:i], q[i : i + 1]) for i in range(1, len(y))]
 
     prompts = zip(*(t.to("cpu", dtype).numpy() for t in (xs, ys, queries)), strict=True)
-    return torch.tensor(in_processes(predict, prompts, ys.numel())).to(ys)
+    return torch.tensor(in_processes(predict, prompts, ys.numel()), dtype=dtype).to(ys)
 
 
 def in_processes(work: Callable[..., Any], arguments: Iterable[tuple], n_fits: int) -> list:

@@ -92,6 +92,12 @@ def test_lasso_equals_scikit_learn(alpha, active):
     assert (predictions - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def test_lasso_of_float64_is_not_rounded_to_float32():
+    predictions = lasso(*(t.double() for t in noisy_prompts()))
+    assert predictions.dtype == torch.float64
+    assert not torch.equal(predictions, predictions.float().double())
+
+
 def test_lasso_says_when_it_has_not_converged():
     with pytest.raises(RuntimeError, match="did not converge in 1 sweeps; raise max_sweeps"):
         lasso(*noisy_prompts(), max_sweeps=1)
