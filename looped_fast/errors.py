@@ -8,7 +8,7 @@ import json
 import stat
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,21 @@ class CheckpointError(RuntimeError):
     """A checkpoint can't be written, read or used; the message names file, fault and remedy."""
 
 
-def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
+def nearest(name: object, valid: Iterable[str], known_as: Mapping[str, str] = {}) -> str | None:
+    """The valid name that is spelt most like ``name``, if any is.
+
+    known_as: names that others use -> the valid one that they stand for.
+
+    >>> nearest("learning_rates", ["lr", "dt"], {"learning_rate": "lr"})
+    'lr'
+    """
+    close = difflib.get_close_matches(str(name), [*valid, *known_as], n=1, cutoff=0.5)
+    return known_as.get(close[0], close[0]) if close else None
+
+
+def unknown_name(
+    kind: str, name: object, valid: Iterable[str], known_as: Mapping[str, str] = {}
+) -> ValueError:
     """Make a ValueError for a name outside ``valid`` that suggests the nearest valid one.
 
     >>> raise unknown_name("task", "lrr", ["lr", "dt"])
@@ -28,8 +42,8 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     ValueError: unknown task 'lrr'; did you mean 'lr'? Valid: lr, dt
     """
     choices = list(valid)
-    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    close = nearest(name, choices, known_as)
+    hint = f"; did you mean {close!r}?" if close else "."
     return ValueError(f"unknown {kind} {name!r}{hint} Valid: {', '.join(choices)}")
 
 

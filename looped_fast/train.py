@@ -29,10 +29,12 @@ from looped_fast.evaluation.baselines import QUICK_BASELINES
 from looped_fast.evaluation.report import error_table, plot
 from looped_fast.pretrained import load_start
 from looped_fast.training import checkpoint, distributed
-from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.command_line import parse as parse_flags
+from looped_fast.training.config import TrainConfig, config_from_dict, saved_config
 from looped_fast.training.distributed import resolve_device
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import describe, preset_config
+from looped_fast.training.step import Start
 from looped_fast.training.trainer import Interrupted, Trainer
 
 CONFIG_FILE = "config.yaml"
@@ -77,16 +79,21 @@ def parse(
 ) -> tuple[Command, str, checkpoint.Checkpoint | None]:
     """Parse settings, a phrase that says where they come from, and the checkpoint to resume."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("task", "model", "preset", "device"):
+    for name in ("task", "model", "preset", "device", "window"):
         early.add_argument(f"--{name}")
+    early.add_argument("--n-loops", "--n_loops")
     for name in ("config", "resume"):
         early.add_argument(f"--{name}", type=Path)
     chosen, _ = early.parse_known_args(args)
+    # A window that nobody gave is lowered to the loop count. Others than numbers are for tyro.
+    adapts = chosen.window is None and (chosen.n_loops or "").isdecimal()
+    loops = {"n_loops": int(chosen.n_loops)} if adapts else {}
 
-    resumed = None
+    resumed = before = None
     if chosen.resume is not None:
         resumed = load_latest(chosen.resume)
-        base = config_from_dict(resumed.config, TrainConfig())
+        before = saved_config(resumed)
+        base = config_from_dict(loops, before)
         origin = f"continuing {chosen.resume} from step {resumed.step}"
     else:
         on_gpu = resolve_device(chosen.device or "auto").type != "cpu"
@@ -94,23 +101,24 @@ def parse(
         if chosen.config is not None:
             names = ("preset", "task", "model")
             given = {name: getattr(chosen, name) for name in names if getattr(chosen, name)}
-            base, origin = load_config(chosen.config, given, by_default)
+            base, origin = load_config(chosen.config, given | loops, by_default)
         else:
             base = preset_config(
                 chosen.preset or by_default, chosen.task or "lr", chosen.model or "looped"
             )
+            base = config_from_dict(loops, base)
             origin = f"preset {base.preset}"
             if chosen.preset is None:
                 origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"
     default = Command(base, chosen.config, chosen.resume)
-    command = tyro.cli(Command, args=args, default=default, prog="python -m looped_fast.train")
-    if resumed is not None:
-        changes = changed_settings(base.to_dict(), command.settings.to_dict())
-        before = resumed.meta.get("processes", 1)
-        if before != world_size:
-            changes.append(f"processes {before} -> {world_size}, and with them the batches")
+    command = parse_flags(Command, args, "python -m looped_fast.train", default)
+    if resumed is not None and before is not None:
+        changes = changed_settings(before.to_dict(), command.settings.to_dict())
+        n_before = resumed.meta.get("processes", 1)
+        if n_before != world_size:
+            changes.append(f"processes {n_before} -> {world_size}, and with them the batches")
         origin += f"; changed: {', '.join(changes)}" if changes else ""
-        _check_resume(command, resumed, base)
+        _check_resume(command, resumed, before)
     return command, origin, resumed
 
 
@@ -162,7 +170,9 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
 
 
 def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
-    """Make the run's folder: that of ``--out``, or a new one under ``runs/``.
+    """Choose the run's folder: that of ``--out``, or a new one under ``runs/``, which is made.
+
+    Files of a run that did not finish a step do not stand in the way.
 
     Raises:
         ValueError: the folder already holds a run.
@@ -175,12 +185,12 @@ def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
             return _new_folder(config)
         run_dir = Path(config.out)
         saved = checkpoint.latest(run_dir) is not None
-        if saved or (run_dir / CONFIG_FILE).exists():
+        metrics = run_dir / METRICS_FILE
+        if saved or (metrics.exists() and metrics.stat().st_size):
             remedy = (
                 f"continue it with --resume {run_dir}" if saved else "it saved nothing: delete it"
             )
             raise ValueError(f"{run_dir} already holds a run; {remedy}, or choose another --out")
-        run_dir.mkdir(parents=True, exist_ok=True)
         return run_dir
     except OSError as error:
         raise _cannot_write(error) from error
@@ -216,21 +226,19 @@ def run(
 ) -> int:
     """Train, then report; return the exit status."""
     print(f"looped_fast {VERSION}, task {config.task}, {origin}")
+    is_new = config.out is None or not run_dir.exists()
     try:
         with processes.failing_together():
-            start = None
-            if config.init_from is not None and resumed is None:
-                start = load_start(config.init_from)
+            start = None if resumed is not None else _start(config)
             trainer = Trainer(config, run_dir, resumed, processes, start)
-    except (Exception, SystemExit):
-        if processes.is_main:
+            announce(trainer)  # its trial steps, too, can fail: nothing is written before
+            if processes.is_main:
+                _write_config(config, run_dir)
+    except BaseException:
+        if processes.is_main and is_new and resumed is None:
             with contextlib.suppress(OSError):  # raised if the folder is not empty
                 run_dir.rmdir()  # leave no folder of a run that did not start
         raise
-    with processes.failing_together():
-        if processes.is_main:
-            _write_config(config, run_dir)
-        announce(trainer)
     started = time.perf_counter()
     try:
         trainer.fit()
@@ -249,8 +257,22 @@ def run(
     return 0
 
 
+def _start(config: TrainConfig) -> Start | None:
+    """What ``init_from`` names; raises ValueError if it leaves no step to train."""
+    if config.init_from is None:
+        return None
+    start = load_start(config.init_from)
+    if start.step >= config.steps:
+        raise ValueError(
+            f"--init-from {config.init_from} has {start.step} finished steps, which leaves none of "
+            f"--steps {config.steps} to train; give more --steps"
+        )
+    return start
+
+
 def _write_config(config: TrainConfig, run_dir: Path) -> None:
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     except OSError as error:
         raise _cannot_write(error) from error

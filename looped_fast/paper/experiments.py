@@ -13,7 +13,7 @@ from looped_fast.training.config import (
     CurriculumConfig,
     ScheduleConfig,
     TrainConfig,
-    config_from_dict,
+    saved_config,
 )
 
 
@@ -49,7 +49,7 @@ def last_checkpoint(config: TrainConfig, run_dir: Path) -> checkpoint.Checkpoint
         (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         return None
     saved = checkpoint.load(latest)
-    before = config_from_dict(saved.config, type(config)())  # defaults for newer settings
+    before = saved_config(saved, type(config)())  # defaults for newer settings
     changes = changed_settings(before.to_dict(), config.to_dict())
     if changes:
         raise ValueError(

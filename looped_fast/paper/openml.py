@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -39,6 +38,7 @@ from looped_fast.paper.tabular_data import (
 )
 from looped_fast.pretrained.provenance import versions, weights_sha256
 from looped_fast.training import checkpoint
+from looped_fast.training.command_line import parse
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Interrupted, Trainer
@@ -185,9 +185,9 @@ class Command:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    command = tyro.cli(Command, args=args, prog="python -m looped_fast.openml")
-    out = command.out or Path("openml") / f"{command.data}-{command.preset}"
     try:
+        command = parse(Command, args, "python -m looped_fast.openml")
+        out = command.out or Path("openml") / f"{command.data}-{command.preset}"
         results = run(command, load_sets(command.data), out)
     except Interrupted as stop:
         print(f"\n{stop}: the run is saved. The same command resumes it.")

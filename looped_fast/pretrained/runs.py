@@ -12,7 +12,7 @@ from looped_fast.pretrained.provenance import weights_sha256
 from looped_fast.pretrained.weights import find_checkpoint
 from looped_fast.tasks import Task
 from looped_fast.training import checkpoint
-from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.distributed import resolve_device
 
 
@@ -58,7 +58,7 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
         raise ValueError(
             f"{source} is a classifier of tabular sets; python -m looped_fast.openml evaluates it"
         )
-    config = config_from_dict(loaded.config, TrainConfig())
+    config = saved_config(loaded)
     model = LoopedTransformer(config.model_config())
     checkpoint.restore_into(loaded, model)
     is_named = path != Path(source)  # by its run's folder, or as a pretrained model

@@ -8,7 +8,7 @@ from looped_fast.compat import load_official_checkpoint
 from looped_fast.errors import check_name
 from looped_fast.model import LoopedTransformer
 from looped_fast.training import checkpoint
-from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.step import Start
 
 _FOLDER = Path(__file__).parent
@@ -39,7 +39,7 @@ def train_config(name: str) -> TrainConfig:
     Raises:
         ValueError: an unknown name; the message suggests the nearest valid one.
     """
-    return config_from_dict(checkpoint.load(path(name)).config, TrainConfig())
+    return saved_config(checkpoint.load(path(name)))
 
 
 def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
@@ -58,7 +58,7 @@ def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
         CheckpointError: the installed weights are damaged.
     """
     weights = checkpoint.load(path(name))
-    config = config_from_dict(weights.config, TrainConfig())
+    config = saved_config(weights)
     model = LoopedTransformer(config.model_config(), backend)
     checkpoint.restore_into(weights, model)
     return model

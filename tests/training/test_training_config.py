@@ -185,7 +185,7 @@ def test_an_official_run_to_resume_is_refused_with_a_remedy(tmp_path):
     [
         ("batchsize: 3", "unknown setting 'batchsize'; did you mean 'batch_size'"),
         ("curriculum: {dimms: {start: 3}}", "'curriculum.dimms'; did you mean 'curriculum.dims'"),
-        ("steps: [1", "is not valid YAML"),
+        ("steps: [1", "is not YAML"),
         ("- lr", "holds no settings: 'name: value' lines are needed"),
         ("", "holds no settings"),
         ("steps: many", "setting steps = 'many': int is needed"),

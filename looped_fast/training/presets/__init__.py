@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from looped_fast.errors import check_name, unknown_name
+from looped_fast.errors import check_name, naming, unknown_name
 from looped_fast.tasks import TASKS
 from looped_fast.training.config import MODELS, TrainConfig, config_from_dict
+from looped_fast.training.yaml_file import read_yaml
 
 Settings = dict[str, Any]
 
@@ -29,7 +30,11 @@ def _read(name: str) -> dict[str, Any]:
     ``all`` holds settings for all tasks, ``task`` those for each task, ``looped`` those for each
     task's looped model, and ``others`` for its standard and tied models, of ``depth`` layers.
     """
-    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())
+    return read_yaml(_file(name))
+
+
+def _file(name: str) -> Path:
+    return Path(__file__).parent / f"{name}.yaml"
 
 
 def preset_config(preset: str, task: str = "lr", model: str = "looped") -> TrainConfig:
@@ -48,7 +53,8 @@ def preset_config(preset: str, task: str = "lr", model: str = "looped") -> Train
     settings: Settings = {"task": task, "model": model, "preset": preset}
     for layer in (size["all"], size["task"][task], _model_settings(size, task, model)):
         settings = _merge(settings, layer)
-    return config_from_dict(settings, TrainConfig())
+    with naming(_file(preset)):
+        return config_from_dict(settings, TrainConfig())
 
 
 def _model_settings(size: dict[str, Any], task: str, model: str) -> Settings:
