@@ -231,6 +231,7 @@ def run(
         with processes.failing_together():
             start = None if resumed is not None else _start(config)
             trainer = Trainer(config, run_dir, resumed, processes, start)
+        with processes.failing_together():
             announce(trainer)  # its trial steps, too, can fail: nothing is written before
             if processes.is_main:
                 _write_config(config, run_dir)

@@ -33,7 +33,8 @@ def parse(command: type[T], args: Sequence[str] | None, prog: str, default: T | 
     """
     args = sys.argv[1:] if args is None else args
     check_flags(args, _flags(command))
-    return tyro.cli(command, args=args, default=default, prog=prog)
+    parsed: T = tyro.cli(command, args=args, default=default, prog=prog)  # type: ignore[assignment]
+    return parsed
 
 
 def parse_with(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> argparse.Namespace:

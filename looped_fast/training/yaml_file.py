@@ -55,7 +55,7 @@ class _Loader(yaml.SafeLoader):
         before = self._n_values
         self._open.append(0)
         self._check_limits(event)
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         height = self._open.pop() + 1
         if not is_alias:
             self._n_values += 1
