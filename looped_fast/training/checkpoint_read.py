@@ -15,10 +15,11 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from looped_fast.config import VERSION
-from looped_fast.errors import CheckpointError
+from looped_fast.errors import CheckpointError, read_file, read_json
 
 FORMAT_VERSION = 1
 INDEX, MODEL, TRAINER = "checkpoint.json", "model.safetensors", "trainer.safetensors"
+_MAX_BYTES = 2**36  # of a safetensors file
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 
 # Entries of the index. An older one has no hash of its own.
@@ -110,7 +111,8 @@ def damaged(file: Path, fault: str) -> CheckpointError:
 
 
 def _digest(index: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index).encode()).hexdigest()
+    entries = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def _load(path: Path) -> Checkpoint:
@@ -160,7 +162,12 @@ def _parse_trainer(path: Path, index: dict[str, Any]) -> dict[str, Any]:
 
 def _parse(file: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
     """Read a safetensors file of the given size and hash."""
-    content = _read(file)
+    try:
+        content = read_file(file, _MAX_BYTES)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    except ValueError as error:
+        raise CheckpointError(f"{error}; restore it from a copy") from None
     if len(content) != expected["bytes"]:
         fault = f"has {len(content)} bytes instead of {expected['bytes']}: truncated or overwritten"
         raise damaged(file, fault)
@@ -174,12 +181,15 @@ def _parse(file: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
 
 def _read_index(file: Path) -> dict[str, Any]:
     try:
-        index = json.loads(_read(file))
-        entries = {k: v for k, v in index.items() if k != "sha256"} if _is_index(index) else {}
-        digest = _digest(entries)
+        index = read_json(file)
+        digest = _digest(index)
+    except OSError as error:
+        raise _unreadable(file, error) from None
     except (ValueError, RecursionError) as error:
-        raise damaged(file, f"is not JSON ({error}), so it is corrupt") from None
-    if not entries:
+        raise CheckpointError(
+            f"{error}; it is corrupt: delete {file.parent}, or restore it from a copy"
+        ) from None
+    if "format_version" not in index:
         raise CheckpointError(
             f"{file} has no format_version, so it is no checkpoint of looped_fast; name a "
             f"directory like run/checkpoints/step-00001000"
@@ -196,10 +206,6 @@ def _read_index(file: Path) -> dict[str, Any]:
         raise damaged(file, "is corrupt: its sha256 is not the recorded one")
     _check_index(file, index)
     return index
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, dict) and "format_version" in value
 
 
 def _check_index(file: Path, index: dict[str, Any]) -> None:
@@ -260,13 +266,8 @@ def _wrong(file: Path, entry: str, value: Any, needed: str) -> CheckpointError:
     return damaged(file, f"has {entry} = {reprlib.repr(value)}: {needed} is needed")
 
 
-def _read(file: Path) -> bytes:
-    try:
-        if file.exists() and not file.is_file():
-            raise OSError(0, "it is no regular file")  # a pipe would wait for ever
-        return file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} can't be read: {error.strerror}; name a directory like "
-            f"run/checkpoints/step-00001000, with {INDEX}, {MODEL} and {TRAINER} in it"
-        ) from None
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{file} can't be read: {error.strerror}; name a directory like "
+        f"run/checkpoints/step-00001000, with {INDEX}, {MODEL} and {TRAINER} in it"
+    )

@@ -8,9 +8,11 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from looped_fast.errors import read_file
 from looped_fast.training.checkpoint import write_durably
 
 METRICS_FILE = "metrics.jsonl"
+_MAX_BYTES = 2**32
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         RuntimeError: another line is damaged; the message names file and line.
+        ValueError: it is no regular file, or one of more than 4 GiB.
     """
     return [line for _, line in _read_lines(path)]
 
@@ -104,9 +107,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Lines of ``metrics.jsonl`` as written, without line breaks, and what each holds."""
     if not path.exists():
         return []
-    if not path.is_file():
-        raise RuntimeError(f"{path} is no regular file; move it away")
-    texts = path.read_bytes().split(b"\n")
+    texts = read_file(path, _MAX_BYTES).split(b"\n")
     numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
     lines = []
     for number, text in numbered:
