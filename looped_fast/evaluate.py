@@ -131,11 +131,18 @@ def load_runs(sources: tuple[str, ...], device: str) -> list[Run]:
 
     Raises:
         FileNotFoundError: no such run.
-        ValueError: none is given, or they are of different tasks.
+        ValueError: none is given, two are the same, or they are of different tasks.
     """
     if not sources:
         raise ValueError("no run is given; name folders of runs, or pretrained models")
     runs = [load_run(source, device) for source in sources]
+    paths = [run.path.resolve() for run in runs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise ValueError(
+                f"{sources[i]} is the same checkpoint as {sources[paths.index(path)]}, {path}; "
+                f"name it once"
+            )
     for run in runs[1:]:
         if run.task != runs[0].task:
             raise ValueError(

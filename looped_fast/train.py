@@ -28,7 +28,7 @@ from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.evaluation.baselines import QUICK_BASELINES
 from looped_fast.evaluation.report import error_table, plot
 from looped_fast.pretrained import load_start
-from looped_fast.training import checkpoint, distributed
+from looped_fast.training import checkpoint, distributed, lock
 from looped_fast.training.command_line import parse as parse_flags
 from looped_fast.training.config import TrainConfig, config_from_dict, saved_config
 from looped_fast.training.distributed import resolve_device
@@ -60,18 +60,24 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("looped_fast").setLevel(logging.INFO)  # says when kernels compile
     try:
-        with distributed.join() as processes:
-            return run(*processes.broadcast(lambda: prepare(args, processes)), processes)
+        with distributed.join() as processes, contextlib.ExitStack() as held:
+            return run(*processes.broadcast(lambda: prepare(args, processes, held)), processes)
     except errors.EXPECTED as error:
         return errors.report(error)
 
 
 def prepare(
-    args: list[str], processes: distributed.Processes
+    args: list[str], processes: distributed.Processes, held: contextlib.ExitStack
 ) -> tuple[TrainConfig, str, Path, checkpoint.Checkpoint | None]:
-    """Make the arguments of ``run`` from the command line."""
+    """Make the arguments of ``run`` from the command line; ``held`` gets the folder's lock."""
     command, origin, resumed = parse(args, processes.world_size)
-    return command.settings, origin, make_run_dir(command.settings, command.resume), resumed
+    run_dir = make_run_dir(command.settings, command.resume, held)
+    if resumed is not None and checkpoint.latest(run_dir) != resumed.path:
+        raise lock.InUseError(
+            f"{run_dir}: another process has trained it on since {resumed.path.name}; repeat the "
+            f"command"
+        )
+    return command.settings, origin, run_dir, resumed
 
 
 def parse(
@@ -169,21 +175,25 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
     return checkpoint.load(latest)
 
 
-def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
-    """Choose the run's folder: that of ``--out``, or a new one under ``runs/``, which is made.
+def make_run_dir(config: TrainConfig, resume: Path | None, held: contextlib.ExitStack) -> Path:
+    """Make the run's folder, that of ``--out`` or a new one under ``runs/``, and lock it.
 
     Files of a run that did not finish a step do not stand in the way.
+    When ``held`` closes, the lock ends, and a folder that was made here and is empty is removed.
 
     Raises:
         ValueError: the folder already holds a run.
+        InUseError: another process writes to it.
         OSError: the folder can't be made.
     """
-    if resume is not None:
-        return resume
     try:
-        if config.out is None:
-            return _new_folder(config)
-        run_dir = Path(config.out)
+        if resume is not None:
+            held.enter_context(lock.hold(resume))
+            return resume
+        run_dir = _new_folder(config) if config.out is None else Path(config.out)
+        if config.out is None or not run_dir.exists():
+            held.callback(_remove_if_empty, run_dir)
+        held.enter_context(lock.hold(run_dir))
         saved = checkpoint.latest(run_dir) is not None
         metrics = run_dir / METRICS_FILE
         if saved or (metrics.exists() and metrics.stat().st_size):
@@ -194,6 +204,11 @@ def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
         return run_dir
     except OSError as error:
         raise _cannot_write(error) from error
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # raised if it is not empty
+        folder.rmdir()
 
 
 def _new_folder(config: TrainConfig) -> Path:
@@ -226,20 +241,13 @@ def run(
 ) -> int:
     """Train, then report; return the exit status."""
     print(f"looped_fast {VERSION}, task {config.task}, {origin}")
-    is_new = config.out is None or not run_dir.exists()
-    try:
-        with processes.failing_together():
-            start = None if resumed is not None else _start(config)
-            trainer = Trainer(config, run_dir, resumed, processes, start)
-        with processes.failing_together():
-            announce(trainer)  # its trial steps, too, can fail: nothing is written before
-            if processes.is_main:
-                _write_config(config, run_dir)
-    except BaseException:
-        if processes.is_main and is_new and resumed is None:
-            with contextlib.suppress(OSError):  # raised if the folder is not empty
-                run_dir.rmdir()  # leave no folder of a run that did not start
-        raise
+    with processes.failing_together():
+        start = None if resumed is not None else _start(config)
+        trainer = Trainer(config, run_dir, resumed, processes, start)
+    with processes.failing_together():
+        announce(trainer)  # its trial steps, too, can fail: nothing is written before
+        if processes.is_main:
+            _write_config(config, run_dir)
     started = time.perf_counter()
     try:
         trainer.fit()
@@ -273,7 +281,6 @@ def _start(config: TrainConfig) -> Start | None:
 
 def _write_config(config: TrainConfig, run_dir: Path) -> None:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     except OSError as error:
         raise _cannot_write(error) from error
@@ -297,8 +304,6 @@ def announce(trainer: Trainer) -> None:
     if n_processes > 1:
         total = n_processes * config.batch_size
         print(f"{n_processes} processes, {config.batch_size} prompts each: {total} in a step")
-    if trainer.precision_note:
-        print(trainer.precision_note)
     if config.recompute and explanation.chosen == "cpu":
         print("recompute changes nothing: the cpu backend keeps activations of a prompt per thread")
     if device.type == "cuda":

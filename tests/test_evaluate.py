@@ -15,7 +15,7 @@ from looped_fast.evaluate import main
 from looped_fast.evaluation import figures, model_errors
 from looped_fast.evaluation.shifts import SHIFTS
 from looped_fast.pretrained.runs import load_run
-from looped_fast.training import checkpoint
+from looped_fast.training import checkpoint, checkpoint_read
 from looped_fast.training.config import TrainConfig
 
 SIZE = {"n_dims": 3, "n_points": 5, "n_positions": 7, "n_embd": 16, "n_head": 2}
@@ -244,7 +244,7 @@ def test_a_classifier_of_tabular_sets_is_an_error(tmp_path, out, capsys):
     index = checkpoint.latest(run) / checkpoint.INDEX
     document = json.loads(index.read_text())
     document["config"] |= {"data": "offline", "held_out": "iris"}
-    index.write_text(json.dumps(document))
+    index.write_text(json.dumps(checkpoint_read.sealed(document)))
     assert evaluate(run, out=out) == 2
     assert "tabular sets; python -m looped_fast.openml evaluates it" in capsys.readouterr().err
 

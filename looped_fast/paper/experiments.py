@@ -37,13 +37,12 @@ def shortened(config: TrainConfig, steps: int) -> TrainConfig:
 
 
 def last_checkpoint(config: TrainConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """Latest checkpoint to resume from, or None. Creates ``run_dir`` for a new run.
+    """Latest checkpoint to resume from, or None; then ``config.yaml`` is written.
 
     Raises:
         ValueError: the folder holds a run with other settings.
         CheckpointError: the checkpoint is damaged.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     latest = checkpoint.latest(run_dir)
     if latest is None:
         (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))

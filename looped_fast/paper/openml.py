@@ -37,7 +37,7 @@ from looped_fast.paper.tabular_data import (
     training_prompts,
 )
 from looped_fast.pretrained.provenance import versions, weights_sha256
-from looped_fast.training import checkpoint
+from looped_fast.training import checkpoint, lock
 from looped_fast.training.command_line import parse
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
@@ -229,8 +229,9 @@ def run(command: Command, sets: list[TabularSet], out: Path) -> dict[str, Any]:
             run_dir = out / f"{model}-{name.replace(' ', '-')}"
             config = dataclasses.replace(config, out=str(run_dir))
             print(f"{name} held out, {model}: {config.steps} steps in {run_dir}", flush=True)
-            trainer = TabularTrainer(config, sets, run_dir, last_checkpoint(config, run_dir))
-            trainer.fit()
+            with lock.hold(run_dir):
+                trainer = TabularTrainer(config, sets, run_dir, last_checkpoint(config, run_dir))
+                trainer.fit()
             wrong = [trainer.is_wrong(command.test_rows, config.n_loops, s)[:, -1] for s in seeds]
             row = results.setdefault(name, {"rows": len(wrong[0]), "sha256": {}})
             row[model] = _accuracy(wrong)

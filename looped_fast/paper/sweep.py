@@ -28,6 +28,7 @@ from looped_fast.evaluation import (
 from looped_fast.paper.ablations import SWEEPS
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.pretrained.provenance import versions, weights_sha256
+from looped_fast.training import lock
 from looped_fast.training.command_line import parse
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
@@ -126,8 +127,9 @@ def run(runs: dict[str, TrainConfig], out: Path, n_prompts: int) -> dict[str, An
         run_dir = out / f"{i}-{name}"
         config = dataclasses.replace(config, out=str(run_dir))
         print(f"[{i}/{len(runs)}] {label}: {config.steps} steps in {run_dir}", flush=True)
-        trainer = Trainer(config, run_dir, last_checkpoint(config, run_dir))
-        trainer.fit()
+        with lock.hold(run_dir):
+            trainer = Trainer(config, run_dir, last_checkpoint(config, run_dir))
+            trainer.fit()
         results[label] = _evaluate(trainer, n_prompts)
     return results
 

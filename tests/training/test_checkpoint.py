@@ -321,10 +321,11 @@ DAMAGES = [
     ("checkpoint.json", os.remove, "No such file"),
     ("checkpoint.json", truncate, "is not JSON"),
     ("checkpoint.json", lambda file: file.write_bytes(b"\xff\xfe\x80"), "is not JSON"),
-    ("checkpoint.json", lambda file: file.write_text("[]"), "no checkpoint of looped_fast"),
+    ("checkpoint.json", lambda file: file.write_text("[]"), "holds a JSON list"),
+    ("checkpoint.json", lambda file: file.write_text("[" * 100_000), "nested too deep"),
     ("checkpoint.json", index_with(format_version=None), "no checkpoint of looped_fast"),
-    ("checkpoint.json", index_with(step=None), "is corrupt: KeyError('step')"),
-    ("checkpoint.json", index_with(files=[]), "is corrupt: TypeError"),
+    ("checkpoint.json", index_with(step=None), "is corrupt: its sha256"),
+    ("checkpoint.json", index_with(sha256="0" * 64), "is corrupt: its sha256"),
     ("checkpoint.json", index_with(format_version=2), "update it with pip install -U"),
 ]
 
