@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import pytest
+from conftest import held_elsewhere
 from test_checkpoint import names, save, start
 
 from looped_fast.training import checkpoint, lock
@@ -65,25 +65,14 @@ def test_the_file_is_there_only_while_the_lock_is_held(tmp_path):
 
 
 def test_the_thread_that_holds_it_enters_again_and_another_does_not(tmp_path):
-    refused = []
-
-    def enter():
-        try:
-            with hold(tmp_path):
-                refused.append(None)
-        except InUseError as error:
-            refused.append(str(error))
-
     with hold(tmp_path):
-        with hold(tmp_path / "..") as _, hold(str(tmp_path)):
+        with hold(tmp_path / ".." / tmp_path.name), hold(str(tmp_path)):
             pass
         assert (tmp_path / LOCK_FILE).exists()
-        thread = threading.Thread(target=enter)
-        thread.start()
-        thread.join()
-    assert f"process {os.getpid()} on " in refused[0]
-    enter()
-    assert refused[1] is None
+        with pytest.raises(InUseError, match=rf"process {os.getpid()} on "):
+            held_elsewhere(tmp_path).__enter__()
+    with held_elsewhere(tmp_path), pytest.raises(InUseError), hold(tmp_path):
+        pass
 
 
 def test_an_error_inside_releases_it(tmp_path):
