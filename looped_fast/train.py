@@ -70,20 +70,17 @@ def prepare(
     args: list[str], processes: distributed.Processes, held: contextlib.ExitStack
 ) -> tuple[TrainConfig, str, Path, checkpoint.Checkpoint | None]:
     """Make the arguments of ``run`` from the command line; ``held`` gets the folder's lock."""
-    command, origin, resumed = parse(args, processes.world_size)
-    run_dir = make_run_dir(command.settings, command.resume, held)
-    if resumed is not None and checkpoint.latest(run_dir) != resumed.path:
-        raise lock.InUseError(
-            f"{run_dir}: another process has trained it on since {resumed.path.name}; repeat the "
-            f"command"
-        )
-    return command.settings, origin, run_dir, resumed
+    command, origin, resumed = parse(args, processes.world_size, held)
+    return command.settings, origin, make_run_dir(command.settings, command.resume, held), resumed
 
 
 def parse(
-    args: list[str], world_size: int = 1
+    args: list[str], world_size: int = 1, held: contextlib.ExitStack | None = None
 ) -> tuple[Command, str, checkpoint.Checkpoint | None]:
-    """Parse settings, a phrase that says where they come from, and the checkpoint to resume."""
+    """Parse settings, a phrase that says where they come from, and the checkpoint to resume.
+
+    ``held`` gets the lock of the run to resume, before its latest checkpoint is looked up.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "model", "preset", "device", "window"):
         early.add_argument(f"--{name}")
@@ -97,6 +94,8 @@ def parse(
 
     resumed = before = None
     if chosen.resume is not None:
+        if held is not None and chosen.resume.is_dir():
+            held.enter_context(lock.hold(chosen.resume))
         resumed = load_latest(chosen.resume)
         before = saved_config(resumed)
         base = config_from_dict(loops, before)
@@ -176,7 +175,7 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
 
 
 def make_run_dir(config: TrainConfig, resume: Path | None, held: contextlib.ExitStack) -> Path:
-    """Make the run's folder, that of ``--out`` or a new one under ``runs/``, and lock it.
+    """Make and lock the run's folder: that of ``--out``, or a new one under ``runs/``.
 
     Files of a run that did not finish a step do not stand in the way.
     When ``held`` closes, the lock ends, and a folder that was made here and is empty is removed.
@@ -188,7 +187,6 @@ def make_run_dir(config: TrainConfig, resume: Path | None, held: contextlib.Exit
     """
     try:
         if resume is not None:
-            held.enter_context(lock.hold(resume))
             return resume
         run_dir = _new_folder(config) if config.out is None else Path(config.out)
         if config.out is None or not run_dir.exists():

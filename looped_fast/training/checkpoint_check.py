@@ -125,7 +125,9 @@ def check_scaler(saved: Checkpoint, scaler: torch.amp.GradScaler) -> None:
         return
     for name in ranges | state:
         if name not in state or name not in ranges:
-            raise damaged(file, f"{'has' if name in state else 'lacks'} the entry scaler.{name}")
+            raise damaged(
+                file, f"{'has an unknown' if name in state else 'lacks the'} entry scaler.{name}"
+            )
         low, high, kind = ranges[name]
         if type(state[name]) is not kind or not low < state[name] < high:
             value, what = reprlib.repr(state[name]), "whole number" if kind is int else "number"

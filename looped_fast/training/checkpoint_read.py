@@ -185,10 +185,12 @@ def _read_index(file: Path) -> dict[str, Any]:
         digest = _digest(index)
     except OSError as error:
         raise _unreadable(file, error) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{error}; it is corrupt: delete {file.parent}, or restore it from a copy"
         ) from None
+    except RecursionError:
+        raise damaged(file, "is nested too deep") from None
     if "format_version" not in index:
         raise CheckpointError(
             f"{file} has no format_version, so it is no checkpoint of looped_fast; name a "
@@ -211,21 +213,21 @@ def _read_index(file: Path) -> dict[str, Any]:
 def _check_index(file: Path, index: dict[str, Any]) -> None:
     """Check all entries but those inside ``config`` and ``meta``."""
     _check_types(file, index, _ENTRIES)
-    has_trainer = TRAINER in index["files"]
+    has_trainer = TRAINER in index["files"] or any(name in index for name in _TRAINER_ENTRIES)
     if has_trainer:
         _check_types(file, index, _TRAINER_ENTRIES)
-    known = _ENTRIES | _OPTIONAL_ENTRIES | (_TRAINER_ENTRIES if has_trainer else {})
+    known = _ENTRIES | _OPTIONAL_ENTRIES | _TRAINER_ENTRIES
     for name in index:
         if name not in known:
             raise damaged(file, f"has an unknown entry {name!r}")
     for name, least in (("format_version", 1), ("step", 0)):
         if not least <= index[name] < 2**63:
             raise _wrong(file, name, index[name], f"a number from {least} to 2^63 - 1")
-    _check_types(file, index["files"], {MODEL: dict}, "files.")
+    files = {MODEL: dict, TRAINER: dict} if has_trainer else {MODEL: dict}
+    _check_types(file, index["files"], files, "files.")
     for name, entry in index["files"].items():
-        if name not in (MODEL, TRAINER):
+        if name not in files:
             raise damaged(file, f"has an unknown entry files.{name}")
-        _check_types(file, index["files"], {name: dict}, "files.")
         _check_types(file, entry, _FILE_ENTRIES, f"files.{name}.")
     if has_trainer:
         _check_groups(file, index["param_groups"], index["param_names"])

@@ -46,7 +46,7 @@ class MetricsLog:
         earlier = [text for text, line in _read_lines(path) if line["step"] <= first_step]
         write_durably(rewritten, b"".join(text + b"\n" for text in earlier))
         rewritten.replace(path)  # atomically: a kill loses no line
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)  # after an error, nothing is left for close()
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -55,8 +55,10 @@ class MetricsLog:
         Raises:
             OSError: the disk is full, say.
         """
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(
                 f"can't write step {step} to {self._file.name}: {error.strerror}; free space, and "
@@ -112,13 +114,13 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     lines = []
     for number, text in numbered:
         try:
-            line = json.loads(text)
+            line = json.loads(text.decode())
             if not (isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0):
                 raise ValueError("no mapping with a step of 0 or more")
         except (ValueError, RecursionError) as error:
             if number == numbered[-1][0]:
                 logger.warning(
-                    "%s, line %d: dropped, the last line is cut short: %s",
+                    "%s, line %d: dropped, since the last line is damaged: %s",
                     path, number, reprlib.repr(text),
                 )  # fmt: skip
                 break
