@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class MetricsLog:
         earlier = [text for text, line in _read_lines(path) if line["step"] <= first_step]
         write_durably(rewritten, b"".join(text + b"\n" for text in earlier))
         rewritten.replace(path)  # atomically: a kill loses no line
+        self._path = path
         self._file = path.open("ab", buffering=0)  # after an error, nothing is left for close()
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
@@ -53,8 +55,9 @@ class MetricsLog:
         """Log numbers, and lists of numbers by position, after ``step`` completed steps.
 
         Raises:
-            OSError: the disk is full, say.
+            OSError: the disk is full, say, or as in ``check_folder``.
         """
+        self.check_folder()
         line = json.dumps({"step": step, **values}).encode() + b"\n"
         try:
             while line:
@@ -75,10 +78,25 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
+    def check_folder(self) -> None:
+        """Raise OSError if the run's folder was removed or moved: nobody would find its files."""
+        try:
+            is_there = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise OSError(
+                f"{self._path.parent} was removed or moved while the run was training; if its "
+                f"checkpoints were kept, continue with --resume"
+            )
+
     def close(self) -> None:
         """Flush and close everything."""
         self._file.close()
-        self._tensorboard.close()
+        try:
+            self._tensorboard.close()
+        except OSError as error:
+            logger.warning("TensorBoard's events are incomplete: %s", error)
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -187,6 +187,9 @@ class Trainer(Stepper):
             if reads or self.processes.world_size == 1:  # a gather waits for the slowest
                 signum = int(max(self.processes.gather(self._signal))[0])
             if self._is_due(config.save_every) or signum:
+                with self.processes.failing_together():
+                    if log is not None:
+                        log.check_folder()
                 self.save()
             if signum:
                 raise Interrupted(signum)
