@@ -1,6 +1,7 @@
 """What ``looped_fast.train`` refuses, and what a run that fails leaves behind."""
 
 import os
+import shutil
 import time
 
 import pytest
@@ -12,6 +13,7 @@ import looped_fast
 from looped_fast.train import main
 from looped_fast.training import checkpoint
 from looped_fast.training.log import read_metrics
+from looped_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
@@ -113,13 +115,6 @@ def test_where_all_of_y_is_zero_there_is_no_relative_error(tmp_path):
     assert 0 < sum("relative_error" in line for line in lines) < 3
 
 
-def test_an_unknown_setting_names_the_nearest(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--n-lops", "3"])
-    assert stop.value.code == 2
-    assert "--n-loops" in capsys.readouterr().err
-
-
 def test_a_setting_misspelt_in_a_file_names_the_nearest(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("n_lops: 3\n")
     assert main(["--config", str(tmp_path / "mine.yaml")]) == 2
@@ -210,10 +205,12 @@ def test_a_damaged_log_stops_a_resume_and_is_left_alone(tmp_path, capsys):
     assert checkpoint.load(checkpoint.latest(out)).step == 20
 
 
-def test_a_folder_of_a_run_that_saved_nothing_says_so(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("task: lr\n")
+def test_a_folder_of_a_run_that_trained_and_saved_nothing_says_so(tmp_path, capsys):
+    line = '{"step": 1, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(line)
     assert train("--steps", 1, "--out", tmp_path) == 2
     assert "it saved nothing: delete it" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == line
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
@@ -256,3 +253,21 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     assert main(["--resume", str(out), "--n-embd", "64"]) == 1
     assert "_read_in.weight" in capsys.readouterr().err
     assert (out / "config.yaml").read_text() == settings
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("often", [("--log-every", 1), ("--log-every", 100, "--save-every", 1)])
+def test_a_folder_that_is_deleted_meanwhile_ends_the_run_with_its_name(
+    tmp_path, monkeypatch, capsys, often
+):
+    out, training_step = tmp_path / "run", Trainer.training_step
+
+    def deleting(trainer):
+        training_step(trainer)
+        if trainer.step == 3:
+            shutil.rmtree(out)
+
+    monkeypatch.setattr(Trainer, "training_step", deleting)
+    assert train("--steps", 200, *often, "--out", out) == 1
+    assert f"{out} was removed or moved while the run was training" in capsys.readouterr().err
+    assert not out.exists()

@@ -47,8 +47,8 @@ class MetricsLog:
         earlier = [text for text, line in _read_lines(path) if line["step"] <= first_step]
         write_durably(rewritten, b"".join(text + b"\n" for text in earlier))
         rewritten.replace(path)  # atomically: a kill loses no line
-        self._path = path
         self._file = path.open("ab", buffering=0)  # after an error, nothing is left for close()
+        self._path, self._made = path, path.stat()
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class MetricsLog:
     def check_folder(self) -> None:
         """Raise OSError if the run's folder was removed or moved: nobody would find its files."""
         try:
-            is_there = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+            is_there = os.path.samestat(self._made, self._path.stat())
         except OSError:
             is_there = False
         if not is_there:

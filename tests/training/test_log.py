@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import types
 
@@ -189,3 +190,24 @@ def test_a_kill_while_the_log_is_rewritten_loses_no_line(tmp_path, monkeypatch):
 
 def killed(*args):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("what", ["removed", "moved", "replaced"])
+def test_a_folder_that_is_gone_is_named_and_nothing_is_written(tmp_path, caplog, what):
+    run = tmp_path / "run"
+    run.mkdir()
+    log = MetricsLog(run, 0)
+    log.write(1, {"loss": 1.0})
+    if what == "removed":
+        shutil.rmtree(run)
+    else:
+        run.rename(tmp_path / "elsewhere")
+    if what == "replaced":
+        run.mkdir()
+        (run / METRICS_FILE).write_text("")
+    with pytest.raises(OSError, match=rf"{run} was removed or moved while the run was training"):
+        log.write(2, {"loss": 1.0})
+    log.close()  # raises nothing, and neither does TensorBoard's thread
+    if what == "moved":
+        assert steps(tmp_path / "elsewhere") == [1]
+    assert run.exists() == (what == "replaced")
