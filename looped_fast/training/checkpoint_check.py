@@ -77,21 +77,17 @@ def check_optimizer(
     file, state = saved.path / TRAINER, saved.optimizer_state["state"]
     if not state and (saved.step == 0 or saved.scaler_state):
         return  # before the first update, which a loss scale that overflows puts off
-    moments = ["exp_avg", "exp_avg_sq"]
-    moments += ["max_exp_avg_sq"] if optimizer.param_groups[0].get("amsgrad") else []
     parameters = dict(model.named_parameters())
-    for i, name in enumerate(name for group in saved.param_names for name in group):
-        parameter = parameters[name]
-        tensors = {f"{kind}/{name}": tensor for kind, tensor in state.get(i, {}).items()}
-        if not tensors and (name in unused or not parameter.requires_grad):
-            continue
-        needed = {f"step/{name}": "[]"} | {f"{m}/{name}": _describe(parameter) for m in moments}
-        for entry in needed | tensors:
-            if entry not in tensors:
-                raise damaged(file, f"lacks {entry}")
-            if entry not in needed:
-                raise damaged(file, f"holds {entry}, which Adam does not have")
-        _check_adam(file, tensors, needed, name)
+    n_before = 0
+    for own, names in zip(optimizer.param_groups, saved.param_names, strict=True):
+        moments = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if own.get("amsgrad") else ()))
+        for i, name in enumerate(names, n_before):
+            if i not in state and (name in unused or not parameters[name].requires_grad):
+                continue
+            needed = {f"{moment}/{name}": _describe(parameters[name]) for moment in moments}
+            tensors = {f"{kind}/{name}": tensor for kind, tensor in state.get(i, {}).items()}
+            _check_adam(file, f"step/{name}", tensors, needed)
+        n_before += len(names)
 
 
 def check_generators(saved: Checkpoint) -> None:
@@ -135,16 +131,23 @@ def check_scaler(saved: Checkpoint, scaler: torch.amp.GradScaler) -> None:
             raise damaged(file, f"has scaler.{name} = {value}: {needed} is needed")
 
 
-def _check_adam(file: Path, tensors: dict[str, Tensor], needed: dict[str, str], name: str) -> None:
-    for entry, tensor in tensors.items():
-        is_step = entry == f"step/{name}"
-        if is_step and (tensor.shape or not tensor.is_floating_point()):
-            raise damaged(file, f"has {entry} of {_describe(tensor)}: a float32 [] is needed")
-        if not is_step and _describe(tensor) != needed[entry]:
-            raise damaged(file, f"has {entry} of {_describe(tensor)}: {needed[entry]} is needed")
-        if is_step and not (tensor >= 0 and tensor == tensor.floor()):
-            raise damaged(file, f"has {entry} = {tensor.item()}: a count of steps is needed")
-        if "_sq/" in entry and (tensor < 0).any():
+def _check_adam(file: Path, step: str, tensors: dict[str, Tensor], moments: dict[str, str]) -> None:
+    """Check one parameter's state: its count of steps, and moments of the given descriptions."""
+    for entry in {step: "", **moments, **tensors}:
+        if entry not in tensors:
+            raise damaged(file, f"lacks {entry}")
+        if entry != step and entry not in moments:
+            raise damaged(file, f"holds {entry}, which Adam does not have")
+    count = tensors[step]
+    if count.shape or not count.is_floating_point():
+        raise damaged(file, f"has {step} of {_describe(count)}: a float32 [] is needed")
+    if not (count >= 0 and count == count.floor()):
+        raise damaged(file, f"has {step} = {count.item()}: a count of steps is needed")
+    for entry, description in moments.items():
+        if _describe(tensors[entry]) != description:
+            found = _describe(tensors[entry])
+            raise damaged(file, f"has {entry} of {found}: {description} is needed")
+        if "_sq/" in entry and (tensors[entry] < 0).any():
             raise damaged(file, f"has negative numbers in {entry}, a mean of squares")
     if fault := non_finite(tensors):
         raise damaged(file, f"can't be used: {fault}")
