@@ -19,8 +19,9 @@ from looped_fast.paper.results_page import (
 
 def draw(name: str, out: Path) -> None:
     """Draw the figures of ``<out>/results/<name>.json`` as PNG files beside it."""
+    numbers = read_numbers(out, name)
     with as_written(numbers_file(out, name)):
-        paths = list(_draw(name, read_numbers(out, name), out / "results"))
+        paths = list(_draw(name, numbers, out / "results"))
     for path in paths:
         _shrink(path)
 

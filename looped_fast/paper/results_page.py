@@ -57,7 +57,7 @@ def as_written(path: Path) -> Iterator[None]:
     """Turn the error of code that meets something unexpected in ``path`` into one that names it."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} does not hold what looped_fast wrote there ({error!r}); delete it, and repeat "
             f"the command that makes it"
@@ -66,7 +66,7 @@ def as_written(path: Path) -> Iterator[None]:
 
 def scale(numbers: Numbers) -> str:
     """The size of the task that a figure's models learned."""
-    settings = next(iter(numbers["key"]["models"].values()))
+    (settings, *_) = numbers["key"]["models"].values()
     depth = f", depth {settings['depth']}" if settings["depth"] else ""
     return f"d = {settings['n_dims']}{depth}"
 
@@ -75,8 +75,9 @@ def write_page(out: Path) -> None:
     """Write ``<out>/results.md`` from the numbers that exist."""
     sections = {}
     for name, render in SECTIONS.items():
+        numbers = read_numbers(out, name)
         with as_written(numbers_file(out, name)):
-            sections[name] = render(read_numbers(out, name))
+            sections[name] = render(numbers)
     with as_written(out / "results"):
         parts = [_INTRODUCTION, _claims(out)]
     for name, text in sections.items():

@@ -64,7 +64,7 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(
-                f"can't write step {step} to {self._file.name}: {error.strerror}; free space, and "
+                f"can't write step {step} to {self._path}: {error.strerror}; free space, and "
                 f"continue with --resume"
             ) from error
         scalars = {name: v for name, v in values.items() if isinstance(v, (int, float))}
