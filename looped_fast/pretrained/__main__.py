@@ -7,7 +7,6 @@ It holds the weights, their errors on held-out prompts, and a card that says how
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shlex
 import sys
@@ -21,7 +20,7 @@ from looped_fast import errors, pretrained
 from looped_fast.evaluation import model_errors
 from looped_fast.model import LoopedTransformer
 from looped_fast.training import checkpoint
-from looped_fast.training.command_line import parse_with
+from looped_fast.training.command_line import Parser
 from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import preset_config
@@ -31,14 +30,12 @@ _PROMPTS = 1280  # held out for the evaluation, as in the paper
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m looped_fast.pretrained", description=__doc__, allow_abbrev=False
-    )
+    parser = Parser("python -m looped_fast.pretrained", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--cpu-minutes", type=float, required=True, help="processor time it took")
     parser.add_argument("--how", required=True, help="machine, threads, sittings: in sentences")
+    options = parser.parse_args(args)
     try:
-        options = parse_with(parser, args)
         folder = release(options.run, options.cpu_minutes, options.how)
     except errors.EXPECTED as error:
         return errors.report(error)

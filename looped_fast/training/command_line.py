@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -37,17 +38,26 @@ def parse(command: type[T], args: Sequence[str] | None, prog: str, default: T | 
     return parsed
 
 
-def parse_with(parser: argparse.ArgumentParser, args: Sequence[str] | None) -> argparse.Namespace:
-    """``parser.parse_args``, except that it raises ValueError as ``parse`` does."""
-    args = sys.argv[1:] if args is None else args
-    actions = parser._option_string_actions
-    check_flags(args, {flag: list(action.choices or ()) for flag, action in actions.items()})
-    return parser.parse_args(args)
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose errors of unknown flags and choices have the nearest, too."""
+
+    def __init__(self, prog: str | None = None, **settings: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in ``ArgumentParser``, which parses with it; exits with status 2 as that does."""
+        args = sys.argv[1:] if args is None else args
+        actions = self._option_string_actions
+        try:
+            check_flags(args, {flag: list(actions[flag].choices or ()) for flag in actions})
+        except ValueError as error:
+            self.error(str(error))
+        return super().parse_known_args(args, namespace)
 
 
 def check_flags(args: Sequence[str], valid: Flags) -> None:
     """Raise ValueError for an unknown flag, or for a value that is none of its flag's choices."""
-    for given, following in zip(args, [*args[1:], "--"], strict=True):
+    for given, following in itertools.pairwise([*args, "--"]):
         name, has_value, value = given.partition("=")
         flag = name.replace("_", "-")
         if flag == "--":

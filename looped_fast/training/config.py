@@ -169,7 +169,7 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, int) and value >= 2**63:
-                raise ValueError(f"{f.name} = {value:.3e}: less than 2**63 is needed")
+                raise ValueError(f"{f.name} has {value.bit_length()} bits; at most 63 are possible")
         whole = "steps batch_size log_every eval_every eval_prompts save_every keep"
         for name in whole.split():
             if getattr(self, name) < 1:

@@ -1,17 +1,17 @@
 """A mistyped flag, or value of a choice, gets the nearest valid one, in every command."""
 
-import argparse
 import re
 
 import pytest
 
-from looped_fast import evaluate, openml, reproduce, state_probes, sweep, train
+from benchmarks import compare
+from looped_fast import evaluate, openml, presets, reproduce, state_probes, sweep, train
 from looped_fast.pretrained import __main__ as release
-from looped_fast.training.command_line import check_flags, parse_with
+from looped_fast.training.command_line import Parser, check_flags
 
 COMMANDS = {
     "train": train, "evaluate": evaluate, "sweep": sweep, "openml": openml,
-    "state_probes": state_probes, "reproduce": reproduce, "pretrained": release,
+    "state_probes": state_probes, "reproduce": reproduce,
 }  # fmt: skip
 
 
@@ -43,7 +43,6 @@ COMMANDS = {
         ("state_probes", "lr-small --learning-rate 1", "did you mean --lr?"),
         ("reproduce", "--probe-step 3", "did you mean --probe-steps?"),
         ("reproduce", "ablation", "did you mean 'ablations'?"),
-        ("pretrained", "run --cpu-minuts 3 --how x", "did you mean --cpu-minutes?"),
     ],
 )
 def test_what_is_mistyped_gets_the_nearest_and_exit_2(
@@ -63,19 +62,38 @@ def test_a_flag_like_no_other_gets_no_hint():
 def test_valid_flags_values_and_what_is_no_flag_pass():
     valid = {"--lr": (), "--amp": ("off", "bf16"), "--n-loops": ()}
     check_flags(["run", "--lr", "-1e-3", "--n_loops=3", "--amp", "off", "-h", "--help"], valid)
+    check_flags([], valid)
     check_flags(["--", "--zzz"], valid)
     check_flags(["--amp"], valid)  # the parser says that a value is missing
     check_flags(["--amp", "--lr", "3"], valid)
 
 
-def test_an_argparse_command_takes_no_abbreviations():
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+def test_an_argparse_command_takes_no_abbreviations(capsys):
+    parser = Parser("mine")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--kind", choices=["a", "b"])
-    assert parse_with(parser, ["--minutes", "3"]).minutes == 3
-    with pytest.raises(
-        ValueError, match=re.escape("unknown flag --minut; did you mean --minutes?")
+    assert parser.parse_args(["--minutes", "3"]).minutes == 3
+    for args, message in (
+        (["--minut", "3"], "mine: error: unknown flag --minut; did you mean --minutes?"),
+        (["--kind", "c"], "mine: error: unknown value of --kind, 'c'"),
     ):
-        parse_with(parser, ["--minut", "3"])
-    with pytest.raises(ValueError, match="unknown value of --kind, 'c'"):
-        parse_with(parser, ["--kind", "c"])
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(args)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "args", "message"),
+    [
+        (release.main, "run --cpu-minuts 3 --how x", "did you mean --cpu-minutes?"),
+        (presets.main, "tinny", "did you mean 'tiny'?"),
+        (presets.main, "--prest tiny", "unknown flag --prest"),
+        (compare.main, "--repeat 3", "did you mean"),
+    ],
+)
+def test_the_argparse_commands_do_as_the_others(capsys, main, args, message):
+    with pytest.raises(SystemExit) as stop:
+        main(args.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

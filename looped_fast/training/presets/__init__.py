@@ -6,7 +6,6 @@ a laptop, ``tiny`` takes minutes on two cores. ``python -m looped_fast.presets``
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 
 from looped_fast.errors import check_name, naming, unknown_name
 from looped_fast.tasks import TASKS
+from looped_fast.training.command_line import Parser
 from looped_fast.training.config import MODELS, TrainConfig, config_from_dict
 from looped_fast.training.yaml_file import read_yaml
 
@@ -89,7 +89,7 @@ def describe(config: TrainConfig) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Print presets: all, or those named, for every task of the looped model."""
-    parser = argparse.ArgumentParser("python -m looped_fast.presets", description=main.__doc__)
+    parser = Parser("python -m looped_fast.presets", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="preset", help=", ".join(NAMES))
     names = parser.parse_args(args).names
     if unknown := [name for name in names if name not in NAMES]:
