@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         actions = self._option_string_actions
         try:
-            check_flags(args, {flag: list(actions[flag].choices or ()) for flag in actions})
+            check_flags(args, {flag: [*map(str, actions[flag].choices or ())] for flag in actions})
         except ValueError as error:
             self.error(str(error))
         return super().parse_known_args(args, namespace)
@@ -59,7 +59,7 @@ def check_flags(args: Sequence[str], valid: Flags) -> None:
     """Raise ValueError for an unknown flag, or for a value that is none of its flag's choices."""
     for given, following in itertools.pairwise([*args, "--"]):
         name, has_value, value = given.partition("=")
-        flag = name.replace("_", "-")
+        flag = name if name in valid else name.replace("_", "-")
         if flag == "--":
             return  # what follows are no flags
         if not flag.startswith("--") or flag == "--help" or flag.startswith("--tyro-"):

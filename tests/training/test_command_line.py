@@ -72,6 +72,8 @@ def test_an_argparse_command_takes_no_abbreviations(capsys):
     parser = Parser("mine")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--kind", choices=["a", "b"])
+    parser.add_argument("--head_dim", type=int, choices=[32, 64])
+    assert parser.parse_args(["--head_dim", "32"]).head_dim == 32
     assert parser.parse_args(["--minutes", "3"]).minutes == 3
     for args, message in (
         (["--minut", "3"], "mine: error: unknown flag --minut; did you mean --minutes?"),
