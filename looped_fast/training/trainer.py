@@ -39,6 +39,23 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def _unlogged(saved: checkpoint.Checkpoint) -> tuple[int, torch.Tensor] | None:
+    """Steps since the last log line, and their sums [processes, 3]; None in older checkpoints."""
+    if (entry := saved.meta.get("unlogged")) is None:
+        return None
+    try:
+        steps, sums = entry["steps"], torch.tensor(entry["sums"], dtype=torch.float64)
+        valid = type(steps) is int and 0 <= steps <= saved.step and sums.shape[1:] == (3,)
+        if not (valid and len(sums) and sums.isfinite().all()):
+            raise ValueError("steps is a count, and sums are three numbers per process")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{saved.path / checkpoint.INDEX} has a wrong entry meta.unlogged ({error!r}); delete "
+            f"{saved.path}, or restore it from a copy"
+        ) from None
+    return steps, sums
+
+
 class Trainer(Stepper):
     """Trains ``config`` in ``run_dir``, from the start or from a checkpoint.
 
@@ -62,12 +79,14 @@ class Trainer(Stepper):
         processes: distributed.Processes | None = None,
         start: Start | None = None,
     ) -> None:
+        unlogged = None if resume is None else _unlogged(resume)
         super().__init__(config, resume, processes, start)
         self.run_dir = run_dir
-        self._saved_step: int | None = None
-        if resume is not None:
-            self._saved_step = self.step
-            self._restore_sums(resume)
+        self._saved_step: int | None = self.step if resume is not None else None
+        if unlogged is not None:
+            self._steps_in_sums, sums = unlogged
+            same = len(sums) == self.processes.world_size
+            self._sums.copy_(sums[self.processes.rank] if same else sums.mean(0))
         self._signal = 0  # number of the signal received
 
     def measure_backends(self) -> str | None:
@@ -279,26 +298,6 @@ class Trainer(Stepper):
     def _reset_sums(self) -> None:
         self._sums.zero_()
         self._steps_in_sums = 0
-
-    def _restore_sums(self, resume: checkpoint.Checkpoint) -> None:
-        """Go on with the sums of a log line that was not due when the checkpoint was saved."""
-        entry = resume.meta.get("unlogged")
-        if entry is None:  # saved by an older version
-            return
-        try:
-            steps, sums = entry["steps"], torch.tensor(entry["sums"], dtype=torch.float64)
-            valid = type(steps) is int and 0 <= steps <= self.step and sums.shape[1:] == (3,)
-            if not (valid and len(sums) and sums.isfinite().all()):
-                raise ValueError("steps is a count, and sums are three numbers per process")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            file = resume.path / checkpoint.INDEX
-            raise CheckpointError(
-                f"{file} has a wrong entry meta.unlogged ({error!r}); delete {resume.path}, or "
-                f"restore it from a copy"
-            ) from None
-        same = len(sums) == self.processes.world_size
-        self._steps_in_sums = steps
-        self._sums.copy_(sums[self.processes.rank] if same else sums.mean(0))
 
     def _check_update(self) -> None:
         """Raise NonFiniteError if the last update made a weight or a moment NaN or Inf."""
