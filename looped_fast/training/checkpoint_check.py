@@ -71,9 +71,12 @@ def check_optimizer(
     for i, own in enumerate(optimizer.param_groups):
         group = saved.optimizer_state["param_groups"][i]
         for name, value in own.items():
+            entry = f"param_groups[{i}].{name}"
+            if name not in group and name in ("lr", "eps", "weight_decay"):  # torch adds the others
+                raise damaged(saved.path / INDEX, f"lacks the entry {entry}")
             if name in group and name != "params" and not _is_setting(name, group[name], value):
-                entry = f"param_groups[{i}].{name} = {reprlib.repr(group[name])}"
-                raise damaged(saved.path / INDEX, f"has {entry}, which does not suit {name} here")
+                fault = f"has {entry} = {reprlib.repr(group[name])}, which does not suit Adam here"
+                raise damaged(saved.path / INDEX, fault)
     file, state = saved.path / TRAINER, saved.optimizer_state["state"]
     if not state and (saved.step == 0 or saved.scaler_state):
         return  # before the first update, which a loss scale that overflows puts off
@@ -139,7 +142,7 @@ def _check_adam(file: Path, step: str, tensors: dict[str, Tensor], moments: dict
         if entry != step and entry not in moments:
             raise damaged(file, f"holds {entry}, which Adam does not have")
     count = tensors[step]
-    if count.shape or not count.is_floating_point():
+    if count.shape or count.dtype not in (torch.float32, torch.float64):
         raise damaged(file, f"has {step} of {_describe(count)}: a float32 [] is needed")
     if not (count >= 0 and count == count.floor()):
         raise damaged(file, f"has {step} = {count.item()}: a count of steps is needed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import reprlib
 import signal
 import sys
 import time
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from looped_fast.errors import CheckpointError
 from looped_fast.evaluation import model_errors
 from looped_fast.training import backend_autotune, checkpoint, distributed, lock
+from looped_fast.training.checkpoint_read import damaged
 from looped_fast.training.config import TrainConfig
 from looped_fast.training.curriculum import Stage
 from looped_fast.training.log import MetricsLog
@@ -41,18 +42,20 @@ class Interrupted(Exception):
 
 def _unlogged(saved: checkpoint.Checkpoint) -> tuple[int, torch.Tensor] | None:
     """Steps since the last log line, and their sums [processes, 3]; None in older checkpoints."""
-    if (entry := saved.meta.get("unlogged")) is None:
+    n_processes, entry = saved.meta.get("processes", 1), saved.meta.get("unlogged")
+    if type(n_processes) is not int or n_processes < 1:
+        fault = f"processes = {reprlib.repr(n_processes)}, and a count is needed"
+        raise damaged(saved.path / checkpoint.INDEX, f"has meta.{fault}")
+    if entry is None:
         return None
     try:
         steps, sums = entry["steps"], torch.tensor(entry["sums"], dtype=torch.float64)
-        valid = type(steps) is int and 0 <= steps <= saved.step and sums.shape[1:] == (3,)
-        if not (valid and len(sums) and sums.isfinite().all()):
+        valid = type(steps) is int and 0 <= steps <= saved.step and sums.isfinite().all()
+        if not (valid and sums.shape == (n_processes, 3)):
             raise ValueError("steps is a count, and sums are three numbers per process")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{saved.path / checkpoint.INDEX} has a wrong entry meta.unlogged ({error!r}); delete "
-            f"{saved.path}, or restore it from a copy"
-        ) from None
+        fault = f"has a wrong entry meta.unlogged ({error!r})"
+        raise damaged(saved.path / checkpoint.INDEX, fault) from None
     return steps, sums
 
 

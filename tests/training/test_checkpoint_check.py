@@ -117,6 +117,7 @@ def with_one(value):
         ("step", torch.tensor(torch.nan), "step/_read_in.bias = nan: a count of steps is needed"),
         ("step", torch.tensor(1.5), "step/_read_in.bias = 1.5: a count of steps is needed"),
         ("step", torch.tensor(1), "step/_read_in.bias of int64 []"),
+        ("step", torch.tensor(1.0).to(torch.float8_e4m3fn), "step/_read_in.bias of float8_e4m3fn"),
         ("step", torch.ones(1), "step/_read_in.bias of float32 [1]"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -206,6 +207,15 @@ def test_a_setting_that_adam_does_not_take_is_named(run, name, value):
     (group,) = json.loads((path / checkpoint.INDEX).read_text())["param_groups"]
     sealed_index_with(param_groups=[{**group, name: value}])(path / checkpoint.INDEX)
     assert_refused(path, checkpoint.INDEX, f"param_groups[0].{name} = ")
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+def test_a_setting_that_is_missing_is_named(run, name):
+    path = checkpoint.latest(run)
+    (group,) = json.loads((path / checkpoint.INDEX).read_text())["param_groups"]
+    del group[name]
+    sealed_index_with(param_groups=[group])(path / checkpoint.INDEX)
+    assert_refused(path, checkpoint.INDEX, f"lacks the entry param_groups[0].{name}")
 
 
 SCALER = torch.amp.GradScaler("cpu").state_dict()

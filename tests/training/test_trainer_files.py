@@ -96,9 +96,9 @@ def test_a_run_that_is_killed_twice_before_a_line_is_due_sums_all_its_steps(tmp_
     assert log(tmp_path / "parts") == log(tmp_path / "whole")
 
 
-def with_unlogged(run_dir, entry):
+def with_unlogged(run_dir, entry, **more):
     latest = checkpoint.latest(run_dir)
-    meta = {**checkpoint.load(latest).meta, "unlogged": entry}
+    meta = {**checkpoint.load(latest).meta, "unlogged": entry, **more}
     if entry is None:
         del meta["unlogged"]
     sealed_index_with(meta=meta)(latest / checkpoint.INDEX)
@@ -108,7 +108,7 @@ def with_unlogged(run_dir, entry):
 def test_each_process_continues_its_own_sums(tmp_path):
     train(tmp_path, killed_at=8)
     rows = [[1.5, 2.0, 3.0], [4.5, 5.0, 7.0]]
-    saved = with_unlogged(tmp_path, {"steps": 2, "sums": rows})
+    saved = with_unlogged(tmp_path, {"steps": 2, "sums": rows}, processes=2)
     for rank in range(2):
         trainer = Trainer(CONFIG, tmp_path, saved, Processes(rank, 2))
         assert trainer._sums.tolist() == rows[rank]
@@ -136,6 +136,7 @@ def test_a_checkpoint_of_an_older_version_has_no_sums(tmp_path):
         {"steps": 2, "sums": []},
         {"steps": 2, "sums": [1.0, 1.0, 1.0]},
         {"steps": 2, "sums": [[1.0, 1.0]]},
+        {"steps": 2, "sums": [[1.0, 1.0, 1.0]] * 2},
         {"steps": 2, "sums": [[1.0, 1.0, math.nan]]},
         {"steps": 2, "sums": [[1.0, 1.0, "1"]]},
     ],
@@ -145,6 +146,14 @@ def test_sums_that_are_none_are_named(tmp_path, entry):
     train(tmp_path, killed_at=8)
     saved = with_unlogged(tmp_path, entry)
     with pytest.raises(CheckpointError, match=r"checkpoint.json has a wrong entry meta.unlogged"):
+        Trainer(CONFIG, tmp_path, saved)
+
+
+@pytest.mark.parametrize("n_processes", [0, -1, True, "2", 1.0, None, [], 1e30], ids=str)
+def test_a_count_of_processes_that_is_none_is_named(tmp_path, n_processes):
+    train(tmp_path, killed_at=8)
+    saved = with_unlogged(tmp_path, None, processes=n_processes)
+    with pytest.raises(CheckpointError, match=r"checkpoint.json has meta.processes = "):
         Trainer(CONFIG, tmp_path, saved)
 
 
