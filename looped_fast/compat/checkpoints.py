@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from looped_fast.config import ModelConfig
-from looped_fast.errors import CheckpointError
+from looped_fast.errors import MOST_WEIGHTS, CheckpointError
 
 MOST_STEPS = 10**12
 
@@ -50,6 +50,10 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is no regular file; name a state.pt or model_<step>.pt")
+    if path.stat().st_size > MOST_WEIGHTS:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, and at most {MOST_WEIGHTS} are read"
+        )
     state = _unpickle(path)
     found = state if isinstance(state, dict) else {}
     model_state = found.get("model_state_dict", found.get("model"))

@@ -186,6 +186,13 @@ def test_a_fifo_and_a_device_are_refused_at_once(tmp_path):
             compat.load_official_checkpoint(tmp_path / name)
 
 
+def test_a_file_beyond_the_limit_is_refused_unread(tmp_path):
+    with (tmp_path / "state.pt").open("wb") as stream:
+        stream.truncate(2**36 + 1)
+    with pytest.raises(CheckpointError, match=r"state\.pt has 68719476737 bytes, and at most 687"):
+        compat.load_official_checkpoint(tmp_path / "state.pt")
+
+
 @pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2)])
 def test_sizes_are_read_from_matrices_only(content, shape):
     state = {**content["model_state_dict"], "_read_in.weight": torch.zeros(shape)}
