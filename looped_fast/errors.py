@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+MOST_WEIGHTS = 2**36  # bytes of a file of weights
 
 
 class CheckpointError(RuntimeError):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from looped_fast.config import ModelConfig
-from looped_fast.errors import CheckpointError
+from looped_fast.errors import MOST_WEIGHTS, CheckpointError
 
 MOST_STEPS = 10**12
 
@@ -50,6 +50,10 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is no regular file; name a state.pt or model_<step>.pt")
+    if path.stat().st_size > MOST_WEIGHTS:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, and at most {MOST_WEIGHTS} are read"
+        )
     state = _unpickle(path)
     found = state if isinstance(state, dict) else {}
     model_state = found.get("model_state_dict", found.get("model"))
@@ -68,7 +72,7 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
         raise _wrong(path, entry, "names twice, with and without _orig_mod.", "each one once")
     optimizer_state = found.get("optimizer_state_dict")
     if optimizer_state is not None:
-        _check_adam(path, optimizer_state, weights)
+        _check_adam(path, optimizer_state, len(weights))
     train_step = found.get("train_step", _step_in_name(path))
     if train_step is not None and (
         type(train_step) is not int or not 0 <= train_step <= MOST_STEPS
@@ -114,8 +118,11 @@ def _unpickle(path: Path) -> Any:
         ) from None
 
 
-def _check_adam(path: Path, state: Any, model_state: dict[str, Tensor]) -> None:
-    """Raise CheckpointError unless ``state`` is that of Adam over the parameters of the model."""
+def _check_adam(path: Path, state: Any, n_parameters: int) -> None:
+    """Raise CheckpointError unless ``state`` is that of Adam over that many parameters.
+
+    Their order, and so their shapes, are known to the model only, see ``Stepper``.
+    """
     section = "optimizer_state_dict"
     if not isinstance(state, dict):
         raise _wrong(path, section, _short(state), "a dict with state and param_groups")
@@ -123,23 +130,15 @@ def _check_adam(path: Path, state: Any, model_state: dict[str, Tensor]) -> None:
         raise _wrong(path, f"{section}.state", _short(state.get("state")), "a dict")
     if not isinstance(state.get("param_groups"), list):
         raise _wrong(path, f"{section}.param_groups", _short(state.get("param_groups")), "a list")
-    # The official models have no buffers, so these are the parameters. Before the first update,
-    # which a loss scale that overflows puts off, none has a state.
-    names = list(model_state)
-    if state["state"] and list(state["state"]) != list(range(len(names))):
-        found = f"the indices {_short(list(state['state']))}"
-        raise _wrong(path, f"{section}.state", found, f"0 to {len(names) - 1}, one per parameter")
     for i, moments in state["state"].items():
-        name, weight = names[i], model_state[names[i]]
+        if type(i) is not int or not 0 <= i < n_parameters:
+            needed = f"the position of a parameter, 0 to {n_parameters - 1},"
+            raise _wrong(path, f"{section}.state", f"the entry {_short(i)}", needed)
         entry = f"{section}.state[{i}]"
         if not isinstance(moments, dict) or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise _wrong(path, entry, _short(moments), "a dict of step, exp_avg and exp_avg_sq")
         for kind in ("exp_avg", "exp_avg_sq"):
-            moment = moments[kind]
-            _check_tensor(path, f"{entry}.{kind}", moment)
-            if (moment.shape, moment.dtype) != (weight.shape, weight.dtype):
-                needed = f"{_short(weight)}, as in {name},"
-                raise _wrong(path, f"{entry}.{kind}", _short(moment), needed)
+            _check_tensor(path, f"{entry}.{kind}", moments[kind])
         if (moments["exp_avg_sq"] < 0).any():
             raise _wrong(path, f"{entry}.exp_avg_sq", "negative numbers", "a mean of squares")
         step = moments["step"]  # a plain number before PyTorch 1.12

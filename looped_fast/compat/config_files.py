@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 from looped_fast.compat import FAMILIES, LOOP_FUNCS
 from looped_fast.config import PRED_TYPES
 from looped_fast.errors import check_name, naming, unknown_name
-from looped_fast.tasks import OFFICIAL_TASK_NAMES
+from looped_fast.tasks import OFFICIAL_TASK_NAMES, TASKS
 from looped_fast.training.config import (
+    MODELS,
     CurriculumConfig,
     ScheduleConfig,
     TrainConfig,
     config_from_dict,
 )
+from looped_fast.training.presets import NAMES as PRESETS
 from looped_fast.training.presets import preset_config
 from looped_fast.training.yaml_file import read_yaml
 
@@ -50,10 +52,13 @@ def load_config(
 
     Raises:
         ValueError: not YAML, an unknown setting, a wrong value, or a preset for an official file;
-            the message names the file.
+            the message names the file. Or ``given`` has an unknown name.
         FileNotFoundError: no such file.
     """
     path, given = Path(path), given or {}
+    for kind, valid in (("preset", PRESETS), ("task", TASKS), ("model", MODELS)):
+        if kind in given:
+            check_name(kind, given[kind], valid)
     try:
         content = read_yaml(path)
     except FileNotFoundError:

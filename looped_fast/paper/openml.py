@@ -189,12 +189,12 @@ def main(args: list[str] | None = None) -> int:
         command = parse(Command, args, "python -m looped_fast.openml")
         out = command.out or Path("openml") / f"{command.data}-{command.preset}"
         results = run(command, load_sets(command.data), out)
+        write(command, results, out)
     except Interrupted as stop:
         print(f"\n{stop}: the run is saved. The same command resumes it.")
         return 128 + stop.signum
     except errors.EXPECTED as error:
         return errors.report(error)
-    write(command, results, out)
     print(f"\n{results_table(results)}\n\nplot: {out / 'openml.png'}")
     return 0
 

@@ -250,7 +250,9 @@ def main(args: list[str] | None = None) -> int:
         if not command.runs:
             raise ValueError("no run to probe; give the folder of one, such as runs/lr-looped-...")
         results = {}
-        for run in [load_run(source, command.device) for source in command.runs]:
+        runs = [load_run(source, command.device) for source in command.runs]
+        command.out.mkdir(parents=True, exist_ok=True)  # before the work that it is to hold
+        for run in runs:
             print(f"probing {run.name} and its control: {command.settings.steps} steps each")
             results[run.name] = {
                 "sha256": run.sha256,
@@ -259,7 +261,6 @@ def main(args: list[str] | None = None) -> int:
             }
     except errors.EXPECTED as error:
         return errors.report(error)
-    command.out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(command.settings)
     document = {"settings": settings, "versions": versions(), "runs": results}
     (command.out / "probes.json").write_text(json.dumps(document))

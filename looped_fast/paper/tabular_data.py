@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
-from looped_fast.errors import check_name
+from looped_fast.errors import check_name, naming
 from looped_fast.evaluation.tree_baselines import needs_extra
 from looped_fast.tasks import Batch, batch_generator
 
@@ -211,7 +211,8 @@ def _fetch(name: str, data_id: int) -> TabularSet:
             f"in {get_data_home()}; try again, or use sets that need no network: --data offline"
         ) from error
     # Categorical columns are left out, as officially.
-    return tabular_set(name, frame.data.select_dtypes("number"), frame.target)
+    with naming(f"OpenML set {data_id}, kept in {get_data_home()}"):
+        return tabular_set(name, frame.data.select_dtypes("number"), frame.target)
 
 
 COLLECTIONS: dict[str, Callable[[], list[TabularSet]]] = {

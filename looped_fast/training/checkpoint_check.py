@@ -93,6 +93,30 @@ def check_optimizer(
         n_before += len(names)
 
 
+def check_moments(
+    file: Path, state: Mapping[int, Mapping[str, Tensor]], model: nn.Module, unused: Collection[str]
+) -> None:
+    """Check that moments of an official optimizer fit the parameters of ``model``, in their order.
+
+    state: position of a parameter -> its moments; empty before the first update.
+    unused: names of parameters that may have no state.
+
+    Raises:
+        CheckpointError: a parameter has no moments, or some of another kind.
+    """
+    for i, (name, parameter) in enumerate(model.named_parameters() if state else ()):
+        entry, wanted = f"optimizer_state_dict.state[{i}]", _describe(parameter)
+        moments = state.get(i, {})
+        if not moments and name not in unused:
+            raise CheckpointError(f"{file} lacks {entry}, which is needed for {name}")
+        for kind, tensor in moments.items():
+            if kind != "step" and _describe(tensor) != wanted:
+                raise CheckpointError(
+                    f"{file} has {entry}.{kind} of {_describe(tensor)}, and {name} here is "
+                    f"{wanted}: the optimizer was over other parameters, or in another order"
+                )
+
+
 def check_generators(saved: Checkpoint) -> None:
     """Check the states of torch's generators; raises CheckpointError."""
     file, state = saved.path / TRAINER, saved.rng_state

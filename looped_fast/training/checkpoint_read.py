@@ -15,11 +15,10 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from looped_fast.config import VERSION
-from looped_fast.errors import CheckpointError, read_file, read_json
+from looped_fast.errors import MOST_WEIGHTS, CheckpointError, read_file, read_json
 
 FORMAT_VERSION = 1
 INDEX, MODEL, TRAINER = "checkpoint.json", "model.safetensors", "trainer.safetensors"
-_MAX_BYTES = 2**36  # of a safetensors file
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 
 # Entries of the index. An older one has no hash of its own.
@@ -163,7 +162,7 @@ def _parse_trainer(path: Path, index: dict[str, Any]) -> dict[str, Any]:
 def _parse(file: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
     """Read a safetensors file of the given size and hash."""
     try:
-        content = read_file(file, _MAX_BYTES)
+        content = read_file(file, MOST_WEIGHTS)
     except OSError as error:
         raise _unreadable(file, error) from None
     except ValueError as error:

@@ -92,8 +92,7 @@ class TrainConfig:
     n_loops: int = 30
     """Loop steps b, at the end of the curriculum."""
     window: int = None  # type: ignore[assignment]  # an int once the record is made
-    """Last steps T that carry gradient and loss. Default: 15, or n_loops if that is less; a tied
-    model has n_loops."""
+    """Last steps T that carry gradient and loss; lowered to n_loops if it is not given."""
 
     sparsity: int | None = None
     """sparse_lr: non-zero weights (3)."""
@@ -162,7 +161,7 @@ class TrainConfig:
     """Weights & Biases project to log to."""
 
     def __post_init__(self) -> None:
-        if self.window is None:
+        if self.window is None:  # nobody gave it, so it fits
             window = self.n_loops if self.model == "tied" else min(15, self.n_loops)
             object.__setattr__(self, "window", window)
         check_name("task", self.task, TASKS)

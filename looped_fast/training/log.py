@@ -50,6 +50,7 @@ class MetricsLog:
         self._file = path.open("ab", buffering=0)  # after an error, nothing is left for close()
         self._path, self._made = path, path.stat()
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._tensorboard.flush()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log numbers, and lists of numbers by position, after ``step`` completed steps.
@@ -75,6 +76,7 @@ class MetricsLog:
                     scalars[f"{name}/{key}_loops/last_position"] = errors[-1]
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()  # its thread must not meet a folder that is removed later
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 

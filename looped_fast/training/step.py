@@ -19,7 +19,7 @@ from looped_fast.ops import backends, graphs
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 from looped_fast.tasks import Batch, FixedPrompts, batch_seed, draw_batch
 from looped_fast.training import checkpoint, distributed
-from looped_fast.training.checkpoint_check import check_weights
+from looped_fast.training.checkpoint_check import check_moments, check_weights
 from looped_fast.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,7 @@ class Stepper:
         self.scaler = self._make_scaler()
         self.step = 0  # completed steps
         if resume is not None:
-            unused = ("_read_in.weight", "_read_in.bias") if self._some_unused() else ()
-            checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler, unused)
+            checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler, self._unused())
             self.step = resume.step
         elif start is not None:
             self._start_from(start)
@@ -166,14 +165,17 @@ class Stepper:
                 return "fp32"
         return wanted
 
-    def _some_unused(self) -> bool:
-        """True if the read-in may get no gradient: the prompt may enter outside of the window."""
+    def _unused(self) -> tuple[str, ...]:
+        """Parameters that may get no gradient: the prompt may enter outside of the window."""
         config = self.config
-        return config.injection == "none" and config.window < config.n_loops
+        outside = config.injection == "none" and config.window < config.n_loops
+        return ("_read_in.weight", "_read_in.bias") if outside else ()
 
     def _start_from(self, start: Start) -> None:
         hint = "Give this run the sizes of the one that made it (--n-embd, --n-layer, ...)"
         check_weights(start.path, start.model_state, self.model, hint)
+        if start.optimizer_state is not None:
+            check_moments(start.path, start.optimizer_state["state"], self.model, self._unused())
         self.model.load_state_dict(start.model_state)
         if start.optimizer_state is not None:
             # Keep Adam's moments, but with this run's settings.
@@ -232,7 +234,7 @@ class Stepper:
         """The objective, wrapped at its first use to average gradients over processes."""
         _, n_points, n_loops = self.curriculum.at(0)
         averaging = self.processes.average_gradients(
-            self._objective, some_unused=self._some_unused()
+            self._objective, some_unused=bool(self._unused())
         )
         if averaging is not self._objective:
             # DDP sorts its buckets by the first backward, and buckets fix the order in which three

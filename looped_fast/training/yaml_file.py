@@ -34,7 +34,7 @@ def read_yaml(path: str | Path) -> Any:
             f"as UTF-8"
         ) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        # Dates such as 2020-99-99 and characters such as \\UFFFFFFFF end in the latter two.
+        # Dates such as 2020-99-99 and characters such as \UFFFFFFFF end in the latter two.
         raise ValueError(f"{path} is not YAML that can be read: {error}") from None
 
 

@@ -13,6 +13,7 @@ from test_compat import conf
 
 from looped_fast import compat
 from looped_fast.errors import CheckpointError
+from looped_fast.train import main
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +63,13 @@ FIRST = (*ADAM, "state", 0)
         (ADAM, [1], "optimizer_state_dict holds [1], and a dict"),
         (ADAM, {}, "optimizer_state_dict.state holds None"),
         ((*ADAM, "param_groups"), {}, "optimizer_state_dict.param_groups holds {}"),
-        ((*ADAM, "state"), {0: {}}, "the indices [0]"),
-        ((*ADAM, "state", "x"), {}, "the indices [0, 1,"),
-        ((*ADAM, "state", 999), {}, "the indices [0, 1,"),
+        ((*ADAM, "state"), {0: {}}, "optimizer_state_dict.state[0] holds {}"),
+        ((*ADAM, "state", "x"), {}, "optimizer_state_dict.state holds the entry 'x'"),
+        ((*ADAM, "state", 19), {}, "holds the entry 19, and the position of a parameter, 0 to 18"),
+        ((*ADAM, "state", -1), {}, "optimizer_state_dict.state holds the entry -1"),
         (FIRST, 3, "optimizer_state_dict.state[0] holds 3"),
         ((*FIRST, "more"), 3, "optimizer_state_dict.state[0] holds {"),
-        (
-            (*FIRST, "exp_avg"),
-            torch.zeros(3),
-            "state[0].exp_avg holds float32 [3], and float32 [64",
-        ),
-        (
-            (*FIRST, "exp_avg"),
-            torch.zeros(64, 5).double(),
-            "state[0].exp_avg holds float64 [64, 5]",
-        ),
+        ((*FIRST, "exp_avg"), [1.0], "state[0].exp_avg holds [1.0], and a dense floating-point"),
         ((*FIRST, "exp_avg_sq"), torch.full((64, 5), torch.nan), "320 of 320 numbers NaN"),
         ((*FIRST, "exp_avg_sq"), torch.full((64, 5), -1.0), "exp_avg_sq holds negative numbers"),
         ((*FIRST, "step"), torch.tensor(torch.nan), "state[0].step holds nan"),
@@ -98,14 +91,32 @@ def test_each_entry_is_checked_and_named(tmp_path, content, path, value, message
     assert str(caught.value).startswith(f"{file}: ")
 
 
-def test_an_optimizer_of_another_model_is_refused_before_training(tmp_path, capsys, content):
-    from looped_fast.train import main
-
-    other = compat.build_model(conf(n_layer=2))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state[0] | {"exp_avg": torch.zeros(3)}, "[0].exp_avg of float32 [3], and"),
+        (
+            lambda state: state[0] | {"exp_avg_sq": torch.zeros(64, 5).double()},
+            "of float64 [64, 5]",
+        ),
+        (lambda state: state[2], "[0].exp_avg of float32 [23, 64], and _read_in.weight here is"),
+        (lambda state: None, "lacks optimizer_state_dict.state[0], which is needed for _read_in.w"),
+    ],
+)
+def test_an_optimizer_that_fits_no_parameter_is_refused_before_training(
+    tmp_path, capsys, content, change, message
+):
     file, out = tmp_path / "state.pt", tmp_path / "run"
-    torch.save({**content, "model_state_dict": other.state_dict()}, file)
-    assert main(["--preset", "tiny", "--init-from", str(file), "--out", str(out)]) == 1
-    assert f"{file}: optimizer_state_dict.state holds the indices" in capsys.readouterr().err
+    state = content["optimizer_state_dict"]["state"]
+    first = change(state)
+    state = {**({0: first} if first else {}), **{i: state[i] for i in state if i}}
+    torch.save(changed(content, (*ADAM, "state"), state), file)
+    sizes = "--n-dims 5 --n-points 11 --n-positions 11 --n-embd 64 --n-head 4 --n-loops 2 --steps 9"
+    args = ["--preset", "tiny", *sizes.split(), "--init-from", str(file), "--out", str(out)]
+    assert main(args) == 1
+    error = capsys.readouterr().err
+    assert f"error: {file} " in error
+    assert message in error
     assert not out.exists()
 
 
@@ -173,6 +184,13 @@ def test_a_fifo_and_a_device_are_refused_at_once(tmp_path):
     for name in ("state.pt", "model_1.pt"):
         with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
             compat.load_official_checkpoint(tmp_path / name)
+
+
+def test_a_file_beyond_the_limit_is_refused_unread(tmp_path):
+    with (tmp_path / "state.pt").open("wb") as stream:
+        stream.truncate(2**36 + 1)
+    with pytest.raises(CheckpointError, match=r"state\.pt has 68719476737 bytes, and at most 687"):
+        compat.load_official_checkpoint(tmp_path / "state.pt")
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 2, 2)])

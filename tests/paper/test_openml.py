@@ -139,6 +139,15 @@ def test_an_openml_set_keeps_its_numeric_columns(monkeypatch):
     assert all(s.xs.shape == (3, 1) and s.labels.tolist() == [0, 1, 1] for s in sets)
 
 
+def test_a_set_of_the_cache_that_cant_be_used_is_named_with_its_folder(tmp_path, monkeypatch):
+    frame = pandas.DataFrame({"a": [1.0, np.nan, 3.0]})
+    answer = SimpleNamespace(data=frame, target=pandas.Series(["N", "P", "P"]))
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path))
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda **_: answer)
+    with pytest.raises(ValueError, match=rf"OpenML set 720, kept in {tmp_path}: set 'abalone' has"):
+        load_sets("openml")
+
+
 @pytest.mark.filterwarnings("ignore:A network error occurred")
 def test_a_failed_download_says_what_to_do_and_leaves_the_cache_alone(
     tmp_path, monkeypatch, capsys

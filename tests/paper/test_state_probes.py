@@ -155,3 +155,10 @@ def test_the_command_writes_numbers_and_a_figure(tmp_path, capsys):
 def test_a_count_below_1_is_refused_not_taken_for_the_default(name, value):
     with pytest.raises(ValueError, match=rf"{name} = {value}: at least 1 is needed"):
         probe(make_run(), Settings(**{name: value}))
+
+
+def test_a_folder_that_cant_be_made_is_an_error_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(state_probes, "probe", None)
+    (tmp_path / "file").write_text("")
+    assert state_probes.main(["lr-small", "--out", str(tmp_path / "file")]) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err

@@ -151,3 +151,21 @@ def test_a_preset_is_not_changed_by_its_use():
     config_from_dict({"curriculum": {"dims": {"start": 1}}}, config)
     LoopedTransformer(preset_config("tiny").model_config())(*prompt(d=5))
     assert preset_config("paper", "dt").to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("all: [", r"tiny\.yaml is not YAML"),
+        (
+            "{all: {steps: x}, task: {lr: {}}, looped: {lr: {window: 1}}}",
+            r"tiny\.yaml: .*int is need",
+        ),
+    ],
+)
+def test_a_damaged_file_of_a_preset_is_named(tmp_path, monkeypatch, text, message):
+    (tmp_path / "tiny.yaml").write_text(text)
+    monkeypatch.setattr(presets, "_file", lambda name: tmp_path / f"{name}.yaml")
+    monkeypatch.setattr(presets, "_read", presets._read.__wrapped__)  # without its cache
+    with pytest.raises(ValueError, match=message):
+        preset_config("tiny")
