@@ -313,20 +313,20 @@ std::string unsupported(std::string precision) { return select_engine(precision)
 TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
   library.def(
       "cpu_loop_infer(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "int n_heads, int n_loops, int window, str injection, str precision) -> Tensor");
+      "int n_heads, SymInt n_loops, SymInt window, str injection, str precision) -> Tensor");
   library.def(
       "cpu_loop_forward(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "int n_heads, int n_loops, int window, str injection, str precision, bool recompute) "
+      "int n_heads, SymInt n_loops, SymInt window, str injection, str precision, bool recompute) "
       "-> (Tensor outputs, Tensor activations, Tensor statistics, Tensor states, "
       "Tensor start)");
   library.def(
       "cpu_loop_backward(Tensor grad, Tensor outputs, Tensor activations, Tensor statistics, "
       "Tensor states, Tensor start, Tensor embeddings, Tensor positions, Tensor state, "
-      "Tensor[] weights, int n_heads, int n_loops, int window, str injection, str precision) "
+      "Tensor[] weights, int n_heads, SymInt n_loops, SymInt window, str injection, str precision) "
       "-> Tensor[]");
   library.def(
       "cpu_loop_mse(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "Tensor targets, int n_supervised, int n_heads, int n_loops, int window, str injection, "
+      "Tensor targets, SymInt n_supervised, int n_heads, SymInt n_loops, SymInt window, str injection, "
       "str precision) -> (Tensor error, Tensor[] gradients)");
   library.def(
       "cpu_loop_mse_backward(Tensor grad, Tensor[] gradients, Tensor[] inputs) -> Tensor[]");

@@ -17,7 +17,7 @@ from looped_fast.config import LAYER_NORM_EPS, PRECISIONS, ModelConfig, check_wi
 from looped_fast.ops import op
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
-from looped_fast.ops.prompt import read_in
+from looped_fast.ops.prompt import check_finite, read_in
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
@@ -225,6 +225,8 @@ class LoopedTransformer(nn.Module):
         check_window(n_loops, window)
         modules: Any = self._modules
         read_in_weights = _weights_and_biases(modules["_read_in"])
+        dtype = read_in_weights[0].dtype
+        xs, ys = op.cast_in_autocast(xs, dtype), op.cast_in_autocast(ys, dtype)
         self._check_prompt(xs, ys, read_in_weights[0])
         device = xs.device.type
         precision = ambient_precision(device)
@@ -284,21 +286,12 @@ class LoopedTransformer(nn.Module):
                     f"{name} is {tensor.dtype} on {tensor.device}, the model is {weight.dtype} "
                     f"on {weight.device}; convert with {name}.to(device, dtype)"
                 )
-        if xs.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
-            for name, tensor in (("xs", xs), ("ys", ys)):
-                if len(where := (~tensor.isfinite()).nonzero()):
-                    first = where[0].tolist()
-                    raise ValueError(
-                        f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
-                        f"drop or impute such values"
-                    )
+        check_finite(xs, ys)
 
 
 def ambient_precision(device_type: str) -> str:
     """The precision of the ambient ``torch.autocast``: bf16 or fp16; fp32 without one."""
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return "fp32"
     dtype = torch.get_autocast_dtype(device_type)
     for name in PRECISIONS:

@@ -111,7 +111,7 @@ def loop_mse(
 
 def run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:
     """Run ``loop`` with its arguments in records."""
-    _check(tensors, settings)
+    tensors = _check(tensors, settings)
     if torch.compiler.is_compiling():  # otherwise the dispatcher would only cost time
         return torch.ops.looped_fast.loop(*tensors, *settings)
     return _run(tensors, settings)
@@ -121,7 +121,7 @@ def run_mse(
     tensors: LoopTensors, settings: LoopSettings, targets: Tensor, n_supervised: int | None = None
 ) -> Tensor:
     """Run ``loop_mse`` with its arguments in records."""
-    _check(tensors, settings)
+    tensors = _check(tensors, settings)
     if not tensors.read_out:
         raise ValueError("loop_mse needs a read_out: errors are those of predictions")
     window = settings.window
@@ -133,6 +133,7 @@ def run_mse(
         )
     B, S, _ = tensors.embeddings.shape
     shape = (B, (S + 1) // 2, len(tensors.read_out[1]))
+    targets = cast_in_autocast(targets, tensors.embeddings.dtype)
     _check_tensor("targets", targets, shape, tensors.embeddings)
     if torch.compiler.is_compiling():
         return torch.ops.looped_fast.loop_mse(*tensors, targets, n_supervised, *settings)
@@ -178,7 +179,7 @@ def _run_on(chosen: str, tensors: LoopTensors, settings: LoopSettings) -> Tensor
     else:
         outputs = backend.loop(*tensors[:4], settings)
         if read_out:
-            with torch.autocast(outputs.device.type, enabled=False):  # 0.1 % of the work
+            with reference.autocast(outputs.device.type, "fp32"):  # 0.1 % of the work
                 outputs = F.linear(outputs, *read_out)
     return outputs[:, :, ::2] if read_out else outputs
 
@@ -209,8 +210,9 @@ def _impl_mse(*flat: Any) -> Tensor:
     return _run_mse(LoopTensors(*flat[:5]), LoopSettings(*flat[7:]), *flat[5:7])
 
 
-# One function for both keys: below autograd it only computes, at Autograd it is differentiated.
-for _key in ("CompositeExplicitAutograd", "Autograd"):
+# One function for all keys: below autograd it only computes, at Autograd it is differentiated, at
+# FuncTorchBatched (a vmap inside torch.compile) each of the reference's ops has a batching rule.
+for _key in ("CompositeExplicitAutograd", "Autograd", "FuncTorchBatched"):
     _library.impl("loop", _impl, _key)
     _library.impl("loop_mse", _impl_mse, _key)
 
@@ -228,8 +230,26 @@ def _fake_mse(embeddings, *_):
     return embeddings.new_empty(())
 
 
-def _check(tensors: LoopTensors, settings: LoopSettings) -> None:
+def cast_in_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype`` if autocast around the call casts it for a Linear, else unchanged."""
+    if tensor.dtype == dtype or tensor.dtype not in _CAST_BY_AUTOCAST:
+        return tensor
+    device = tensor.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensor
+    return tensor.to(dtype)
+
+
+_CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
+    """Return the tensors, as autocast casts them. Raises ValueError: see ``loop``."""
     embeddings, positions, state, weights, read_out = tensors
+    if embeddings.dtype != positions.dtype or state is not None:
+        embeddings = cast_in_autocast(embeddings, positions.dtype)
+        state = None if state is None else cast_in_autocast(state, positions.dtype)
+        tensors = tensors._replace(embeddings=embeddings, state=state)
     settings.check(embeddings.dtype)
     if embeddings.dim() != 3:
         raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; [B, S, D] is needed")
@@ -257,6 +277,7 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> None:
         names = [*names, "positions", "state"]
         for name, tensor, shape in zip(names, given, shapes, strict=False):
             _check_tensor(name, tensor, shape, embeddings)
+    return tensors
 
 
 @functools.lru_cache

@@ -257,7 +257,7 @@ _TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights
 _OUTPUTS = ", ".join(["Tensor"] * (1 + len(SavedActivations._fields)))
 _library = torch.library.Library("looped_fast", "FRAGMENT")
 _library.define(
-    f"triton_loop_forward({_TENSORS}, {SCHEMA}, Tensor? targets, int? n_supervised, "
+    f"triton_loop_forward({_TENSORS}, {SCHEMA}, Tensor? targets, SymInt? n_supervised, "
     f"bool save_activations, bool save_states) -> ({_OUTPUTS})"
 )
 _library.define(
