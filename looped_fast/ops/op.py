@@ -28,7 +28,7 @@ from looped_fast.ops.call import SCHEMA, Call, LoopSettings, LoopTensors, is_rep
 _library = torch.library.Library("looped_fast", "DEF")
 _TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
 _library.define(f"loop({_TENSORS}, {SCHEMA}) -> Tensor")
-_library.define(f"loop_mse({_TENSORS}, Tensor targets, int n_supervised, {SCHEMA}) -> Tensor")
+_library.define(f"loop_mse({_TENSORS}, Tensor targets, SymInt n_supervised, {SCHEMA}) -> Tensor")
 
 
 def loop(

@@ -70,7 +70,7 @@ def check_finite(xs: Tensor, ys: Tensor) -> None:
 def _is_symbolic(xs: Tensor, ys: Tensor) -> bool:
     """True if a tensor is fake, or a tracer records what is computed from it."""
     if type(xs) is type(ys) is Tensor and not _len_torch_dispatch_stack():
-        return torch.jit.is_tracing()
+        return False
     modes = _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY
     return is_fake(xs) or is_fake(ys) or any(_get_dispatch_mode(mode) for mode in modes)
 
