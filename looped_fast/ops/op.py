@@ -156,8 +156,8 @@ def _run_mse(
         if chosen == "triton":
             errors = triton_backend.loop(embeddings, *arguments)
             return errors.square().sum() / (n_supervised * targets.numel())  # 0 at odd tokens
-        recorded = [embeddings, positions, *([] if state is None else [state]), *weights, *read_out]
-        if loop_autograd.needs_grad(recorded):
+        # If only the read-out is trained, predictions keep what little its gradient needs.
+        if loop_autograd.needs_grad([embeddings, positions, state, *weights]):
             return backend.loop_mse(embeddings, *arguments)
     predictions = _run_on(chosen, tensors, settings)
     return (predictions[-n_supervised:] - targets).square().mean()
