@@ -332,7 +332,8 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
   library.def(
       "cpu_loop_forward(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
       "int n_heads, SymInt n_loops, SymInt window, str injection, str precision, "
-      "bool recompute) -> (Tensor outputs, Tensor operands, Tensor floats, Tensor states, Tensor start)");
+      "bool recompute) "
+      "-> (Tensor outputs, Tensor operands, Tensor floats, Tensor states, Tensor start)");
   library.def(
       "cpu_loop_backward(Tensor grad, Tensor operands, Tensor floats, Tensor states, "
       "Tensor start, Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "

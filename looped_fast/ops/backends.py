@@ -20,6 +20,7 @@ from looped_fast.ops import (
     backend_times,
     compiled_backend,
     cpu_engine,
+    flops,
     loop_autograd,
     triton_backend,
 )
@@ -91,6 +92,7 @@ def explain(call: Call) -> Selection:
     """
     settings = call.settings
     obstacles = {name: unsupported(call) for name, unsupported in UNSUPPORTED.items()}
+    flops.register()  # now that backends are loaded
     if settings.backend == "auto":
         slower = _slower(call, [name for name, reason in obstacles.items() if reason is None])
         obstacles = {name: reason or slower.get(name) for name, reason in obstacles.items()}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from looped_fast.ops import flops
+
 # (grad, saved, [e, p, z, weights], wanted, settings) -> gradients of e, p, z, *weights; any
 # tensor where not wanted.
 Gradients = Callable[[Tensor, list[Tensor], list[Any], list[bool], list[Any]], list[Tensor]]
@@ -78,6 +80,7 @@ def register(
             grads = [*[None] * (len(wanted) - 2), *_of_read_out(grad, saved[states])]
         else:
             inputs = [embeddings, positions, state, weights]
+            flops.register()  # with a counter that counts the backward only
             grads = gradients(grad, saved, inputs, wanted, ctx.settings)
         return *_of_inputs(grads, wanted), *(None,) * ctx.n_others
 
