@@ -64,7 +64,15 @@ def unsupported(call: Call) -> str | None:
         return f"D = {call.n_embd} is not a multiple of 32 up to {MAX_WIDTH}"
     if call.head_dim % 8:
         return f"head_dim = {call.head_dim} is not a multiple of 8"
-    return loop_autograd.unsupported() or unsupported_precision(call.settings.precision)
+    precision = call.settings.precision
+    return loop_autograd.unsupported() or _switched_off(precision) or unsupported_precision(precision)
+
+
+def _switched_off(precision: str) -> str | None:
+    """Return why matrix products of ``precision`` do not run at the moment, or None."""
+    if precision == "bf16" and not torch._C._get_mkldnn_enabled():
+        return "oneDNN, which multiplies in bf16, is switched off by torch.backends.mkldnn"
+    return None
 
 
 def can_read_out(read_out: Sequence[Tensor]) -> bool:
@@ -165,6 +173,8 @@ def _empty_gradients(embeddings, positions, state, weights, wanted, n_heads, n_l
 
 
 def _gradients(grad, saved, inputs, wanted, settings):
+    if reason := _switched_off(LoopSettings(*settings).precision):
+        raise RuntimeError(f"backend 'cpu' can't run this backward: {reason}")
     return torch.ops.looped_fast.cpu_loop_backward(grad, *saved, *inputs, wanted, *settings)
 
 
