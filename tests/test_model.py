@@ -269,7 +269,23 @@ def test_loops_and_window_out_of_range_are_refused(n_loops, window, message):
         small_model()(*prompt(), n_loops, window)
 
 
-def test_an_unknown_backend_is_refused():
-    model = LoopedTransformer(small_model().config, backend="tritn")
-    with pytest.raises(ValueError, match="unknown backend 'tritn'; did you mean 'triton'"):
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"backend": "tritn"}, ValueError, "unknown backend 'tritn'; did you mean 'triton'"),
+        ({"attention": "flash"}, ValueError, "unknown attention 'flash'; did you mean 'flash_att"),
+        ({"cuda_graphs": "onn"}, ValueError, "unknown cuda_graphs 'onn'; did you mean 'on'"),
+        ({"recompute": "state"}, TypeError, "recompute = 'state': a bool is needed"),
+        ({"config": {"n_embd": 64}}, TypeError, r"config = {'n_embd': 64}: a ModelConfig is need"),
+    ],
+)
+def test_a_setting_is_checked_where_it_is_given(settings, error, message):
+    with pytest.raises(error, match=message):
+        LoopedTransformer(**{"config": small_model().config, **settings})
+
+
+def test_a_backend_set_later_is_checked_by_the_next_call():
+    model = small_model()
+    model.backend = "cpuu"
+    with pytest.raises(ValueError, match="unknown backend 'cpuu'; did you mean 'cpu'"):
         model(*prompt())

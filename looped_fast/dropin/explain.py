@@ -43,7 +43,7 @@ def explain_backend(
         raise ValueError(
             f"a {type(model).__name__} runs its own code; looped_fast.accelerate(model) first"
         )
-    if precision is None and replacement is not None:
-        precision = replacement.precision
+    if reasons := described.watch(model):
+        return backends.select_modules(described.backend, reasons)
     call = described.describe_call(batch_size, n_points, precision, replayed_training)
     return backends.explain(call)

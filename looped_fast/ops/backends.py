@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,17 @@ def _lowers_float32() -> bool:
     if matmul is None:
         return torch.get_float32_matmul_precision() != "highest"
     return matmul.fp32_precision in ("bf16", "tf32")
+
+
+def select_modules(wanted: str, reasons: Sequence[str]) -> Selection:
+    """Select for a model that runs module by module in plain PyTorch, for ``reasons``.
+
+    Raises:
+        ValueError: ``wanted`` forces a backend that does not call modules.
+    """
+    why = f"it does not call modules, and {'; '.join(reasons)}"
+    obstacles = {name: None if name == "reference" else why for name in UNSUPPORTED}
+    return select_by("backend", wanted, obstacles)
 
 
 def select_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "auto") -> Selection:

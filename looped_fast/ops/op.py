@@ -124,13 +124,7 @@ def run_mse(
     tensors = _check(tensors, settings)
     if not tensors.read_out:
         raise ValueError("loop_mse needs a read_out: errors are those of predictions")
-    window = settings.window
-    n_supervised = window if n_supervised is None else n_supervised
-    if not 1 <= n_supervised <= window:
-        raise ValueError(
-            f"n_supervised = {n_supervised} is outside 1..{window} (window); predictions of the "
-            f"last n_supervised steps of the window are compared with targets"
-        )
+    n_supervised = check_supervised(n_supervised, settings.window)
     B, S, _ = tensors.embeddings.shape
     shape = (B, (S + 1) // 2, len(tensors.read_out[1]))
     targets = cast_in_autocast(targets, tensors.embeddings.dtype)
@@ -138,6 +132,17 @@ def run_mse(
     if torch.compiler.is_compiling():
         return torch.ops.looped_fast.loop_mse(*tensors, targets, n_supervised, *settings)
     return _run_mse(tensors, settings, targets, n_supervised)
+
+
+def check_supervised(n_supervised: int | None, window: int) -> int:
+    """Return ``n_supervised``, or all of the window by default; raise ValueError if outside it."""
+    n_supervised = window if n_supervised is None else n_supervised
+    if not 1 <= n_supervised <= window:
+        raise ValueError(
+            f"n_supervised = {n_supervised} is outside 1..{window} (window); predictions of the "
+            f"last n_supervised steps of the window are compared with targets"
+        )
+    return n_supervised
 
 
 def _run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:
@@ -234,10 +239,7 @@ def cast_in_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype`` if autocast around the call casts it for a Linear, else unchanged."""
     if tensor.dtype == dtype or tensor.dtype not in _CAST_BY_AUTOCAST:
         return tensor
-    device = tensor.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return tensor
-    return tensor.to(dtype)
+    return tensor.to(dtype) if reference.is_autocast_enabled(tensor.device.type) else tensor
 
 
 _CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)

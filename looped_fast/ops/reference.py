@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,22 @@ from looped_fast.ops.call import LoopSettings
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(device_type: str, precision: str) -> AbstractContextManager:
-    """``torch.autocast`` to ``precision``; off for ``fp32``, and where a device has none (meta).
+def is_autocast_enabled(device_type: str) -> bool:
+    """True inside ``torch.autocast`` for such a device; a meta device, say, has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
-    It keeps no cache, as the official code: a cached cast sums the steps' gradients in low
+
+def autocast(device_type: str, precision: str) -> AbstractContextManager:
+    """``torch.autocast`` to ``precision``, or none for ``fp32`` and on devices that have none.
+
+    It keeps no cache, as in the official code: a cached cast sums the steps' gradients in low
     precision.
     """
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     dtype = AUTOCAST_DTYPES[precision]
+    if dtype is None and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
@@ -86,13 +93,18 @@ def split_weights(weights: Sequence[Tensor]) -> tuple[list[Block], Tensor, Tenso
     return blocks, weights[-2], weights[-1]
 
 
-def attention(x: Tensor, block: Block, n_heads: int) -> Tensor:
-    """Causal self-attention with its output projection. x: [B, S, D] -> [B, S, D]."""
-    B, S, D = x.shape
-    qkv = F.linear(x, block.c_attn_weight, block.c_attn_bias)  # [B, S, 3D]
+def attend(qkv: Tensor, n_heads: int) -> Tensor:
+    """Causal attention, its heads side by side. qkv: [B, S, 3D] -> [B, S, D]."""
+    B, S, width = qkv.shape
+    D = width // 3
     q, k, v = qkv.view(B, S, 3, n_heads, D // n_heads).permute(2, 0, 3, 1, 4)  # [B, H, S, D/H]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    y = y.transpose(1, 2).reshape(B, S, D)
+    return y.transpose(1, 2).reshape(B, S, D)
+
+
+def attention(x: Tensor, block: Block, n_heads: int) -> Tensor:
+    """Causal self-attention with its output projection. x: [B, S, D] -> [B, S, D]."""
+    y = attend(F.linear(x, block.c_attn_weight, block.c_attn_bias), n_heads)
     return F.linear(y, block.attn_c_proj_weight, block.attn_c_proj_bias)
 
 
@@ -163,12 +175,22 @@ def loop(
     residual stream and all statistics keep the dtype of ``embeddings``. ``run_step`` replaces
     ``step`` (same arguments and result), by a compiled one, say.
     """
-    n_loops, window = settings.n_loops, settings.window
     arguments = (embeddings, positions, weights, settings.n_heads, settings.injection)
+    return iterate(run_step, state, arguments, settings)
+
+
+def iterate(
+    run_step: Callable[..., Tensor],
+    state: Tensor,
+    arguments: tuple[Any, ...],
+    settings: LoopSettings,
+) -> Tensor:
+    """Repeat ``state = run_step(state, *arguments)`` as ``settings`` say: the window's states."""
+    n_loops, window = settings.n_loops, settings.window
     states = []
     # Inside torch.func transforms, which have no hooks on saved tensors, nothing is recomputed.
     recompute = settings.recompute and loop_autograd.unsupported() is None
-    with autocast(embeddings.device.type, settings.precision), derivable():
+    with autocast(state.device.type, settings.precision), derivable():
         for i in range(n_loops):
             with torch.no_grad() if i < n_loops - window else nullcontext():
                 if recompute:
