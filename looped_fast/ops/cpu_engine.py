@@ -64,8 +64,9 @@ def unsupported(call: Call) -> str | None:
         return f"D = {call.n_embd} is not a multiple of 32 up to {MAX_WIDTH}"
     if call.head_dim % 8:
         return f"head_dim = {call.head_dim} is not a multiple of 8"
-    precision = call.settings.precision
-    return loop_autograd.unsupported() or _switched_off(precision) or unsupported_precision(precision)
+    if reason := loop_autograd.unsupported() or _switched_off(call.settings.precision):
+        return reason
+    return unsupported_precision(call.settings.precision)
 
 
 def _switched_off(precision: str) -> str | None:

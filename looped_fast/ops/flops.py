@@ -51,9 +51,9 @@ def loop_flops(
 def register() -> None:
     """Register the ops of this package with FlopCounterMode, if that is imported.
 
-    Counters that are counting already get the formulas too. Importing this package does not import
-    ``torch.utils.flop_counter``, which takes 0.2 s where Triton is installed. PyTorch has no formula
-    for its own attention on CPUs, and gets that of its attention on GPUs.
+    Counters that are counting already get the formulas, too. This package does not import
+    ``torch.utils.flop_counter`` itself, which takes 0.2 s where Triton is installed. PyTorch has no
+    formula for its own attention on CPUs, and gets that of its attention on GPUs.
     """
     counter: Any = sys.modules.get("torch.utils.flop_counter")
     if counter is None:

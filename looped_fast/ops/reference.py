@@ -192,6 +192,8 @@ def iterate(
     recompute = settings.recompute and loop_autograd.unsupported() is None
     with autocast(state.device.type, settings.precision), derivable():
         for i in range(n_loops):
+            if 0 < i == n_loops - window:
+                state = state.detach()  # forward-mode derivatives pass through no_grad
             with torch.no_grad() if i < n_loops - window else nullcontext():
                 if recompute:
                     # A step draws no random numbers, and a capture can't read the RNG state.
