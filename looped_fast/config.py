@@ -73,8 +73,8 @@ class ModelConfig:
                 f"choose n_embd as a multiple of {self.n_head}, or another n_head"
             )
         check_window(self.n_loops, self.window)
-        if not self.init_std > 0:
-            raise ValueError(f"init_std = {self.init_std}: more than 0 is needed")
+        if not isinstance(self.init_std, int | float) or not self.init_std > 0:
+            raise ValueError(f"init_std = {self.init_std!r}: a number above 0 is needed")
         check_name("injection", self.injection, INJECTIONS)
         check_name("pred_type", self.pred_type, PRED_TYPES)
 
@@ -102,7 +102,12 @@ class ModelConfig:
 
 
 def check_window(n_loops: int, window: int, at_least: int = 1) -> None:
-    """Raise ValueError unless ``1 <= n_loops`` and ``at_least <= window <= n_loops``."""
+    """Raise ValueError unless ``1 <= n_loops`` and ``at_least <= window <= n_loops``.
+
+    Raises TypeError if one of them is no whole number; symbolic ones of torch.compile are.
+    """
+    check_whole("n_loops", n_loops)
+    check_whole("window", window)
     if n_loops < 1:
         raise ValueError(f"n_loops = {n_loops}: at least 1 loop step is needed")
     if not at_least <= window <= n_loops:
@@ -110,3 +115,9 @@ def check_window(n_loops: int, window: int, at_least: int = 1) -> None:
             f"window = {window} is outside {at_least}..{n_loops} (n_loops); lower window or raise "
             f"n_loops"
         )
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a whole number: an int, a NumPy or a symbolic one."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} = {value!r}: a whole number is needed")

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from looped_fast.config import ATTENTION, BACKENDS, PRECISIONS, ModelConfig, check_window
+from looped_fast.config import (
+    ATTENTION,
+    BACKENDS,
+    PRECISIONS,
+    ModelConfig,
+    check_whole,
+    check_window,
+)
 from looped_fast.errors import check_name
 from looped_fast.model.blocks import Backbone, Part, weights_and_biases
 from looped_fast.ops import backends, op, reference
@@ -98,6 +105,7 @@ class LoopedTransformer(nn.Module):
             ValueError: shapes or dtypes that do not fit, n beyond ``n_positions``, a window
                 outside 1..n_loops, or NaN or Inf in the prompt. (Values are checked on CPUs
                 only: on a GPU the check would stall the stream.)
+            TypeError: a prompt that is no tensor, or a count that is no whole number.
         """
         n_loops, window = self._loop_counts(n_loops, window)
         return self._predict(xs, ys, n_loops, window, self.config.injection)
@@ -229,7 +237,10 @@ class LoopedTransformer(nn.Module):
 
     def _loop_counts(self, n_loops: int | None, window: int | None) -> tuple[int, int]:
         n_loops = self.config.n_loops if n_loops is None else n_loops
-        return n_loops, min(self.config.window, n_loops) if window is None else window
+        if window is None:
+            check_whole("n_loops", n_loops)
+            window = min(self.config.window, n_loops)
+        return n_loops, window
 
     def _embed(self, xs: Tensor, ys: Tensor, by_modules: Reasons) -> Tensor:
         # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
@@ -348,6 +359,9 @@ class LoopedTransformer(nn.Module):
 
     def _check_prompt(self, xs: Tensor, ys: Tensor, weight: Tensor | None) -> None:
         config = self.config
+        for name, value in (("xs", xs), ("ys", ys)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is needed")
         if xs.dim() != 3 or xs.shape[-1] != config.n_dims:
             raise ValueError(
                 f"xs has shape {tuple(xs.shape)}; [B, n, {config.n_dims}] is needed (n_dims)"

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looped_fast.config import check_whole
 from looped_fast.ops import (
     backends,
     compiled_backend,
@@ -137,6 +138,7 @@ def run_mse(
 def check_supervised(n_supervised: int | None, window: int) -> int:
     """Return ``n_supervised``, or all of the window by default; raise ValueError if outside it."""
     n_supervised = window if n_supervised is None else n_supervised
+    check_whole("n_supervised", n_supervised)
     if not 1 <= n_supervised <= window:
         raise ValueError(
             f"n_supervised = {n_supervised} is outside 1..{window} (window); predictions of the "
