@@ -76,12 +76,6 @@ def test_autocast_casts_no_dtype_that_it_would_not_cast_for_a_linear(dtype):
             model(xs.to(dtype), ys)
 
 
-def test_autocast_of_another_device_casts_nothing():
-    model, (xs, ys) = small_model(), prompt()
-    with torch.autocast("cuda", torch.bfloat16, enabled=False), pytest.raises(ValueError):
-        model(xs.bfloat16(), ys)
-
-
 @needs_engine
 @LOWERED
 def test_the_loop_casts_embeddings_state_and_targets(dtype):
