@@ -8,7 +8,6 @@ all fits; ours, on all cores, is scaled to 1280 prompts if it ran fewer.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -23,6 +22,7 @@ from benchmarks.baseline_loops import LOOPS, one_by_one
 from benchmarks.provenance import provenance
 from looped_fast.evaluation.baselines import BASELINES
 from looped_fast.tasks import Batch, Task, make_task, sample_batch
+from looped_fast.training.command_line import Parser
 
 _FIGURE_PROMPTS = 1280
 _TASKS = {"lasso": "sparse_lr", "2-layer network": "relu_2nn"}  # of their figures
@@ -31,7 +31,7 @@ HEADERS = ("baseline", "s", "s for 1280 prompts", "loop, s for 1280 prompts", "r
 
 def main() -> None:
     """Print a table; write it with its provenance if ``--out`` is given."""
-    parser = argparse.ArgumentParser("python -m benchmarks.baselines", description=__doc__)
+    parser = Parser("python -m benchmarks.baselines", description=__doc__)
     parser.add_argument("--prompts", type=int, default=_FIGURE_PROMPTS)
     parser.add_argument("--points", type=int, default=101)
     parser.add_argument("--dims", type=int, default=20)

@@ -29,6 +29,7 @@ from benchmarks.cases import CASES, CONTENDERS, Case, Contender, modes
 from benchmarks.processes import ROOT, Measuring
 from benchmarks.provenance import provenance
 from looped_fast import LoopedTransformer, explain_backend
+from looped_fast.training.command_line import Parser
 
 TIMEOUT_S = 1800  # for one contender in one mode of one case
 
@@ -143,7 +144,7 @@ def compare(
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the command line; ``--quick`` changes the defaults of the others."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

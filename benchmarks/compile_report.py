@@ -9,7 +9,6 @@ in; the report holds ``compile_matrix.VERSIONS``, so run ``--update`` with each.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
@@ -38,6 +37,7 @@ from benchmarks.compile_store import (
     triton_version,
 )
 from benchmarks.kernel_launches import PRECISIONS, cases
+from looped_fast.training.command_line import Parser
 
 
 def update(processes: int, kernels: list[str] | None, full: bool) -> None:
@@ -174,7 +174,7 @@ def summary(report: Report) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return 1 if something is wrong or missing in the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help="compile what the report lacks")
     parser.add_argument("--verify", action="store_true", help="compile a sample again")
     parser.add_argument("--kernels", nargs="+", help="of --update: only these")

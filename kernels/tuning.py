@@ -119,6 +119,11 @@ def cache_file() -> Path:
 
 
 def _stored() -> dict[str, Config]:
+    return {key: Config(**entry) for key, entry in cache.load(cache_file(), _is_config).items()}
+
+
+def _is_config(entry: Any) -> bool:
     names = {field.name for field in fields(Config)}
-    stored = cache.load(cache_file())
-    return {k: Config(**v) for k, v in stored.items() if isinstance(v, dict) and set(v) == names}
+    if not isinstance(entry, dict) or set(entry) != names:
+        return False
+    return all(type(value) is int and value >= 0 for value in entry.values())

@@ -37,6 +37,7 @@ from looped_fast.evaluation.shifts import SHIFTS, shifted_prompts
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import Batch, DecisionTree, Task
+from looped_fast.training.command_line import parse
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ class Command:
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
-        command = tyro.cli(Command, args=args, prog="python -m looped_fast.evaluate")
-        evaluate(command)
+        evaluate(parse(Command, args, "python -m looped_fast.evaluate"))
     except errors.EXPECTED as error:
         return errors.report(error)
     return 0
@@ -131,11 +131,18 @@ def load_runs(sources: tuple[str, ...], device: str) -> list[Run]:
 
     Raises:
         FileNotFoundError: no such run.
-        ValueError: none is given, or they are of different tasks.
+        ValueError: none is given, two are the same, or they are of different tasks.
     """
     if not sources:
         raise ValueError("no run is given; name folders of runs, or pretrained models")
     runs = [load_run(source, device) for source in sources]
+    paths = [run.path.resolve() for run in runs]
+    for i, path in enumerate(paths):
+        if path in paths[:i]:
+            raise ValueError(
+                f"{sources[i]} is the same checkpoint as {sources[paths.index(path)]}, {path}; "
+                f"name it once"
+            )
     for run in runs[1:]:
         if run.task != runs[0].task:
             raise ValueError(

@@ -28,11 +28,13 @@ from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.evaluation.baselines import QUICK_BASELINES
 from looped_fast.evaluation.report import error_table, plot
 from looped_fast.pretrained import load_start
-from looped_fast.training import checkpoint, distributed
-from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training import checkpoint, distributed, lock
+from looped_fast.training.command_line import parse as parse_flags
+from looped_fast.training.config import TrainConfig, config_from_dict, saved_config
 from looped_fast.training.distributed import resolve_device
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import describe, preset_config
+from looped_fast.training.step import Start
 from looped_fast.training.trainer import Interrupted, Trainer
 
 CONFIG_FILE = "config.yaml"
@@ -58,35 +60,45 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("looped_fast").setLevel(logging.INFO)  # says when kernels compile
     try:
-        with distributed.join() as processes:
-            return run(*processes.broadcast(lambda: prepare(args, processes)), processes)
+        with distributed.join() as processes, contextlib.ExitStack() as held:
+            return run(*processes.broadcast(lambda: prepare(args, processes, held)), processes)
     except errors.EXPECTED as error:
         return errors.report(error)
 
 
 def prepare(
-    args: list[str], processes: distributed.Processes
+    args: list[str], processes: distributed.Processes, held: contextlib.ExitStack
 ) -> tuple[TrainConfig, str, Path, checkpoint.Checkpoint | None]:
-    """Make the arguments of ``run`` from the command line."""
-    command, origin, resumed = parse(args, processes.world_size)
-    return command.settings, origin, make_run_dir(command.settings, command.resume), resumed
+    """Make the arguments of ``run`` from the command line; ``held`` gets the folder's lock."""
+    command, origin, resumed = parse(args, processes.world_size, held)
+    return command.settings, origin, make_run_dir(command.settings, command.resume, held), resumed
 
 
 def parse(
-    args: list[str], world_size: int = 1
+    args: list[str], world_size: int = 1, held: contextlib.ExitStack | None = None
 ) -> tuple[Command, str, checkpoint.Checkpoint | None]:
-    """Parse settings, a phrase that says where they come from, and the checkpoint to resume."""
+    """Parse settings, a phrase that says where they come from, and the checkpoint to resume.
+
+    ``held`` gets the lock of the run to resume, before its latest checkpoint is looked up.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("task", "model", "preset", "device"):
+    for name in ("task", "model", "preset", "device", "window"):
         early.add_argument(f"--{name}")
+    early.add_argument("--n-loops", "--n_loops")
     for name in ("config", "resume"):
         early.add_argument(f"--{name}", type=Path)
     chosen, _ = early.parse_known_args(args)
+    # A window that nobody gave is lowered to the loop count. Others than numbers are for tyro.
+    adapts = chosen.window is None and (chosen.n_loops or "").isdecimal()
+    loops = {"n_loops": int(chosen.n_loops)} if adapts else {}
 
-    resumed = None
+    resumed = before = None
     if chosen.resume is not None:
+        if held is not None and chosen.resume.is_dir():
+            held.enter_context(lock.hold(chosen.resume))
         resumed = load_latest(chosen.resume)
-        base = config_from_dict(resumed.config, TrainConfig())
+        before = saved_config(resumed)
+        base = config_from_dict(loops, before)
         origin = f"continuing {chosen.resume} from step {resumed.step}"
     else:
         on_gpu = resolve_device(chosen.device or "auto").type != "cpu"
@@ -94,23 +106,24 @@ def parse(
         if chosen.config is not None:
             names = ("preset", "task", "model")
             given = {name: getattr(chosen, name) for name in names if getattr(chosen, name)}
-            base, origin = load_config(chosen.config, given, by_default)
+            base, origin = load_config(chosen.config, given | loops, by_default)
         else:
             base = preset_config(
                 chosen.preset or by_default, chosen.task or "lr", chosen.model or "looped"
             )
+            base = config_from_dict(loops, base)
             origin = f"preset {base.preset}"
             if chosen.preset is None:
                 origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"
     default = Command(base, chosen.config, chosen.resume)
-    command = tyro.cli(Command, args=args, default=default, prog="python -m looped_fast.train")
-    if resumed is not None:
-        changes = changed_settings(base.to_dict(), command.settings.to_dict())
-        before = resumed.meta.get("processes", 1)
-        if before != world_size:
-            changes.append(f"processes {before} -> {world_size}, and with them the batches")
+    command = parse_flags(Command, args, "python -m looped_fast.train", default)
+    if resumed is not None and before is not None:
+        changes = changed_settings(before.to_dict(), command.settings.to_dict())
+        n_before = resumed.meta.get("processes", 1)
+        if n_before != world_size:
+            changes.append(f"processes {n_before} -> {world_size}, and with them the batches")
         origin += f"; changed: {', '.join(changes)}" if changes else ""
-        _check_resume(command, resumed, base)
+        _check_resume(command, resumed, before)
     return command, origin, resumed
 
 
@@ -161,29 +174,39 @@ def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
     return checkpoint.load(latest)
 
 
-def make_run_dir(config: TrainConfig, resume: Path | None) -> Path:
-    """Make the run's folder: that of ``--out``, or a new one under ``runs/``.
+def make_run_dir(config: TrainConfig, resume: Path | None, held: contextlib.ExitStack) -> Path:
+    """Make and lock the run's folder: that of ``--out``, or a new one under ``runs/``.
+
+    Files of a run that did not finish a step do not stand in the way.
+    When ``held`` closes, the lock ends, and a folder that was made here and is empty is removed.
 
     Raises:
         ValueError: the folder already holds a run.
+        InUseError: another process writes to it.
         OSError: the folder can't be made.
     """
-    if resume is not None:
-        return resume
     try:
-        if config.out is None:
-            return _new_folder(config)
-        run_dir = Path(config.out)
+        if resume is not None:
+            return resume
+        run_dir = _new_folder(config) if config.out is None else Path(config.out)
+        if config.out is None or not run_dir.exists():
+            held.callback(_remove_if_empty, run_dir)
+        held.enter_context(lock.hold(run_dir))
         saved = checkpoint.latest(run_dir) is not None
-        if saved or (run_dir / CONFIG_FILE).exists():
+        metrics = run_dir / METRICS_FILE
+        if saved or (metrics.exists() and metrics.stat().st_size):
             remedy = (
                 f"continue it with --resume {run_dir}" if saved else "it saved nothing: delete it"
             )
             raise ValueError(f"{run_dir} already holds a run; {remedy}, or choose another --out")
-        run_dir.mkdir(parents=True, exist_ok=True)
         return run_dir
     except OSError as error:
         raise _cannot_write(error) from error
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # raised if it is not empty
+        folder.rmdir()
 
 
 def _new_folder(config: TrainConfig) -> Path:
@@ -216,21 +239,13 @@ def run(
 ) -> int:
     """Train, then report; return the exit status."""
     print(f"looped_fast {VERSION}, task {config.task}, {origin}")
-    try:
-        with processes.failing_together():
-            start = None
-            if config.init_from is not None and resumed is None:
-                start = load_start(config.init_from)
-            trainer = Trainer(config, run_dir, resumed, processes, start)
-    except (Exception, SystemExit):
-        if processes.is_main:
-            with contextlib.suppress(OSError):  # raised if the folder is not empty
-                run_dir.rmdir()  # leave no folder of a run that did not start
-        raise
     with processes.failing_together():
+        start = None if resumed is not None else _start(config)
+        trainer = Trainer(config, run_dir, resumed, processes, start)
+    with processes.failing_together():
+        announce(trainer)  # its trial steps, too, can fail: nothing is written before
         if processes.is_main:
             _write_config(config, run_dir)
-        announce(trainer)
     started = time.perf_counter()
     try:
         trainer.fit()
@@ -247,6 +262,19 @@ def run(
     summary = f"{trainer.step} steps, {minutes:.1f} minutes in this sitting"
     processes.broadcast(lambda: report(trainer, summary))
     return 0
+
+
+def _start(config: TrainConfig) -> Start | None:
+    """What ``init_from`` names; raises ValueError if it leaves no step to train."""
+    if config.init_from is None:
+        return None
+    start = load_start(config.init_from)
+    if start.step >= config.steps:
+        raise ValueError(
+            f"--init-from {config.init_from} has {start.step} finished steps, which leaves none of "
+            f"--steps {config.steps} to train; give more --steps"
+        )
+    return start
 
 
 def _write_config(config: TrainConfig, run_dir: Path) -> None:
@@ -274,8 +302,6 @@ def announce(trainer: Trainer) -> None:
     if n_processes > 1:
         total = n_processes * config.batch_size
         print(f"{n_processes} processes, {config.batch_size} prompts each: {total} in a step")
-    if trainer.precision_note:
-        print(trainer.precision_note)
     if config.recompute and explanation.chosen == "cpu":
         print("recompute changes nothing: the cpu backend keeps activations of a prompt per thread")
     if device.type == "cuda":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 # Triton decides at import whether kernels are interpreted on the CPU; `make gpu-check` says no.
@@ -20,6 +23,7 @@ from torch import Tensor
 from looped_fast import LoopedTransformer, ModelConfig
 from looped_fast.ops import backends, cpu_engine
 from looped_fast.ops.call import Call, LoopSettings
+from looped_fast.training.lock import hold
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
@@ -115,6 +119,17 @@ def fixed_seed() -> None:
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the plot at the end of a training run, which takes longer than a tiny run."""
     monkeypatch.setattr("looped_fast.train.plot", lambda *_: None)
+
+
+@contextlib.contextmanager
+def held_elsewhere(run_dir: Path) -> Iterator[None]:
+    """Hold the lock on ``run_dir`` in another thread, which is as good as another process."""
+    with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
+        thread.submit(stack.enter_context, hold(run_dir)).result()
+        try:
+            yield
+        finally:
+            thread.submit(stack.close).result()
 
 
 def random_weights(D: int, n_layer: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

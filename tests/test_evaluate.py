@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from looped_fast.evaluate import main
 from looped_fast.evaluation import figures, model_errors
 from looped_fast.evaluation.shifts import SHIFTS
 from looped_fast.pretrained.runs import load_run
-from looped_fast.training import checkpoint
+from looped_fast.training import checkpoint, checkpoint_read
 from looped_fast.training.config import TrainConfig
 
 SIZE = {"n_dims": 3, "n_points": 5, "n_positions": 7, "n_embd": 16, "n_head": 2}
@@ -25,12 +26,14 @@ QUICK = ["--prompts", "20", "--loop-prompts", "20", "--max-loops", "9", "--basel
 FAR = "looped, 500 loops"  # as in the official figures
 
 
-def make_run(path, **changes):
-    """Make the folder of a run that was saved before any training."""
+def make_run(path, fill=None, **changes):
+    """Make the folder of a run that was saved before any training, or with weights of ``fill``."""
     config = TrainConfig(**{**SIZE, **LOOPED, **changes})
     torch.manual_seed(0)
     model = LoopedTransformer(config.model_config())
     optimizer = torch.optim.Adam(model.parameters())
+    if fill is not None:
+        torch.nn.init.constant_(model._read_in.weight, fill)
     checkpoint.save(path, 8, model, optimizer, config=config.to_dict())
     return str(path)
 
@@ -244,7 +247,7 @@ def test_a_classifier_of_tabular_sets_is_an_error(tmp_path, out, capsys):
     index = checkpoint.latest(run) / checkpoint.INDEX
     document = json.loads(index.read_text())
     document["config"] |= {"data": "offline", "held_out": "iris"}
-    index.write_text(json.dumps(document))
+    index.write_text(json.dumps(checkpoint_read.sealed(document)))
     assert evaluate(run, out=out) == 2
     assert "tabular sets; python -m looped_fast.openml evaluates it" in capsys.readouterr().err
 
@@ -278,6 +281,28 @@ def test_a_damaged_checkpoint_is_an_error(run, out, capsys):
     weights.write_bytes(weights.read_bytes()[:-4])
     assert evaluate(run, out=out) == 1
     assert "truncated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_an_error_and_nothing_is_written(
+    tmp_path, out, capsys, number
+):
+    run = make_run(tmp_path / "diverged", fill=number)
+    assert evaluate(run, *QUICK, out=out) == 1
+    error = capsys.readouterr().err
+    assert f"{checkpoint.latest(run) / checkpoint.MODEL}: _read_in.weight holds" in error
+    assert "so training diverged" in error
+    assert not out.exists()
+
+
+def test_one_checkpoint_under_two_names_is_an_error(run, out, capsys, monkeypatch):
+    monkeypatch.chdir(Path(run).parent)
+    for again in (run, "looped", "./looped/", checkpoint.latest(run)):
+        assert evaluate(run, again, *QUICK, out=out) == 2
+        assert f"{again} is the same checkpoint as {run}, " in capsys.readouterr().err
+    assert evaluate("lr-small", "lr-small", *QUICK, out=out) == 2
+    assert "lr-small is the same checkpoint as lr-small" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_missing_package_is_an_error_with_the_command_that_installs_it(

@@ -103,7 +103,7 @@ def test_every_kind_of_run_trains(tmp_path, settings):
     assert train("--steps", 3, "--out", tmp_path / "run", *settings) == 0
 
 
-def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch):
+def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch, caplog):
     def cpu_unsupported(call):
         return "this CPU has no bf16" if call.settings.precision == "bf16" else None
 
@@ -111,7 +111,7 @@ def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch
     config = preset_config("tiny")
     trainer = Trainer(dataclasses.replace(config, amp="bf16"), tmp_path)
     assert trainer.precision == "fp32"
-    assert "this CPU has no bf16" in trainer.precision_note
+    assert caplog.messages == ["amp bf16 runs in fp32 here: this CPU has no bf16"]
     with trainer.autocast():
         assert not torch.is_autocast_enabled("cpu")
 
@@ -153,7 +153,7 @@ def start(*args, script=None):
 
 
 # Each run is a fork, since importing PyTorch takes longer than training. A run that is killed in a
-# write dies at the Nth call of os.fsync or os.rename, which only checkpoints make.
+# write dies at the Nth call of os.fsync or os.rename in a checkpoint, or at the log's os.fsync.
 KILLED_AND_RESUMED = textwrap.dedent("""
     import json, os, signal, sys
     import matplotlib.figure, torch._dynamo, torch.utils.tensorboard  # as a run would
@@ -172,7 +172,7 @@ KILLED_AND_RESUMED = textwrap.dedent("""
             training_step(self)
         Trainer.training_step = dying
 
-    def die_in_write(calls):
+    def die_in_log(calls):
         def dying(function):
             def call(*args, **kwargs):
                 nonlocal calls
@@ -183,13 +183,21 @@ KILLED_AND_RESUMED = textwrap.dedent("""
             return call
         os.fsync, os.rename = dying(os.fsync), dying(os.rename)
 
+    def die_in_write(calls):
+        save = checkpoint.save
+        def saving(*args, **kwargs):
+            checkpoint.save = save
+            die_in_log(calls)
+            return save(*args, **kwargs)
+        checkpoint.save = saving
+
     out, kills, *run = sys.argv[1:]
     for where, when in [*json.loads(kills), (None, 0)]:
         resumed = ["--resume", out] if checkpoint.latest(out) else [*run, "--out", out]
         child = os.fork()
         if not child:
             if where:
-                {"step": die_in_step, "write": die_in_write}[where](when)
+                {"step": die_in_step, "write": die_in_write, "log": die_in_log}[where](when)
             sys.exit(main(resumed))
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert ended == (-signal.SIGKILL if where else 0), (where, when, ended)
@@ -206,11 +214,12 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_five_times_and_resumed_ends_bit_identical(tmp_path, uninterrupted):
+def test_killed_six_times_and_resumed_ends_bit_identical(tmp_path, uninterrupted):
     out = tmp_path / "run"
     chance = random.Random(7)
     kills = [
         ("step", chance.randrange(5, 9)),
+        ("log", 1),  # rewritten without the lines after the checkpoint
         ("write", 1),  # the first file of the next checkpoint
         ("write", 5),  # its rename
         ("step", chance.randrange(17, 23)),

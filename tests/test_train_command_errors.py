@@ -1,15 +1,19 @@
 """What ``looped_fast.train`` refuses, and what a run that fails leaves behind."""
 
 import os
+import shutil
+import time
 
 import pytest
 import yaml
-from test_train_command import assert_same_bits, final_weights, train
+from conftest import held_elsewhere
+from test_train_command import MINI, assert_same_bits, final_weights, start, train
 
 import looped_fast
 from looped_fast.train import main
 from looped_fast.training import checkpoint
 from looped_fast.training.log import read_metrics
+from looped_fast.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
@@ -111,13 +115,6 @@ def test_where_all_of_y_is_zero_there_is_no_relative_error(tmp_path):
     assert 0 < sum("relative_error" in line for line in lines) < 3
 
 
-def test_an_unknown_setting_names_the_nearest(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--n-lops", "3"])
-    assert stop.value.code == 2
-    assert "--n-loops" in capsys.readouterr().err
-
-
 def test_a_setting_misspelt_in_a_file_names_the_nearest(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("n_lops: 3\n")
     assert main(["--config", str(tmp_path / "mine.yaml")]) == 2
@@ -133,10 +130,87 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(tmp_path, capsys):
     assert (out / "metrics.jsonl").read_text() == before
 
 
-def test_a_folder_of_a_run_that_saved_nothing_says_so(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("task: lr\n")
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path, capsys):
+    out = tmp_path / "run"
+    with held_elsewhere(out):
+        assert train("--steps", 1, "--out", out) == 1
+        assert f"error: {out} is in use: process {os.getpid()} on " in capsys.readouterr().err
+        assert os.listdir(out) == ["run.lock"]
+    assert train("--steps", 1, "--out", out) == 0
+    files = sorted(os.listdir(out))
+    settings = (out / "config.yaml").read_text()
+    with held_elsewhere(out):
+        for args in (["--resume", str(out), "--steps", "2"], ["--out", str(out)]):
+            assert main(args) == 1
+            assert f"error: {out} is in use: process {os.getpid()}" in capsys.readouterr().err
+    assert sorted(os.listdir(out)) == files
+    assert (out / "config.yaml").read_text() == settings
+    assert main(["--resume", str(out), "--steps", "2"]) == 0
+
+
+@pytest.mark.slow
+def test_of_two_processes_with_one_folder_the_second_is_refused(tmp_path):
+    out = tmp_path / "run"
+    first = start(*MINI, "--steps", 100_000, "--save-every", 50, "--out", out)
+    try:
+        while checkpoint.latest(out) is None:
+            assert first.poll() is None, first.stderr.read()
+            time.sleep(0.05)
+        for args in ((*MINI, "--steps", 5, "--out", out), ("--resume", out)):
+            second = start(*args)
+            _, errors = second.communicate(timeout=60)
+            assert second.returncode == 1
+            assert f"error: {out} is in use: process {first.pid} on " in errors
+    finally:
+        first.kill()
+        first.communicate()
+    steps = [x["step"] for x in read_metrics(out / "metrics.jsonl") if "loss" in x]
+    assert steps == list(range(5, 5 * len(steps) + 1, 5))
+    last = checkpoint.load(checkpoint.latest(out)).step
+    assert main(["--resume", str(out), "--steps", str(last + 1)]) == 0  # a kill ends the lock
+
+
+def test_a_folder_of_the_user_outlives_a_run_that_did_not_start(tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    assert train("--train-prompts", 1, "--out", out) == 2
+    assert os.listdir(out) == []
+    assert train("--train-prompts", 1, "--out", tmp_path / "new") == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_resume_of_nothing_makes_no_folder(tmp_path, capsys):
+    assert main(["--resume", str(tmp_path / "nowhere")]) == 2
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_infinite_last_update_is_an_error_without_results(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train("--steps", 1, "--lr", "inf", "--out", out) == 1
+    assert "that are NaN or Inf after step 1. No checkpoint was written" in capsys.readouterr().err
+    assert checkpoint.latest(out) is None
+    assert not (out / "results.json").exists()
+
+
+def test_a_damaged_log_stops_a_resume_and_is_left_alone(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train("--steps", 20, "--out", out) == 0
+    log = out / "metrics.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    lines[1] = bytes(100)
+    log.write_bytes(b"\n".join(lines))
+    assert main(["--resume", str(out), "--steps", "30"]) == 1
+    assert f"error: {log}, line 2 is damaged" in capsys.readouterr().err
+    assert log.read_bytes() == b"\n".join(lines)
+    assert checkpoint.load(checkpoint.latest(out)).step == 20
+
+
+def test_a_folder_of_a_run_that_trained_and_saved_nothing_says_so(tmp_path, capsys):
+    line = '{"step": 1, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(line)
     assert train("--steps", 1, "--out", tmp_path) == 2
     assert "it saved nothing: delete it" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == line
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
@@ -179,3 +253,21 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     assert main(["--resume", str(out), "--n-embd", "64"]) == 1
     assert "_read_in.weight" in capsys.readouterr().err
     assert (out / "config.yaml").read_text() == settings
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("often", [("--log-every", 1), ("--log-every", 100, "--save-every", 1)])
+def test_a_folder_that_is_deleted_meanwhile_ends_the_run_with_its_name(
+    tmp_path, monkeypatch, capsys, often
+):
+    out, training_step = tmp_path / "run", Trainer.training_step
+
+    def deleting(trainer):
+        training_step(trainer)
+        if trainer.step == 3:
+            shutil.rmtree(out)
+
+    monkeypatch.setattr(Trainer, "training_step", deleting)
+    assert train("--steps", 200, *often, "--out", out) == 1
+    assert f"{out} was removed or moved while the run was training" in capsys.readouterr().err
+    assert not out.exists()

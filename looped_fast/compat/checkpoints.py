@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import reprlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from looped_fast.config import ModelConfig
 from looped_fast.errors import CheckpointError
+
+MOST_STEPS = 10**12
 
 
 @dataclass(frozen=True)
@@ -39,33 +42,15 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
 
     Raises:
         CheckpointError: the file is missing, truncated or corrupt, holds code (which is refused,
-            not run), or has another layout.
+            not run), has another layout, or an entry that no such file has: a number that is not
+            finite, an optimizer state that does not fit the weights. The message names the entry.
 
     Source: official ``scripts/train.py`` and ``scripts/main_utils.py``.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} is no file; name a state.pt or model_<step>.pt")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} is truncated, or was not written by torch.save; copy it again from its source"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load verifies no checksums
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} was refused: it is corrupt, or holds code or other objects besides tensors "
-            f"and plain values, none of which was run ({_refused(error)}). If you trust it, load "
-            f"it with the program that wrote it, and save only its state dicts"
-        ) from None
-    except (zipfile.BadZipFile, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is corrupt ({error}); copy it again from its source"
-        ) from None
+        raise CheckpointError(f"{path} is no regular file; name a state.pt or model_<step>.pt")
+    state = _unpickle(path)
     found = state if isinstance(state, dict) else {}
     model_state = found.get("model_state_dict", found.get("model"))
     if not isinstance(model_state, dict):
@@ -73,11 +58,121 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
             f"{path} is neither a state.pt, which holds a dict model_state_dict, nor a "
             f"model_<step>.pt, which holds a dict model; it holds {list(found) or type(state)}"
         )
+    entry = "model_state_dict" if "model_state_dict" in found else "model"
+    for name, tensor in model_state.items():
+        if not isinstance(name, str):
+            raise _wrong(path, entry, f"the name {_short(name)}", "text")
+        _check_tensor(path, f"{entry}[{name!r}]", tensor)
+    weights = {name.removeprefix("_orig_mod."): t for name, t in model_state.items()}
+    if len(weights) < len(model_state):
+        raise _wrong(path, entry, "names twice, with and without _orig_mod.", "each one once")
+    optimizer_state = found.get("optimizer_state_dict")
+    if optimizer_state is not None:
+        _check_adam(path, optimizer_state, weights)
+    train_step = found.get("train_step", _step_in_name(path))
+    if train_step is not None and (
+        type(train_step) is not int or not 0 <= train_step <= MOST_STEPS
+    ):
+        raise _wrong(
+            path, "train_step", _short(train_step), f"a whole number from 0 to {MOST_STEPS}"
+        )
     return OfficialCheckpoint(
-        model_state={name.removeprefix("_orig_mod."): t for name, t in model_state.items()},
-        optimizer_state=found.get("optimizer_state_dict"),
-        train_step=found.get("train_step", _step_in_name(path)),
+        model_state=weights,
+        optimizer_state=optimizer_state,
+        train_step=train_step,
     )
+
+
+def _unpickle(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``, if it is whole, and tensors and plain values only."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} is truncated, or was not written by torch.save; copy it again from its source"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [info for info in archive.infolist() if info.compress_type]
+            if packed:  # it may hold a thousand times the size of the file
+                raise zipfile.BadZipFile(f"{packed[0].filename} is compressed")
+            damaged = archive.testzip()  # torch.load verifies no checksums
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was refused: it is corrupt, or holds code or other objects besides tensors "
+            f"and plain values, none of which was run ({_refused(error)}). If you trust it, load "
+            f"it with the program that wrote it, and save only its state dicts"
+        ) from None
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from None
+    except Exception as error:  # a pickle that is cut, or changed, can end in any of them
+        raise CheckpointError(
+            f"{path} is corrupt ({type(error).__name__}: {error}); copy it again from its source"
+        ) from None
+
+
+def _check_adam(path: Path, state: Any, model_state: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless ``state`` is that of Adam over the parameters of the model."""
+    section = "optimizer_state_dict"
+    if not isinstance(state, dict):
+        raise _wrong(path, section, _short(state), "a dict with state and param_groups")
+    if not isinstance(state.get("state"), dict):
+        raise _wrong(path, f"{section}.state", _short(state.get("state")), "a dict")
+    if not isinstance(state.get("param_groups"), list):
+        raise _wrong(path, f"{section}.param_groups", _short(state.get("param_groups")), "a list")
+    # The official models have no buffers, so these are the parameters. Before the first update,
+    # which a loss scale that overflows puts off, none has a state.
+    names = list(model_state)
+    if state["state"] and list(state["state"]) != list(range(len(names))):
+        found = f"the indices {_short(list(state['state']))}"
+        raise _wrong(path, f"{section}.state", found, f"0 to {len(names) - 1}, one per parameter")
+    for i, moments in state["state"].items():
+        name, weight = names[i], model_state[names[i]]
+        entry = f"{section}.state[{i}]"
+        if not isinstance(moments, dict) or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise _wrong(path, entry, _short(moments), "a dict of step, exp_avg and exp_avg_sq")
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moment = moments[kind]
+            _check_tensor(path, f"{entry}.{kind}", moment)
+            if (moment.shape, moment.dtype) != (weight.shape, weight.dtype):
+                needed = f"{_short(weight)}, as in {name},"
+                raise _wrong(path, f"{entry}.{kind}", _short(moment), needed)
+        if (moments["exp_avg_sq"] < 0).any():
+            raise _wrong(path, f"{entry}.exp_avg_sq", "negative numbers", "a mean of squares")
+        step = moments["step"]  # a plain number before PyTorch 1.12
+        step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+        if type(step) not in (int, float) or not 0 <= step <= MOST_STEPS:
+            raise _wrong(path, f"{entry}.step", _short(step), f"a number from 0 to {MOST_STEPS}")
+
+
+def _check_tensor(path: Path, entry: str, value: Any) -> None:
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or not value.is_floating_point()
+    ):
+        raise _wrong(path, entry, _short(value), "a dense floating-point tensor")
+    n_bad = value.numel() - int(value.isfinite().sum())
+    if n_bad:
+        raise _wrong(path, entry, f"{n_bad} of {value.numel()} numbers NaN or Inf", "finite ones")
+
+
+def _wrong(path: Path, entry: str, found: str, needed: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {entry} holds {found}, and {needed} is needed; export it again, or use another "
+        f"checkpoint"
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, int) and abs(value) > MOST_STEPS:
+        return f"a number of {value.bit_length()} bits"
+    return reprlib.repr(value)
 
 
 def export_official_checkpoint(
@@ -134,17 +229,17 @@ def model_config_from_state_dict(
         settings: the others that shapes do not tell: ``n_loops, window, injection``.
 
     Raises:
-        CheckpointError: a parameter of the official models is missing.
+        CheckpointError: a parameter of the official models is missing, or no matrix.
         ValueError: settings out of range.
     """
-    try:
-        n_embd, n_dims = model_state["_read_in.weight"].shape
-        n_rows = model_state["_backbone.transformer.wpe.weight"].shape[0]
-        n_outputs = model_state["_read_out.weight"].shape[0]
-    except KeyError as error:
-        raise CheckpointError(
-            f"no {error} in the state dict; that of an official model is needed"
-        ) from None
+    shapes = []
+    for name in ("_read_in.weight", "_backbone.transformer.wpe.weight", "_read_out.weight"):
+        if name not in model_state or model_state[name].ndim != 2:
+            raise CheckpointError(
+                f"no matrix {name!r} in the state dict; that of an official model is needed"
+            )
+        shapes.append(model_state[name].shape)
+    (n_embd, n_dims), (n_rows, _), (n_outputs, _) = shapes
     return ModelConfig(
         n_dims=n_dims,
         n_positions=(n_rows - 1) // 2,

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from looped_fast.compat import FAMILIES, LOOP_FUNCS
 from looped_fast.config import PRED_TYPES
-from looped_fast.errors import check_name, unknown_name
+from looped_fast.errors import check_name, naming, unknown_name
 from looped_fast.tasks import OFFICIAL_TASK_NAMES
 from looped_fast.training.config import (
     CurriculumConfig,
@@ -23,6 +21,9 @@ from looped_fast.training.config import (
     config_from_dict,
 )
 from looped_fast.training.presets import preset_config
+from looped_fast.training.yaml_file import read_yaml
+
+MOST_FILES = 100  # that a file inherits; the official ones inherit two
 
 # Our command line sets where a run reports and writes, which does not affect its results.
 NOT_TAKEN_OVER = (
@@ -32,65 +33,71 @@ NOT_TAKEN_OVER = (
 
 
 def load_config(
-    path: str | Path, given: Mapping[str, str] | None = None, by_default: str = "small"
+    path: str | Path, given: Mapping[str, Any] | None = None, by_default: str = "small"
 ) -> tuple[TrainConfig, str]:
     """Read a YAML file of settings, ours or an official one (with its ``inherit``).
 
     A file of ours overrides settings of the preset that it names, for its task and model; an
-    official file is complete.
+    official file is complete, and takes no preset.
 
     Args:
         path: the file.
-        given: a ``preset``, ``task`` or ``model`` that overrides that of a file of ours.
+        given: settings that override those of the file, ``preset``, ``task``, ``model``, ...
         by_default: the preset if none is named.
 
     Returns:
         The settings, and a phrase that says where they come from.
 
     Raises:
-        ValueError: not YAML, an unknown setting, or a wrong value; the message names the file.
+        ValueError: not YAML, an unknown setting, a wrong value, or a preset for an official file;
+            the message names the file.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file {path}")
+    path, given = Path(path), given or {}
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        content = read_yaml(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no configuration file {path}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no settings: 'name: value' lines are needed")
     if {"inherit", "training"} & content.keys():
-        config = _from_official(load_official_config(path), path)
+        if "preset" in given:
+            raise ValueError(
+                f"{path} is an official file, which is complete: preset {given['preset']!r} would "
+                f"change nothing; leave it out"
+            )
+        official = load_official_config(path)
+        with naming(path):
+            config = config_from_dict(dict(given), _from_official(official, path))
         return config, f"official settings of {path} (not taken over: {NOT_TAKEN_OVER})"
-    content |= given or {}
+    content |= given
     choices = {name: content.get(name) for name in ("preset", "task", "model")}
     named = {name: value for name, value in choices.items() if isinstance(value, str)}
     if named.get("preset", "").endswith((".yaml", ".yml")):
         del named["preset"]  # only a label, of a run whose settings came from a file
-    try:
+    with naming(path):
         base = preset_config(**{"preset": by_default, **named})
         config = config_from_dict({"preset": str(path), **content}, base)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     return config, f"settings of {path}"
 
 
 def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
-    """Convert official settings (``scripts/schema.py``) to ours, with the same effect."""
+    """Convert official settings (``scripts/schema.py``) of ``path`` to ours, with the same effect.
+
+    Raises:
+        ValueError: settings that we can't train with; the message does not name the file.
+    """
     model, training = official["model"], official["training"]
     kind = {"gpt2_loop": "looped", "gpt2": "standard", "gpt2_tying": "tied"}[model["family"]]
     check_name("task_name", training["task_name"], OFFICIAL_TASK_NAMES)
     task = OFFICIAL_TASK_NAMES[training["task_name"]]
     if model["pred_type"] != "regression":
-        raise ValueError(f"{path}: pred_type = {model['pred_type']!r}; training is regression only")
+        raise ValueError(f"pred_type = {model['pred_type']!r}; training is regression only")
     if task == "relu_2nn" and training["sparsity"] < 100:
-        raise ValueError(
-            f"{path}: sparsity = {training['sparsity']}; only dense networks (100) train here"
-        )
+        raise ValueError(f"sparsity = {training['sparsity']}; only dense networks (100) train here")
     if training["resume_id"] is not None:
         raise ValueError(
-            f"{path}: resume_id = {training['resume_id']!r}; leave it out, and give that run's "
+            f"resume_id = {training['resume_id']!r}; leave it out, and give that run's "
             f"checkpoint instead: --init-from .../state.pt"
         )
     curriculum = training["curriculum"]
@@ -211,11 +218,12 @@ def load_official_config(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file, or one that it inherits is missing (both are named).
-        ValueError: not YAML, an inherit cycle, an unknown setting (with the nearest valid one), a
-            missing one, or a value of the wrong type. The message names file and setting.
+        ValueError: not YAML, an inherit cycle, more than ``MOST_FILES`` files, an unknown setting
+            (with the nearest valid one), a missing one, or a value of the wrong type. The message
+            names file and setting.
     """
     path = Path(path)
-    given = _read_config(path, ())
+    given = _read_config(path, (), {})
     nested: dict[str, Any] = {}
     for name, key in _SCHEMA.items():
         value = given.get(name)
@@ -230,19 +238,29 @@ def load_official_config(path: str | Path) -> dict[str, Any]:
     return nested
 
 
-def _read_config(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """Dotted name -> checked value of ``path`` and its parents; ``chain``: what inherits it."""
+def _read_config(
+    path: Path, chain: tuple[Path, ...], known: dict[Path, dict[str, Any]]
+) -> dict[str, Any]:
+    """Dotted name -> checked value of ``path`` and its parents.
+
+    chain: what inherits it; known: what is read already, since a file may be inherited many times.
+    """
     file = Path(os.path.abspath(path))
     if file in chain:
         cycle = " -> ".join(map(str, (*chain[chain.index(file) :], file)))
         raise ValueError(f"{file}: inherit goes round in a cycle: {cycle}")
+    if file in known:
+        return known[file]
+    if len(chain) + len(known) > MOST_FILES:
+        raise ValueError(
+            f"{chain[0]} inherits more than {MOST_FILES} files, {file} among them; put settings "
+            f"that belong together in one file"
+        )
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        content = read_yaml(file) or {}
     except FileNotFoundError:
         inherited = f", which {chain[-1]} inherits," if chain else ""
         raise FileNotFoundError(f"{file}{inherited} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: sections with settings are needed, not {content!r}")
     parents = content.pop("inherit", None) or []
@@ -251,12 +269,13 @@ def _read_config(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{file}: inherit = {parents!r}; names of YAML files are needed")
     settings: dict[str, Any] = {}
     for parent in parents:
-        settings.update(_read_config(file.parent / parent, (*chain, file)))
+        settings.update(_read_config(file.parent / parent, (*chain, file), known))
     settings.update(_flatten(file, content, ""))
+    known[file] = settings
     return settings
 
 
-def _flatten(file: Path, section: dict[Any, Any], prefix: str) -> dict[str, Any]:
+def _flatten(file: Path, section: dict[str, Any], prefix: str) -> dict[str, Any]:
     settings = {}
     depth = prefix.count(".") + 1
     siblings = {".".join(n.split(".")[:depth]): None for n in _SCHEMA if n.startswith(prefix)}

@@ -23,7 +23,7 @@ from looped_fast.model import LoopedTransformer, ambient_precision
 from looped_fast.ops import backends
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
-from looped_fast.ops.modules import Reasons, Watch
+from looped_fast.ops.modules import Reasons, Watch, constant_in_graphs
 from looped_fast.ops.reference import autocast
 
 MAX_VERIFIED = 8  # states of a model; a forward that counts its calls has one more at each
@@ -156,7 +156,7 @@ class FastForward:
             self.watch.overlook_changes(self.model)
         return result
 
-    @torch.compiler.assume_constant_result
+    @constant_in_graphs
     def deviations(self) -> Reasons:
         """Say why the model's own forward runs now; empty if the fast one does.
 

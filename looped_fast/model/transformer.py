@@ -24,7 +24,7 @@ from looped_fast.model.blocks import Backbone, Part, weights_and_biases
 from looped_fast.ops import backends, op, reference
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
-from looped_fast.ops.modules import Reasons, Watch, global_hooks
+from looped_fast.ops.modules import Reasons, Watch, constant_in_graphs, global_hooks
 from looped_fast.ops.prompt import check_finite, read_in
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
@@ -315,7 +315,7 @@ class LoopedTransformer(nn.Module):
             attention=self.attention,
         )
 
-    @torch.compiler.assume_constant_result
+    @constant_in_graphs
     def deviations(self) -> Reasons:
         """Say why the model runs module by module now; empty if ``ops.loop`` runs it.
 

@@ -8,11 +8,14 @@ times of replayed CUDA graphs: without graphs, launching kernels costs time as w
 from __future__ import annotations
 
 import functools
+import math
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from looped_fast.config import BACKENDS
 from looped_fast.kernels.candidates import operand_precision
 from looped_fast.ops import cache
 from looped_fast.ops.call import Call
@@ -64,11 +67,14 @@ _failed: dict[str, dict[str, str]] = {}
 @functools.cache
 def _known() -> dict[str, Times]:
     """Times by kind of call, read from disk once in a process."""
-    return {
-        kind: times
-        for kind, times in cache.load(path()).items()
-        if isinstance(times, dict) and all(isinstance(t, int | float) for t in times.values())
-    }
+    return cache.load(path(), _are_times)
+
+
+def _are_times(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        name in BACKENDS and type(time) in (int, float) and 0 < time < math.inf
+        for name, time in entry.items()
+    )
 
 
 def operands(call: Call) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from looped_fast.errors import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -17,19 +22,27 @@ def folder() -> Path:
     return Path(root, "looped_fast")
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The mapping in ``path``; empty if there is no file, or it can't be read (which is logged)."""
+def load(path: Path, is_valid: Callable[[Any], bool] = lambda entry: True) -> dict[str, Any]:
+    """The mapping in ``path``, without entries that are not valid; empty if there is no file.
+
+    A file that can't be read and entries that are left out are logged, once in a process.
+    """
     try:
-        kept = json.loads(path.read_text())
-        if isinstance(kept, dict):
-            return kept
-        error: Exception = ValueError(f"it holds a {type(kept).__name__}, a mapping is needed")
+        kept = read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as caught:
-        error = caught
-    logger.warning("can't read %s, measuring afresh: %s", path, error)
-    return {}
+    except (OSError, ValueError) as error:
+        _warn_once(f"can't read {path}, measuring afresh: {error}")
+        return {}
+    for name, entry in kept.items():
+        if not is_valid(entry):
+            _warn_once(f"{path}: ignoring {name} = {reprlib.repr(entry)}, measuring afresh")
+    return {name: entry for name, entry in kept.items() if is_valid(entry)}
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def update(path: Path, entries: dict[str, Any]) -> str | None:

@@ -30,6 +30,16 @@ _DENSE = {Tensor, nn.Parameter, type(None)}
 _WITHOUT_SETTINGS = {nn.Linear, nn.ModuleList, nn.ModuleDict}  # their attributes decide nothing
 
 
+def constant_in_graphs(function: Callable[..., Reasons]) -> Callable[..., Reasons]:
+    """Mark a function that torch.compile calls while it traces, for a constant.
+
+    As ``torch.compiler.assume_constant_result``, which imports the compiler: two seconds, and
+    Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class Watch:
     """Verdicts on a model, each valid as long as its modules are what they were.
 

@@ -13,7 +13,7 @@ from looped_fast.training.config import (
     CurriculumConfig,
     ScheduleConfig,
     TrainConfig,
-    config_from_dict,
+    saved_config,
 )
 
 
@@ -37,19 +37,18 @@ def shortened(config: TrainConfig, steps: int) -> TrainConfig:
 
 
 def last_checkpoint(config: TrainConfig, run_dir: Path) -> checkpoint.Checkpoint | None:
-    """Latest checkpoint to resume from, or None. Creates ``run_dir`` for a new run.
+    """Latest checkpoint to resume from, or None; then ``config.yaml`` is written.
 
     Raises:
         ValueError: the folder holds a run with other settings.
         CheckpointError: the checkpoint is damaged.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     latest = checkpoint.latest(run_dir)
     if latest is None:
         (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
         return None
     saved = checkpoint.load(latest)
-    before = config_from_dict(saved.config, type(config)())  # defaults for newer settings
+    before = saved_config(saved, type(config)())  # defaults for newer settings
     changes = changed_settings(before.to_dict(), config.to_dict())
     if changes:
         raise ValueError(

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -38,7 +37,8 @@ from looped_fast.paper.tabular_data import (
     training_prompts,
 )
 from looped_fast.pretrained.provenance import versions, weights_sha256
-from looped_fast.training import checkpoint
+from looped_fast.training import checkpoint, lock
+from looped_fast.training.command_line import parse
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Interrupted, Trainer
@@ -185,9 +185,9 @@ class Command:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    command = tyro.cli(Command, args=args, prog="python -m looped_fast.openml")
-    out = command.out or Path("openml") / f"{command.data}-{command.preset}"
     try:
+        command = parse(Command, args, "python -m looped_fast.openml")
+        out = command.out or Path("openml") / f"{command.data}-{command.preset}"
         results = run(command, load_sets(command.data), out)
     except Interrupted as stop:
         print(f"\n{stop}: the run is saved. The same command resumes it.")
@@ -229,8 +229,9 @@ def run(command: Command, sets: list[TabularSet], out: Path) -> dict[str, Any]:
             run_dir = out / f"{model}-{name.replace(' ', '-')}"
             config = dataclasses.replace(config, out=str(run_dir))
             print(f"{name} held out, {model}: {config.steps} steps in {run_dir}", flush=True)
-            trainer = TabularTrainer(config, sets, run_dir, last_checkpoint(config, run_dir))
-            trainer.fit()
+            with lock.hold(run_dir):
+                trainer = TabularTrainer(config, sets, run_dir, last_checkpoint(config, run_dir))
+                trainer.fit()
             wrong = [trainer.is_wrong(command.test_rows, config.n_loops, s)[:, -1] for s in seeds]
             row = results.setdefault(name, {"rows": len(wrong[0]), "sha256": {}})
             row[model] = _accuracy(wrong)

@@ -24,18 +24,19 @@ import torch
 import tyro
 
 from looped_fast import errors, evaluate, pretrained, train
-from looped_fast.errors import check_name
+from looped_fast.errors import check_name, read_json
 from looped_fast.evaluation import Curve
 from looped_fast.evaluation.baselines import figure_baselines
 from looped_fast.model import LoopedTransformer
 from looped_fast.paper import openml, state_probes, sweep
 from looped_fast.paper.ablations import SWEEPS
 from looped_fast.paper.results_figures import draw
-from looped_fast.paper.results_page import write_page
+from looped_fast.paper.results_page import as_written, numbers_file, read_numbers, write_page
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import sample_batch
 from looped_fast.training import checkpoint
+from looped_fast.training.command_line import parse
 from looped_fast.training.distributed import resolve_device, single_process
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import step_flops
@@ -80,8 +81,8 @@ class Missing(Exception):
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status: 3 if anything is missing."""
-    command = tyro.cli(Command, args=args, prog="python -m looped_fast.reproduce")
     try:
+        command = parse(Command, args, "python -m looped_fast.reproduce")
         single_process()  # several processes would each do all the work
         for name in command.figures:
             check_name("figure", name, FIGURES)
@@ -96,14 +97,14 @@ def main(args: list[str] | None = None) -> int:
 
 def make(name: str, command: Command) -> bool:
     """Bring one figure up to date as far as possible; return True if nothing is missing."""
-    path = command.out / "results" / f"{name}.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
+    earlier = read_numbers(command.out, name)
     started = time.perf_counter()
     missing: list[str] = []
     numbers = FIGURES[name](command, earlier, missing)
     for how in missing:
         print(f"{name}: missing; make it with: {how}")
-    path.write_text(json.dumps(_rounded({**numbers, "missing": missing})))
+    document = json.dumps(_rounded({**numbers, "missing": missing}))
+    numbers_file(command.out, name).write_text(document)
     draw(name, command.out)
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     return not missing
@@ -214,7 +215,8 @@ def positions_and_loops(task: str) -> Callable[[Command, Numbers, list[str]], Nu
         known: dict[str, Curve] = {}
         if earlier.get("key", {}).get("baselines") == baseline_key:
             names = figure_baselines(runs[0].task)
-            known = {n: Curve(**c) for n, c in earlier["positions"].items() if n in names}
+            with as_written(numbers_file(command.out, task)):
+                known = {n: Curve(**c) for n, c in earlier["positions"].items() if n in names}
 
         def compute() -> Numbers:
             settings.out.mkdir(parents=True, exist_ok=True)
@@ -274,9 +276,20 @@ def ablations(command: Command, earlier: Numbers, missing: list[str]) -> Numbers
 
 
 def _finished(command: Command, kind: str, results_file: str) -> dict[str, Numbers]:
-    """Results of the sweeps or OpenML experiments that were run, by their folder's name."""
-    paths = sorted(command.work.glob(f"{kind}/*/{results_file}"))
-    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+    """Results of the sweeps or OpenML experiments that were run, by their folder's name.
+
+    Raises:
+        ValueError: a file of results is damaged; the message names it.
+    """
+    found = {}
+    for path in sorted(command.work.glob(f"{kind}/*/{results_file}")):
+        results = read_json(path)
+        needed = {"sweeps": ("scale", "runs"), "openml": ("settings", "sets")}[kind]
+        with as_written(path):
+            if missing := [part for part in needed if part not in results]:
+                raise KeyError(*missing)
+        found[path.parent.name] = results
+    return found
 
 
 def probes(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:

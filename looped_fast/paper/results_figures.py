@@ -8,12 +8,21 @@ from pathlib import Path
 from looped_fast.evaluation import Curve, figures
 from looped_fast.evaluation.figures import OFFICIAL_LOOPS
 from looped_fast.paper import openml, published, state_probes, sweep
-from looped_fast.paper.results_page import Numbers, read_numbers, scale
+from looped_fast.paper.results_page import (
+    Numbers,
+    as_written,
+    numbers_file,
+    read_numbers,
+    scale,
+)
 
 
 def draw(name: str, out: Path) -> None:
     """Draw the figures of ``<out>/results/<name>.json`` as PNG files beside it."""
-    for path in _draw(name, read_numbers(out, name), out / "results"):
+    numbers = read_numbers(out, name)
+    with as_written(numbers_file(out, name)):
+        paths = list(_draw(name, numbers, out / "results"))
+    for path in paths:
         _shrink(path)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from looped_fast.errors import read_json
 from looped_fast.evaluation.figures import OFFICIAL_LOOPS
 from looped_fast.paper import openml, published, state_probes, sweep
 from looped_fast.paper.tabular_data import OPENML_IDS
@@ -28,23 +29,57 @@ GPU_PEAKS = {"A100 SXM": 312e12, "H100 SXM": 989e12}
 ASSUMED_SHARE = 0.2
 
 
+_PARTS = ("key", "positions", "loops", "shifts", "sweeps", "runs", "experiments", "steps")
+
+
+def numbers_file(out: Path, name: str) -> Path:
+    """Where ``reproduce`` writes the numbers of a figure."""
+    return out / "results" / f"{name}.json"
+
+
 def read_numbers(out: Path, name: str) -> Numbers:
-    """The numbers that ``reproduce`` wrote for a figure; empty if there are none."""
-    path = out / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The numbers that ``reproduce`` wrote for a figure; empty if there are none.
+
+    Raises:
+        ValueError: the file is no JSON object, or one of its parts isn't.
+    """
+    path = numbers_file(out, name)
+    numbers = read_json(path) if path.exists() else {}
+    with as_written(path):
+        for part in _PARTS:
+            if not isinstance(numbers.get(part, {}), dict):
+                raise TypeError(f"{part} is a {type(numbers[part]).__name__}")
+    return numbers
+
+
+@contextlib.contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Turn the error of code that meets something unexpected in ``path`` into one that names it."""
+    try:
+        yield
+    except (AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not hold what looped_fast wrote there ({error!r}); delete it, and repeat "
+            f"the command that makes it"
+        ) from error
 
 
 def scale(numbers: Numbers) -> str:
     """The size of the task that a figure's models learned."""
-    settings = next(iter(numbers["key"]["models"].values()))
+    (settings, *_) = numbers["key"]["models"].values()
     depth = f", depth {settings['depth']}" if settings["depth"] else ""
     return f"d = {settings['n_dims']}{depth}"
 
 
 def write_page(out: Path) -> None:
     """Write ``<out>/results.md`` from the numbers that exist."""
-    sections = {name: render(read_numbers(out, name)) for name, render in SECTIONS.items()}
-    parts = [_INTRODUCTION, _claims(out)]
+    sections = {}
+    for name, render in SECTIONS.items():
+        numbers = read_numbers(out, name)
+        with as_written(numbers_file(out, name)):
+            sections[name] = render(numbers)
+    with as_written(out / "results"):
+        parts = [_INTRODUCTION, _claims(out)]
     for name, text in sections.items():
         missing = read_numbers(out, name).get(
             "missing", [f"python -m looped_fast.reproduce {name}"]

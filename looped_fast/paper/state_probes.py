@@ -34,6 +34,7 @@ from looped_fast.ops import reference
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import Batch, LinearRegression, sample_batch
+from looped_fast.training.command_line import parse
 
 HIDDEN = 64  # units of a probe, as in the official code
 
@@ -164,18 +165,19 @@ def probe(run: Run, settings: Settings, *, control: bool = False) -> dict[str, d
 
     Raises:
         ValueError: a run of another task, fewer points than dimensions or more than the model
-            takes, or ``steps``, ``batch_size`` or ``test_prompts`` below 1.
+            takes, or a count below 1.
     """
     if type(run.task) is not LinearRegression:
         raise ValueError(
             f"{run.name} was trained on {run.config.task!r}; X^T y and w_OLS are probed on a run "
             f"of task 'lr'"
         )
-    for name in ("steps", "batch_size", "test_prompts"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} = {getattr(settings, name)}: at least 1 is needed")
-    n_points = settings.n_points or run.config.n_points
-    n_loops = settings.n_loops or run.config.n_loops
+    for name in ("steps", "batch_size", "test_prompts", "n_points", "n_loops"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value}: at least 1 is needed")
+    n_points = run.config.n_points if settings.n_points is None else settings.n_points
+    n_loops = run.config.n_loops if settings.n_loops is None else settings.n_loops
     device = next(run.model.parameters()).device
 
     def observe(batch: Batch, is_control: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -242,11 +244,9 @@ class Command:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    default = Command((), Settings())
-    command = tyro.cli(
-        Command, args=args, default=default, prog="python -m looped_fast.state_probes"
-    )
     try:
+        default = Command((), Settings())
+        command = parse(Command, args, "python -m looped_fast.state_probes", default)
         if not command.runs:
             raise ValueError("no run to probe; give the folder of one, such as runs/lr-looped-...")
         results = {}

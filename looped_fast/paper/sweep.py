@@ -28,6 +28,8 @@ from looped_fast.evaluation import (
 from looped_fast.paper.ablations import SWEEPS
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.pretrained.provenance import versions, weights_sha256
+from looped_fast.training import lock
+from looped_fast.training.command_line import parse
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Interrupted, Trainer
@@ -61,9 +63,9 @@ class Command:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    command = tyro.cli(Command, args=args, prog="python -m looped_fast.sweep")
-    out = command.out or Path("sweeps") / f"{command.name}-{command.task}-{command.preset}"
     try:
+        command = parse(Command, args, "python -m looped_fast.sweep")
+        out = command.out or Path("sweeps") / f"{command.name}-{command.task}-{command.preset}"
         runs = sweep_runs(
             command.name, command.task, command.preset, steps=command.steps, seed=command.seed
         )
@@ -125,8 +127,9 @@ def run(runs: dict[str, TrainConfig], out: Path, n_prompts: int) -> dict[str, An
         run_dir = out / f"{i}-{name}"
         config = dataclasses.replace(config, out=str(run_dir))
         print(f"[{i}/{len(runs)}] {label}: {config.steps} steps in {run_dir}", flush=True)
-        trainer = Trainer(config, run_dir, last_checkpoint(config, run_dir))
-        trainer.fit()
+        with lock.hold(run_dir):
+            trainer = Trainer(config, run_dir, last_checkpoint(config, run_dir))
+            trainer.fit()
         results[label] = _evaluate(trainer, n_prompts)
     return results
 

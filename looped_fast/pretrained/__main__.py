@@ -7,7 +7,7 @@ It holds the weights, their errors on held-out prompts, and a card that says how
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -20,7 +20,8 @@ from looped_fast import errors, pretrained
 from looped_fast.evaluation import model_errors
 from looped_fast.model import LoopedTransformer
 from looped_fast.training import checkpoint
-from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.command_line import Parser
+from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import preset_config
 
@@ -29,7 +30,7 @@ _PROMPTS = 1280  # held out for the evaluation, as in the paper
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser("python -m looped_fast.pretrained", description=__doc__)
+    parser = Parser("python -m looped_fast.pretrained", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--cpu-minutes", type=float, required=True, help="processor time it took")
     parser.add_argument("--how", required=True, help="machine, threads, sittings: in sentences")
@@ -54,7 +55,7 @@ def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> 
     if latest is None:
         raise FileNotFoundError(f"{run} holds no checkpoint; give the folder of a finished run")
     source = checkpoint.load(latest)
-    config = config_from_dict({**source.config, "out": None}, TrainConfig())
+    config = dataclasses.replace(saved_config(source), out=None)
     if source.step < config.steps:
         raise ValueError(
             f"{run} stopped at step {source.step} of {config.steps}; finish it with "
@@ -80,7 +81,7 @@ def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> 
 def card(folder: Path) -> str:
     """The model card of ``folder``, from what ``release`` recorded there."""
     weights = checkpoint.load(folder)
-    config, meta = config_from_dict(weights.config, TrainConfig()), weights.meta
+    config, meta = saved_config(weights), weights.meta
     size = sum(tensor.numel() for tensor in weights.model_state.values())
     errors = meta["errors"]
     half, last = config.n_points // 2, config.n_points - 1

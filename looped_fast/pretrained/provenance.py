@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from looped_fast.config import VERSION
-from looped_fast.pretrained.weights import find_checkpoint
+from looped_fast.errors import read_file
+from looped_fast.pretrained.weights import read_newest
 from looped_fast.training import checkpoint
 
+_MAX_BYTES = 2**36  # of weights, as in training/checkpoint_read.py
 PACKAGES = ("python", "torch", "numpy", "scikit-learn", "xgboost")
 
 
@@ -37,5 +39,9 @@ def weights_sha256(source: str | Path) -> str:
     Raises:
         FileNotFoundError: ``source`` is none of these.
     """
-    weights = find_checkpoint(source) / checkpoint.MODEL
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
+    return read_newest(source, file_sha256)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash the weights file of one checkpoint."""
+    return hashlib.sha256(read_file(path / checkpoint.MODEL, _MAX_BYTES)).hexdigest()

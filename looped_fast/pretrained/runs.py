@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from looped_fast.model import LoopedTransformer
-from looped_fast.pretrained.provenance import weights_sha256
-from looped_fast.pretrained.weights import find_checkpoint
+from looped_fast.pretrained.provenance import file_sha256
+from looped_fast.pretrained.weights import read_newest
 from looped_fast.tasks import Task
 from looped_fast.training import checkpoint
-from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.distributed import resolve_device
 
 
@@ -52,20 +52,20 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
         CheckpointError: the checkpoint is damaged or of another model.
         ValueError: a classifier of tabular sets, or a device that can't be used.
     """
-    path = find_checkpoint(Path(source))
-    loaded = checkpoint.load(path)
+    loaded, sha256 = read_newest(source, lambda path: (checkpoint.load(path), file_sha256(path)))
+    path = loaded.path
     if "held_out" in loaded.config:  # a setting of ``openml.TabularConfig``
         raise ValueError(
             f"{source} is a classifier of tabular sets; python -m looped_fast.openml evaluates it"
         )
-    config = config_from_dict(loaded.config, TrainConfig())
+    config = saved_config(loaded)
     model = LoopedTransformer(config.model_config())
     checkpoint.restore_into(loaded, model)
     is_named = path != Path(source)  # by its run's folder, or as a pretrained model
     return Run(
         name=Path(source).resolve().name if is_named else _checkpoint_name(path.resolve()),
         path=path,
-        sha256=weights_sha256(path),
+        sha256=sha256,
         step=loaded.step,
         config=config,
         task=config.make_task(),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from looped_fast.compat import load_official_checkpoint
-from looped_fast.errors import check_name
+from looped_fast.errors import CheckpointError, check_name
 from looped_fast.model import LoopedTransformer
 from looped_fast.training import checkpoint
-from looped_fast.training.config import TrainConfig, config_from_dict
+from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.step import Start
+
+T = TypeVar("T")
 
 _FOLDER = Path(__file__).parent
 
@@ -39,7 +43,7 @@ def train_config(name: str) -> TrainConfig:
     Raises:
         ValueError: an unknown name; the message suggests the nearest valid one.
     """
-    return config_from_dict(checkpoint.load(path(name)).config, TrainConfig())
+    return saved_config(checkpoint.load(path(name)))
 
 
 def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
@@ -58,7 +62,7 @@ def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
         CheckpointError: the installed weights are damaged.
     """
     weights = checkpoint.load(path(name))
-    config = config_from_dict(weights.config, TrainConfig())
+    config = saved_config(weights)
     model = LoopedTransformer(config.model_config(), backend)
     checkpoint.restore_into(weights, model)
     return model
@@ -85,6 +89,27 @@ def find_checkpoint(source: str | Path) -> Path:
     )
 
 
+def read_newest(source: str | Path, read: Callable[[Path], T]) -> T:
+    """Return ``read(path)`` for the path that ``find_checkpoint`` finds.
+
+    A run that trains meanwhile may prune that checkpoint before it is read; the newest one is read
+    instead.
+
+    Raises:
+        FileNotFoundError: ``source`` is nothing that ``find_checkpoint`` finds.
+        CheckpointError, OSError: what ``read`` raises for a checkpoint that is still the newest.
+    """
+    path = find_checkpoint(source)
+    while True:
+        try:
+            return read(path)
+        except (CheckpointError, OSError):
+            newest = find_checkpoint(source)
+            if newest == path:
+                raise
+            path = newest
+
+
 def load_start(source: str | Path) -> Start:
     """Load what a run with ``init_from = source`` starts from, for ``Trainer``.
 
@@ -98,8 +123,8 @@ def load_start(source: str | Path) -> Start:
     """
     path = Path(source)
     if path.suffix != ".pt":
-        path = find_checkpoint(path)
-        return Start(path, checkpoint.load(path).model_state)
+        saved = read_newest(path, checkpoint.load)
+        return Start(saved.path, saved.model_state)
     official = load_official_checkpoint(path)
     step = 0 if official.train_step is None else official.train_step + 1
     return Start(path, official.model_state, official.optimizer_state, step)

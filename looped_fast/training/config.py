@@ -13,11 +13,27 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from looped_fast.config import BACKENDS, ModelConfig
-from looped_fast.errors import check_name, unknown_name
+from looped_fast.errors import CheckpointError, check_name, unknown_name
 from looped_fast.tasks import TASKS, Task, make_task, task_options
+from looped_fast.training import checkpoint
 from looped_fast.training.curriculum import Curriculum, Schedule
 
 MODELS = ("looped", "standard", "tied")
+
+# Names of the official code and of other libraries -> ours, for hints.
+KNOWN_AS = {
+    "task_name": "task", "family": "model", "loop_func": "injection",
+    "n_loop_window": "window", "num_loops": "n_loops", "add_inputs_embeds": "injection",
+    "d_model": "n_embd", "hidden_size": "n_embd", "num_heads": "n_head", "num_layers": "n_layer",
+    "train_size": "train_prompts", "dataset_size": "train_prompts",
+    "train_steps": "steps", "max_steps": "steps", "epochs": "steps", "iterations": "steps",
+    "learning_rate": "lr", "lr_scheduler": "lr_decay", "warmup": "warmup_steps",
+    "grad_clip": "clip_grad_norm", "max_grad_norm": "clip_grad_norm", "adam_beta2": "beta2",
+    "pretrained_path": "init_from", "checkpoint": "init_from", "use_ctx": "amp",
+    "precision": "amp", "dtype": "amp", "gradient_checkpointing": "recompute",
+    "out_dir": "out", "output_dir": "out", "save_every_steps": "save_every",
+    "log_every_steps": "log_every", "keep_every_steps": "keep",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,8 +91,9 @@ class TrainConfig:
     """Standard deviation of initial weights."""
     n_loops: int = 30
     """Loop steps b, at the end of the curriculum."""
-    window: int = 15
-    """Last steps T that carry gradient and loss."""
+    window: int = None  # type: ignore[assignment]  # an int once the record is made
+    """Last steps T that carry gradient and loss. Default: 15, or n_loops if that is less; a tied
+    model has n_loops."""
 
     sparsity: int | None = None
     """sparse_lr: non-zero weights (3)."""
@@ -145,7 +162,14 @@ class TrainConfig:
     """Weights & Biases project to log to."""
 
     def __post_init__(self) -> None:
+        if self.window is None:
+            window = self.n_loops if self.model == "tied" else min(15, self.n_loops)
+            object.__setattr__(self, "window", window)
         check_name("task", self.task, TASKS)
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int) and value >= 2**63:
+                raise ValueError(f"{f.name} has {value.bit_length()} bits; at most 63 are possible")
         whole = "steps batch_size log_every eval_every eval_prompts save_every keep"
         for name in whole.split():
             if getattr(self, name) < 1:
@@ -246,10 +270,35 @@ class TrainConfig:
 def config_from_dict(settings: dict[str, Any], base: TrainConfig) -> TrainConfig:
     """Replace the given settings of ``base``; a nested dict replaces only what it names.
 
+    If ``n_loops`` is given without a ``window``, that of ``base`` is lowered to fit.
+
     Raises:
         ValueError: a setting is unknown (the message has the nearest) or of a wrong type.
     """
+    if "n_loops" in settings and "window" not in settings:
+        n_loops = _coerce("n_loops", settings["n_loops"], int)
+        tied = settings.get("model", base.model) == "tied"
+        settings = {**settings, "window": n_loops if tied else min(base.window, n_loops)}
     return _replace(base, settings, prefix="")
+
+
+def saved_config(saved: checkpoint.Checkpoint, base: TrainConfig | None = None) -> TrainConfig:
+    """The settings of the run that wrote ``saved``.
+
+    Args:
+        saved: a checkpoint of a run, or exported weights.
+        base: settings that a checkpoint of an older version lacks; the defaults if not given.
+
+    Raises:
+        CheckpointError: its settings are unknown or out of range; the message names the file.
+    """
+    try:
+        return config_from_dict(saved.config, TrainConfig() if base is None else base)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{saved.path / checkpoint.INDEX} holds settings that can't be used: {error}. It is "
+            f"corrupt, or of another version of looped_fast"
+        ) from error
 
 
 def _replace(record: Any, settings: dict[str, Any], prefix: str) -> Any:
@@ -257,7 +306,8 @@ def _replace(record: Any, settings: dict[str, Any], prefix: str) -> Any:
     changes = {}
     for name, value in settings.items():
         if name not in hints:
-            raise unknown_name("setting", prefix + name, [prefix + n for n in hints])
+            valid = [prefix + n for n in hints]
+            raise unknown_name("setting", f"{prefix}{name}", valid, {} if prefix else KNOWN_AS)
         current = getattr(record, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from looped_fast.config import ModelConfig
-from looped_fast.errors import CheckpointError
 from looped_fast.model import LoopedTransformer
 from looped_fast.ops import backends, graphs
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 from looped_fast.tasks import Batch, FixedPrompts, batch_seed, draw_batch
 from looped_fast.training import checkpoint, distributed
+from looped_fast.training.checkpoint_check import check_weights
 from looped_fast.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,12 @@ class Stepper:
             "capturable": self.device.type == "cuda",
         }
         self.optimizer = torch.optim.Adam(self.model.parameters(), **settings)
-        self.precision, self.precision_note = self._available_precision()
+        self.precision = self._available_precision()
         self.scaler = self._make_scaler()
         self.step = 0  # completed steps
         if resume is not None:
-            checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler)
+            unused = ("_read_in.weight", "_read_in.bias") if self._some_unused() else ()
+            checkpoint.restore_into(resume, self.model, self.optimizer, self.scaler, unused)
             self.step = resume.step
         elif start is not None:
             self._start_from(start)
@@ -149,22 +153,28 @@ class Stepper:
     def _model_config(self) -> ModelConfig:
         return self.config.model_config()
 
-    def _available_precision(self) -> tuple[str, str]:
-        """The configured precision and "", or fp32 and a note if bf16 is slower on this CPU."""
+    def _available_precision(self) -> str:
+        """The configured precision, or fp32, which is logged, if bf16 is slower on this CPU."""
         wanted = self.config.precision
         if self.device.type == "cpu" and wanted == "bf16":
             size = (self.config.batch_size, self.config.n_points)
             bf16 = backends.select(self.model.describe_call(*size, "bf16"))
             fp32 = backends.select(self.model.describe_call(*size, "fp32"))
             if bf16.chosen != "cpu" and fp32.chosen == "cpu":
-                return "fp32", f"amp bf16 runs in fp32 here: {bf16.reasons['cpu']}"
-        return wanted, ""
+                if self.processes.is_main:
+                    logger.warning("amp bf16 runs in fp32 here: %s", bf16.reasons["cpu"])
+                return "fp32"
+        return wanted
+
+    def _some_unused(self) -> bool:
+        """True if the read-in may get no gradient: the prompt may enter outside of the window."""
+        config = self.config
+        return config.injection == "none" and config.window < config.n_loops
 
     def _start_from(self, start: Start) -> None:
-        try:
-            self.model.load_state_dict(start.model_state)
-        except RuntimeError as error:
-            raise CheckpointError(f"{start.path} is of another model: {error}") from None
+        hint = "Give this run the sizes of the one that made it (--n-embd, --n-layer, ...)"
+        check_weights(start.path, start.model_state, self.model, hint)
+        self.model.load_state_dict(start.model_state)
         if start.optimizer_state is not None:
             # Keep Adam's moments, but with this run's settings.
             groups = self.optimizer.state_dict()["param_groups"]
@@ -220,11 +230,9 @@ class Stepper:
     @functools.cached_property
     def _averaging_objective(self) -> nn.Module:
         """The objective, wrapped at its first use to average gradients over processes."""
-        config, (_, n_points, n_loops) = self.config, self.curriculum.at(0)
+        _, n_points, n_loops = self.curriculum.at(0)
         averaging = self.processes.average_gradients(
-            self._objective,
-            # The prompt enters only before the first step, which may be outside of the window.
-            some_unused=config.injection == "none" and config.window < config.n_loops,
+            self._objective, some_unused=self._some_unused()
         )
         if averaging is not self._objective:
             # DDP sorts its buckets by the first backward, and buckets fix the order in which three

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import reprlib
 import signal
 import sys
 import time
@@ -17,7 +19,8 @@ from tqdm import tqdm
 
 from looped_fast.evaluation import model_errors
 from looped_fast.ops.flops import loop_flops
-from looped_fast.training import backend_autotune, checkpoint, distributed
+from looped_fast.training import backend_autotune, checkpoint, distributed, lock
+from looped_fast.training.checkpoint_read import damaged
 from looped_fast.training.config import TrainConfig
 from looped_fast.training.curriculum import Stage
 from looped_fast.training.log import MetricsLog
@@ -27,7 +30,7 @@ _LEAST_SCALE = 2.0**-10  # of the fp16 loss: below it after 27 overflows in a ro
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or its gradient is NaN or Inf."""
+    """The loss, its gradient, or what an update made of the weights is NaN or Inf."""
 
 
 class Interrupted(Exception):
@@ -36,6 +39,25 @@ class Interrupted(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+def _unlogged(saved: checkpoint.Checkpoint) -> tuple[int, torch.Tensor] | None:
+    """Steps since the last log line, and their sums [processes, 3]; None in older checkpoints."""
+    n_processes, entry = saved.meta.get("processes", 1), saved.meta.get("unlogged")
+    if type(n_processes) is not int or n_processes < 1:
+        fault = f"processes = {reprlib.repr(n_processes)}, and a count is needed"
+        raise damaged(saved.path / checkpoint.INDEX, f"has meta.{fault}")
+    if entry is None:
+        return None
+    try:
+        steps, sums = entry["steps"], torch.tensor(entry["sums"], dtype=torch.float64)
+        valid = type(steps) is int and 0 <= steps <= saved.step and sums.isfinite().all()
+        if not (valid and sums.shape == (n_processes, 3)):
+            raise ValueError("steps is a count, and sums are three numbers per process")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        fault = f"has a wrong entry meta.unlogged ({error!r})"
+        raise damaged(saved.path / checkpoint.INDEX, fault) from None
+    return steps, sums
 
 
 class Trainer(Stepper):
@@ -61,9 +83,14 @@ class Trainer(Stepper):
         processes: distributed.Processes | None = None,
         start: Start | None = None,
     ) -> None:
+        unlogged = None if resume is None else _unlogged(resume)
         super().__init__(config, resume, processes, start)
         self.run_dir = run_dir
         self._saved_step: int | None = self.step if resume is not None else None
+        if unlogged is not None:
+            self._steps_in_sums, sums = unlogged
+            same = len(sums) == self.processes.world_size
+            self._sums.copy_(sums[self.processes.rank] if same else sums.mean(0))
         self._signal = 0  # number of the signal received
 
     def measure_backends(self) -> str | None:
@@ -111,11 +138,22 @@ class Trainer(Stepper):
         """Train to ``config.steps``, with a progress bar.
 
         Raises:
-            NonFiniteError: the loss or gradient is NaN or Inf; that state is not checkpointed.
-                (SystemExit with several processes, see ``Processes.failing_together``.)
+            NonFiniteError: the loss, the gradient or the weights are NaN or Inf; that state is not
+                checkpointed. (SystemExit with several processes, see
+                ``Processes.failing_together``.)
             Interrupted: SIGINT or SIGTERM came; the step was finished and checkpointed. With
                 several processes all stop after the same step, whichever got the signal.
+            InUseError: another process writes to the run's folder.
+            RuntimeError: the run's log is damaged.
         """
+        with contextlib.ExitStack() as held:
+            with self.processes.failing_together():
+                if self.processes.is_main:
+                    held.enter_context(lock.hold(self.run_dir))
+                    checkpoint.tidy(self.run_dir, self.config.keep)
+            self._fit_in_locked_folder()
+
+    def _fit_in_locked_folder(self) -> None:
         config = self.config
         if measured := self.measure_backends():
             print(measured)
@@ -164,6 +202,7 @@ class Trainer(Stepper):
                         refresh=False,
                     )
             if self._is_due(config.eval_every):
+                self._check_update()
                 self.processes.broadcast(
                     lambda: log.write(self.step, {"errors": self.evaluate(config.eval_prompts)})
                 )
@@ -171,6 +210,9 @@ class Trainer(Stepper):
             if reads or self.processes.world_size == 1:  # a gather waits for the slowest
                 signum = int(max(self.processes.gather(self._signal))[0])
             if self._is_due(config.save_every) or signum:
+                with self.processes.failing_together():
+                    if log is not None:
+                        log.check_folder()
                 self.save()
             if signum:
                 raise Interrupted(signum)
@@ -193,7 +235,15 @@ class Trainer(Stepper):
         if self._saved_step == self.step:
             return
         self._read_sums()  # raises when not finite
-        stage, n_processes = self.curriculum.at(self.step), self.processes.world_size
+        self._check_update()
+        meta = {
+            "curriculum": self.curriculum.at(self.step)._asdict(),
+            "processes": self.processes.world_size,
+            "unlogged": {
+                "steps": self._steps_in_sums,
+                "sums": self.processes.gather(*self._sums.tolist()),
+            },
+        }
         self.processes.broadcast(
             lambda: checkpoint.save(
                 self.run_dir,
@@ -201,7 +251,7 @@ class Trainer(Stepper):
                 self.model,
                 self.optimizer,
                 config=self.config.to_dict(),
-                meta={"curriculum": stage._asdict(), "processes": n_processes},
+                meta=meta,
                 scaler=self.scaler,
                 keep=self.config.keep,
             )
@@ -241,8 +291,10 @@ class Trainer(Stepper):
         if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
             norm = math.inf
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            first = self.step - (0 if self.device.type == "cpu" else self._steps_in_sums - 1)
+            when = f"step {self.step}" if first == self.step else f"steps {first} to {self.step}"
             with self.processes.failing_together():
-                raise NonFiniteError(self._explain_non_finite(loss, norm))
+                raise self._non_finite(f"loss {loss}, gradient norm {norm} at {when}")
         values = {"loss": loss, "grad_norm": norm}
         # With few dimensions at the start, all sparse weights may be 0, and then so is y.
         return values | {"relative_error": loss / zero} if zero else values
@@ -251,16 +303,21 @@ class Trainer(Stepper):
         self._sums.zero_()
         self._steps_in_sums = 0
 
-    def _explain_non_finite(self, loss: float, norm: float) -> str:
-        first = self.step - (0 if self.device.type == "cpu" else self._steps_in_sums - 1)
-        when = f"step {self.step}" if first == self.step else f"steps {first} to {self.step}"
+    def _check_update(self) -> None:
+        """Raise NonFiniteError if the last update made a weight or a moment NaN or Inf."""
+        fault = checkpoint.non_finite_state(self.model, self.optimizer)
+        with self.processes.failing_together():
+            if fault is not None:
+                raise self._non_finite(f"{fault} after step {self.step}")
+
+    def _non_finite(self, what: str) -> NonFiniteError:
         good = checkpoint.latest(self.run_dir)
         remedies = ["a lower --lr", "--clip-grad-norm 1", "--warmup-steps 1000"]
         if self.precision != "fp32":
             remedies.append("--amp off")
-        return (
-            f"loss {loss}, gradient norm {norm} at {when}. No checkpoint was written of it; "
-            f"the last good one is {good or 'none'}. Likely remedies: {', '.join(remedies)}"
+        return NonFiniteError(
+            f"{what}. No checkpoint was written of it; the last good one is {good or 'none'}. "
+            f"Likely remedies: {', '.join(remedies)}"
         )
 
     def _describe_step(self, steps_per_s: float) -> dict[str, Any]:

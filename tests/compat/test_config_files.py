@@ -1,12 +1,14 @@
 """YAML files of settings, ours and the official code's."""
 
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from looped_fast import compat
-from looped_fast.compat.config_files import load_official_config
+from looped_fast.compat.config_files import load_config, load_official_config
 
 BASE = """
 wandb: {project: Lets_Loop2, notes: , log_every_steps: 100}
@@ -130,3 +132,77 @@ def test_a_missing_file_is_named_with_the_one_that_inherits_it(write, tmp_path):
     child = write("child.yaml", "inherit: [gone.yaml]")
     with pytest.raises(FileNotFoundError, match=r"gone\.yaml, which .*child\.yaml inherits"):
         load_official_config(child)
+
+
+def test_a_file_that_is_inherited_many_times_is_read_once(write):
+    write("d0.yaml", "inherit: base.yaml\ntraining: {seed: 5}")
+    for i in range(1, 25):
+        write(f"d{i}.yaml", f"inherit: [d{i - 1}.yaml, d{i - 1}.yaml]")
+    started = time.perf_counter()
+    assert load_official_config(write("child.yaml", "inherit: d24.yaml"))["training"]["seed"] == 5
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("shape", ["chain", "list"])
+def test_more_inherited_files_than_the_limit_are_refused_at_once(write, shape):
+    if shape == "chain":
+        for i in range(1500):
+            write(f"d{i}.yaml", f"inherit: d{i + 1}.yaml")
+        child = write("child.yaml", "inherit: d0.yaml")
+    else:
+        names = [f"d{i}.yaml" for i in range(300)]
+        for name in names:
+            write(name, "")
+        child = write("child.yaml", f"inherit: [{', '.join(names)}]")
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=r"child\.yaml inherits more than 100 files") as caught:
+        load_official_config(child)
+    assert time.perf_counter() - started < 1
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_hundred_inherited_files_are_read(write):
+    names = [f"d{i}.yaml" for i in range(99)]
+    for name in names:
+        write(name, "")
+    child = write("child.yaml", f"inherit: [{', '.join(names)}, base.yaml]")
+    assert load_official_config(child)["model"]["n_embd"] == 256
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, "null: 3", "training: {1: 2}", "seed: \xe9"])
+def test_a_bad_file_is_named_where_it_is_inherited(write, tmp_path, text):
+    (tmp_path / "parent.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"parent\.yaml is not"):
+        load_official_config(write("child.yaml", "inherit: [base.yaml, parent.yaml]"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {n_head: 7}", "n_embd = 256 is not divisible by n_head = 7"),
+        ("training: {task_name: linear_regresion}", "did you mean 'linear_regression'"),
+        ("training: {learning_rate: .nan}", "lr = nan: at least 0"),
+        ("training: {curriculum: {dims: {interval: 0}}}", "curriculum.dims: interval = 0"),
+        ("training: {train_steps: 0}", "steps = 0: at least 1"),
+        ("training: {resume_id: abc}", "resume_id = 'abc'; leave it out"),
+        ("model: {pred_type: classification}", "training is regression only"),
+    ],
+)
+def test_an_error_of_official_settings_starts_with_their_file(write, text, message):
+    path = write("child.yaml", f"inherit: base.yaml\n{text}")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_what_is_given_beside_an_official_file_is_not_ignored(write):
+    path = write("child.yaml", CHILD.replace("../", ""))
+    config, _ = load_config(path, {"n_loops": 100})
+    assert (config.n_loops, config.window) == (100, 20)
+    assert load_config(write("base.yaml", BASE), {"task": "noisy_lr"})[0].task == "noisy_lr"
+    with pytest.raises(ValueError, match=r"child\.yaml: unknown task 'lrr'; did you mean 'lr'"):
+        load_config(path, {"task": "lrr"})
+    with pytest.raises(ValueError, match=r"child\.yaml: a tied model is trained through all"):
+        load_config(path, {"model": "tied"})
+    with pytest.raises(ValueError, match=r"child\.yaml is an official file.*preset 'tiny' would"):
+        load_config(path, {"preset": "tiny"})

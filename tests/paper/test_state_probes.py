@@ -148,3 +148,10 @@ def test_the_command_writes_numbers_and_a_figure(tmp_path, capsys):
     assert f"\nplot: {out / 'probes.png'}\n" in printed
     assert state_probes.main([str(tmp_path / "none"), *line, str(out)]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["n_points", "n_loops", "steps", "batch_size", "test_prompts"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_count_below_1_is_refused_not_taken_for_the_default(name, value):
+    with pytest.raises(ValueError, match=rf"{name} = {value}: at least 1 is needed"):
+        probe(make_run(), Settings(**{name: value}))

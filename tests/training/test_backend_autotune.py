@@ -111,7 +111,7 @@ def test_the_file_is_read_once_in_a_process(monkeypatch):
     backend_times._known.cache_clear()
     reads = []
     load = backend_times.cache.load
-    monkeypatch.setattr(backend_times.cache, "load", lambda path: reads.append(path) or load(path))
+    monkeypatch.setattr(backend_times.cache, "load", lambda *a: reads.append(a) or load(*a))
     for _ in range(5):
         assert backends.select(STEP).chosen == "compiled"
     assert len(reads) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import held_elsewhere, relative_error
 from safetensors.torch import load_file
 
 from looped_fast import LoopedTransformer
@@ -218,6 +218,15 @@ def test_a_bad_setting_ends_all_and_is_printed_once(tmp_path):
     assert errors.count("error: unknown backend 'nosuch'") == 1
     assert not printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_ends_all_and_is_printed_once(tmp_path):
+    out = tmp_path / "run"
+    with held_elsewhere(out):
+        status, _, errors = torchrun(tmp_path, *MINI, "--out", out, forked="", n_processes=2)
+        assert status != 0
+        assert errors.count(f"error: {out} is in use: process {os.getpid()} on ") == 1
+        assert os.listdir(out) == ["run.lock"]
 
 
 # Only process 1 has this fault, before training.

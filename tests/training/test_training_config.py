@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from looped_fast.compat.config_files import load_config
-from looped_fast.training.config import ScheduleConfig, TrainConfig, config_from_dict
+from looped_fast.training.config import KNOWN_AS, ScheduleConfig, TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 
 OFFICIAL_BASE = """
@@ -185,7 +185,7 @@ def test_an_official_run_to_resume_is_refused_with_a_remedy(tmp_path):
     [
         ("batchsize: 3", "unknown setting 'batchsize'; did you mean 'batch_size'"),
         ("curriculum: {dimms: {start: 3}}", "'curriculum.dimms'; did you mean 'curriculum.dims'"),
-        ("steps: [1", "is not valid YAML"),
+        ("steps: [1", "is not YAML"),
         ("- lr", "holds no settings: 'name: value' lines are needed"),
         ("", "holds no settings"),
         ("steps: many", "setting steps = 'many': int is needed"),
@@ -302,3 +302,60 @@ def test_a_switch_takes_true_or_false_alone():
     assert config_from_dict({"recompute": True}, TrainConfig()).recompute
     with pytest.raises(ValueError, match=r"recompute = 1: bool is needed"):
         config_from_dict({"recompute": 1}, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "window"),
+    [
+        ({}, 15),
+        ({"n_loops": 10}, 10),
+        ({"n_loops": 1}, 1),
+        ({"n_loops": 40}, 15),
+        ({"n_loops": 10, "window": 3}, 3),
+        ({"n_loops": 12, "model": "tied", "injection": "none"}, 12),
+        ({"n_loops": 40, "model": "tied", "injection": "none"}, 40),
+        ({"n_loops": 1, "model": "standard", "injection": "none"}, 1),
+    ],
+)
+def test_a_window_that_nobody_gave_fits_the_loop_count(given, window):
+    assert TrainConfig(**given).window == window
+    assert config_from_dict(given, TrainConfig(n_loops=30)).window == window
+
+
+def test_a_window_that_was_given_is_not_lowered():
+    for make in (
+        lambda **given: TrainConfig(**given),
+        lambda **g: config_from_dict(g, TrainConfig()),
+    ):
+        with pytest.raises(ValueError, match=r"window = 15 is outside 1\.\.10"):
+            make(n_loops=10, window=15)
+
+
+def test_the_loop_count_of_a_window_is_checked_first():
+    with pytest.raises(ValueError, match=r"setting n_loops = '10': int is needed"):
+        config_from_dict({"n_loops": "10"}, TrainConfig())
+    with pytest.raises(ValueError, match=r"n_loops = 0"):
+        TrainConfig(n_loops=0)
+
+
+@pytest.mark.parametrize("name", ["steps", "seed", "n_embd", "batch_size", "warmup_steps", "depth"])
+def test_a_number_beyond_64_bits_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} has 1994 bits; at most 63 are possible"):
+        TrainConfig(**{name: 10**600, "task": "dt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("learning_rate", "lr"), ("train_steps", "steps"), ("n_loop_window", "window"),
+     ("precision", "amp"), ("max_grad_norm", "clip_grad_norm"), ("hidden_size", "n_embd")],
+)  # fmt: skip
+def test_a_name_of_others_gets_ours(name, ours):
+    with pytest.raises(ValueError, match=f"unknown setting '{name}'; did you mean '{ours}'"):
+        config_from_dict({name: 1}, TrainConfig())
+    assert hasattr(TrainConfig(), ours)
+
+
+def test_every_name_of_others_stands_for_a_setting():
+    settings = {f.name for f in dataclasses.fields(TrainConfig)}
+    assert set(KNOWN_AS.values()) <= settings
+    assert settings.isdisjoint(KNOWN_AS)

@@ -6,16 +6,17 @@ a laptop, ``tiny`` takes minutes on two cores. ``python -m looped_fast.presets``
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from looped_fast.errors import check_name, unknown_name
+from looped_fast.errors import check_name, naming, unknown_name
 from looped_fast.tasks import TASKS
+from looped_fast.training.command_line import Parser
 from looped_fast.training.config import MODELS, TrainConfig, config_from_dict
+from looped_fast.training.yaml_file import read_yaml
 
 Settings = dict[str, Any]
 
@@ -29,7 +30,11 @@ def _read(name: str) -> dict[str, Any]:
     ``all`` holds settings for all tasks, ``task`` those for each task, ``looped`` those for each
     task's looped model, and ``others`` for its standard and tied models, of ``depth`` layers.
     """
-    return yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text())
+    return read_yaml(_file(name))
+
+
+def _file(name: str) -> Path:
+    return Path(__file__).parent / f"{name}.yaml"
 
 
 def preset_config(preset: str, task: str = "lr", model: str = "looped") -> TrainConfig:
@@ -48,7 +53,8 @@ def preset_config(preset: str, task: str = "lr", model: str = "looped") -> Train
     settings: Settings = {"task": task, "model": model, "preset": preset}
     for layer in (size["all"], size["task"][task], _model_settings(size, task, model)):
         settings = _merge(settings, layer)
-    return config_from_dict(settings, TrainConfig())
+    with naming(_file(preset)):
+        return config_from_dict(settings, TrainConfig())
 
 
 def _model_settings(size: dict[str, Any], task: str, model: str) -> Settings:
@@ -83,7 +89,7 @@ def describe(config: TrainConfig) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Print presets: all, or those named, for every task of the looped model."""
-    parser = argparse.ArgumentParser("python -m looped_fast.presets", description=main.__doc__)
+    parser = Parser("python -m looped_fast.presets", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="preset", help=", ".join(NAMES))
     names = parser.parse_args(args).names
     if unknown := [name for name in names if name not in NAMES]:

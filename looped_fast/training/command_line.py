@@ -1,0 +1,97 @@
+"""Parse command lines; a mistyped flag, or value of a choice, gets the nearest valid one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from looped_fast.errors import check_name, nearest
+from looped_fast.training.config import KNOWN_AS
+
+T = TypeVar("T")
+Flags = Mapping[str, Collection[str]]  # flag -> its choices, or none if it takes any value
+
+
+def parse(command: type[T], args: Sequence[str] | None, prog: str, default: T | None = None) -> T:
+    """Make a ``command``, a dataclass whose fields are the flags, from arguments.
+
+    Args:
+        command: the dataclass.
+        args: the arguments; those of this process if None.
+        prog: the program's name, for ``--help``.
+        default: holds what is not given.
+
+    Raises:
+        ValueError: an unknown flag or choice; the message has the nearest.
+        SystemExit: ``--help``, or anything else that can't be parsed; tyro has printed why.
+    """
+    args = sys.argv[1:] if args is None else args
+    check_flags(args, _flags(command))
+    parsed: T = tyro.cli(command, args=args, default=default, prog=prog)  # type: ignore[assignment]
+    return parsed
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose errors of unknown flags and choices have the nearest, too."""
+
+    def __init__(self, prog: str | None = None, **settings: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in ``ArgumentParser``, which parses with it; exits with status 2 as that does."""
+        args = sys.argv[1:] if args is None else args
+        actions = self._option_string_actions
+        try:
+            check_flags(args, {flag: [*map(str, actions[flag].choices or ())] for flag in actions})
+        except ValueError as error:
+            self.error(str(error))
+        return super().parse_known_args(args, namespace)
+
+
+def check_flags(args: Sequence[str], valid: Flags) -> None:
+    """Raise ValueError for an unknown flag, or for a value that is none of its flag's choices."""
+    for given, following in itertools.pairwise([*args, "--"]):
+        name, has_value, value = given.partition("=")
+        flag = name if name in valid else name.replace("_", "-")
+        if flag == "--":
+            return  # what follows are no flags
+        if not flag.startswith("--") or flag == "--help" or flag.startswith("--tyro-"):
+            continue
+        if flag not in valid:
+            close = nearest(flag, valid, {a: b for a, b in _KNOWN_AS.items() if b in valid})
+            hint = f"did you mean {close}? " if close else ""
+            raise ValueError(f"unknown flag {name}; {hint}--help lists all flags")
+        value = value if has_value else following
+        if valid[flag] and not value.startswith("--"):  # else tyro says that a value is missing
+            check_name(f"value of {flag},", value, valid[flag])
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+_KNOWN_AS = {_flag(name): _flag(ours) for name, ours in KNOWN_AS.items()}
+
+
+def _flags(record: type, prefix: str = "") -> dict[str, Collection[str]]:
+    """The flags that tyro makes of a dataclass."""
+    flags: dict[str, Collection[str]] = {}
+    for name, hint in typing.get_type_hints(record, include_extras=True).items():
+        markers: tuple[Any, ...] = getattr(hint, "__metadata__", ())
+        kind = typing.get_args(hint)[0] if markers else hint
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            is_flat = any(getattr(marker, "name", None) == "" for marker in markers)
+            flags |= _flags(kind, prefix if is_flat else f"{prefix}{name}.")
+        elif tyro.conf.Positional not in markers:
+            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            flags[_flag(prefix + name)] = choices
+            if kind is bool:
+                flags[_flag(f"{prefix}no_{name}")] = ()
+    return flags
