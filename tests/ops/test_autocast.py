@@ -98,7 +98,10 @@ def test_the_loop_casts_embeddings_state_and_targets(dtype):
 def test_autocast_leaves_weights_that_differ_from_each_other_refused():
     inputs = loop_inputs(D=32, dtype=torch.float32)
     inputs["weights"] = [w.bfloat16() for w in random_weights(32, 1, torch.float32)]
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="is torch.bfloat16"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"is torch\.bfloat16"),
+    ):
         ops.loop(**inputs, n_heads=4, n_loops=2, window=1)
 
 

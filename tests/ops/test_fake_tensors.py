@@ -63,7 +63,8 @@ def test_meta_is_the_reason_against_each_fast_backend():
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_an_accelerated_model_on_meta_has_the_shapes(precision):
     xs, ys = (tensor.to("meta") for tensor in prompt(d=5))
-    for model in (accelerate(Looped(), precision=precision).to("meta"), accelerate(Looped().to("meta"))):
+    made_before = accelerate(Looped(), precision=precision).to("meta")
+    for model in (made_before, accelerate(Looped().to("meta"), precision=precision)):
         predictions = model(xs, ys, 1, 3)
         assert [tuple(p.shape) for p in predictions] == [(2, 5)] * 2
 
@@ -158,6 +159,7 @@ def test_aot_autograd_alone_traces_a_model():
     model, (xs, ys) = small_model(n_embd=32, n_head=4), prompt()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     compiled = aot_function(
-        lambda parameters, xs, ys: functional_call(model, parameters, (xs, ys)), lambda graph, _: graph
+        lambda parameters, xs, ys: functional_call(model, parameters, (xs, ys)),
+        lambda graph, _: graph,
     )
     assert relative_error(compiled(parameters, xs, ys), model(xs, ys)) < 9 * FP32_EPS

@@ -209,7 +209,7 @@ def test_values_that_are_not_finite_are_refused_inside_transforms_too(name):
 def test_a_backend_that_is_forced_inside_a_transform_says_why_it_can_not_run():
     model, (xs, ys) = engine_model(), prompt()
     model.backend = "cpu"
-    with pytest.raises(ValueError, match="can't run this: inside a torch.func transform"):
+    with pytest.raises(ValueError, match=r"can't run this: inside a torch\.func transform"):
         vmap(lambda x, y: model(x[None], y[None]))(xs, ys)
 
 
