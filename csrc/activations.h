@@ -1,6 +1,7 @@
 // Layout of the activations that the forward saves for the backward.
 #pragma once
 
+#include "attention.h"
 #include "engine.h"
 #include "gemm.h"
 #include "schedule.h"
@@ -19,7 +20,14 @@ struct BlockActivations {
   T* fc;               // [4 D / 64][rows][64], before GELU, in the order of the products' tiles
   float* rstd_1;       // [rows]
   float* rstd_2;       // [rows]
-  float* log_sum_exp;  // [sequences, H, S], of attention, in base 2
+  float* softmax;      // [sequences, H, 2, S], of attention
+
+  // Of head `index` of the item, counted over its sequences.
+  SoftmaxStatistics softmax_of(int64_t index, int64_t seq_len) const {
+    if (!softmax) return {};
+    float* maximum = softmax + index * 2 * seq_len;
+    return {maximum, maximum + seq_len};
+  }
 };
 
 // Activations of one item in the final LayerNorm of one loop step. x_hat gives z', which the next
@@ -32,7 +40,7 @@ struct FinalActivations {
 };
 
 // An item's view of one step's activations over `n_tokens` tokens: operands
-// [10 L - 1, n_tokens * D] of T and floats [D + (H + 2) L + 1, n_tokens].
+// [10 L - 1, n_tokens * D] of T and floats [D + (2 H + 2) L + 1, n_tokens].
 template <class T>
 struct StepActivations {
   static constexpr int64_t kWidths = 10;  // D-wide columns of a block: 1 + 3 + 1 + 1 + 4
@@ -41,7 +49,7 @@ struct StepActivations {
     return (kWidths * p.n_layer - 1) * p.n_embd * n_tokens;
   }
   static int64_t n_floats(const LoopShape& p, int64_t n_tokens) {
-    return (p.n_embd + (p.n_heads + 2) * p.n_layer + 1) * n_tokens;
+    return (p.n_embd + (2 * p.n_heads + 2) * p.n_layer + 1) * n_tokens;
   }
 
   const LoopShape& shape;
@@ -52,7 +60,7 @@ struct StepActivations {
 
   BlockActivations<T> block(int64_t layer) const {
     const int64_t D = shape.n_embd, H = shape.n_heads;
-    float* s = floats + (D + layer * (H + 2)) * n_tokens;
+    float* s = floats + (D + layer * (2 * H + 2)) * n_tokens;
     const auto column = [&](int64_t offset, int64_t width) {
       const int64_t index = layer * kWidths - 1 + offset;  // block 0 has no column 0
       return operands + D * (index * n_tokens + width * first_token);
@@ -64,11 +72,11 @@ struct StepActivations {
             column(6, 4),
             s + first_token,
             s + n_tokens + first_token,
-            s + 2 * n_tokens + H * first_token};
+            s + 2 * n_tokens + 2 * H * first_token};
   }
 
   FinalActivations final() const {
-    const int64_t D = shape.n_embd, offset = D + (shape.n_heads + 2) * shape.n_layer;
+    const int64_t D = shape.n_embd, offset = D + (2 * shape.n_heads + 2) * shape.n_layer;
     return {floats + D * first_token, floats + offset * n_tokens + first_token};
   }
 };

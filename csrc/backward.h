@@ -209,7 +209,7 @@ class BackwardStep {
       const Head<T> head{q, q + D_, q + 2 * D_, 3 * D_, S, head_dim};
       T* dq = buffers_.d_qkv + row * 3 * D_ + column;
       attention_backward(head, block.attn + row * D_ + column, buffers_.d_attn + row * D_ + column,
-                         D_, block.log_sum_exp + index * S, dq, dq + D_, dq + 2 * D_,
+                         D_, block.softmax_of(index, S), dq, dq + D_, dq + 2 * D_,
                          scratch_.attention);
     }
   }

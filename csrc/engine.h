@@ -61,7 +61,7 @@ struct Inputs {
 // What the forward saves for the backward. Layouts: activations.h.
 struct SavedActivations {
   void* operands;  // operand type, [W, 10 L - 1, B S D]; null: recompute from states
-  float* floats;   // [W, D + (H + 2) L + 1, B S]; null with operands
+  float* floats;   // [W, D + (2 H + 2) L + 1, B S]; null with operands
   float* start;    // [B, S, D], z before the window; null if that is `state`
 };
 

@@ -148,8 +148,7 @@ class ForwardStep {
       const T* q = block.qkv + row * 3 * D_ + column;
       const Head<T> head{q, q + D_, q + 2 * D_, 3 * D_, S, head_dim};
       attention_forward(head, block.attn + row * D_ + column, D_,
-                        block.log_sum_exp ? block.log_sum_exp + index * S : nullptr,
-                        scratch_.attention);
+                        block.softmax_of(index, S), scratch_.attention);
     }
     team_.wait();  // for all heads' outputs
     multiply_into(block.attn, D_, weights_.attn_c_proj(layer), rows_, buffers_.x, true);

@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(
   Tensor operands = at::empty({0}, options.dtype(operand)), floats = at::empty({0}, options);
   if (save_activations) {
     operands = empty_recycled({window, 10 * L - 1, B, S, D}, operand);
-    floats = empty_recycled({window, D + (H + 2) * L + 1, B, S}, at::kFloat);
+    floats = empty_recycled({window, D + (2 * H + 2) * L + 1, B, S}, at::kFloat);
   }
   const bool save_start = (save_activations || save_states) && window < n_loops;
   Tensor start = save_start ? at::empty({B, S, D}, options) : at::empty({0}, options);
@@ -277,7 +277,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& saved_operands,
       operands.numel() == n_operands &&
           operands.scalar_type() == (precision == "bf16" ? at::kBFloat16 : at::kFloat),
       "saved operands have shape ", operands.sizes(), " and dtype ", operands.scalar_type());
-  const int64_t n_floats = D + (p.n_heads + 2) * p.n_layer + 1;
+  const int64_t n_floats = D + (2 * p.n_heads + 2) * p.n_layer + 1;
   const BackwardInputs inputs{
       call.keep(grad, window * n * (p.n_outputs > 0 ? p.n_outputs : D)),
       recompute ? call.keep(states, window * n * D) : nullptr,

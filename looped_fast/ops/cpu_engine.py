@@ -146,7 +146,7 @@ def _forward_fake(embeddings, positions, state, weights, *flat):
     return (
         empty(window, B, S, len(weights[-1]) if reads_out else D),
         empty(window, 10 * n_layer - 1, B, S, D, wanted=save_activations, dtype=operands),
-        empty(window, D + (settings.n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
+        empty(window, D + (2 * settings.n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
         empty(window, B, S, D, wanted=save_states and reads_out),
         empty(B, S, D, wanted=window < settings.n_loops),
     )

@@ -135,9 +135,10 @@ def _of_read_out(grad: Tensor, states: Tensor) -> list[Tensor]:
 
     grad: of the last R steps' predictions, [R, B, S, n_outputs]; states: [W, B, S, D].
     """
-    grad, states = grad.flatten(0, 2), states[-len(grad) :].flatten(0, 2)
+    rows = states[-len(grad) :].reshape(-1, states.shape[-1])
+    grad = grad.reshape(-1, grad.shape[-1])
     with torch.autocast(grad.device.type, enabled=False):  # the backward's, not the forward's
-        return [grad.T @ states, grad.sum(0)]
+        return [grad.transpose(0, 1) @ rows, grad.sum(0)]
 
 
 def _register_backward(name: str, backend: str, lib: torch.library.Library | None = None) -> None:
