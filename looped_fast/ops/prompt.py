@@ -88,6 +88,8 @@ def _is_trained(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """True if autograd records a call on a CPU, outside of all that the op does not run in."""
     if torch.compiler.is_compiling() or xs.device.type != "cpu":
         return False
+    if xs.is_inference() or ys.is_inference():  # could not be saved for the backward
+        return False
     return loop_autograd.needs_grad((xs, ys, weight, bias)) and not loop_autograd.unsupported()
 
 
