@@ -51,12 +51,20 @@ struct AttentionScratch {
         out(arena.take<float>(kQueryTile * head_dim)) {}
 };
 
-// Online softmax of a tile of queries, a lane each.
+// Statistics of the softmax of S queries, for the backward. Their sum, log-sum-exp, would round
+// away the second where scores are in the thousands.
+struct SoftmaxStatistics {
+  float* maximum;    // [S], of a query's scores
+  float* log_total;  // [S], log2 of the sum of 2^(scale * (score - maximum))
+};
+
+// Online softmax of a tile of queries, a lane each. The maximum is subtracted before scaling: its
+// exponent is then 0 and its numerator rounds to 1, so that an output that is one value is exact.
 struct SoftmaxState {
   static constexpr int64_t kVecs = kQueryTile / kVec;
 
-  Vec log_max[kVecs];  // base 2
-  Vec total[kVecs];    // of 2^(scale * score - log_max)
+  Vec maximum[kVecs];  // of the scores
+  Vec total[kVecs];    // of 2^(scale * (score - maximum))
 };
 
 // Maximum of `floor` and n rows of a column of vectors, in four chains to hide latency.
@@ -89,14 +97,14 @@ inline void softmax_chunk(float* scores, int64_t first_key, int64_t n, int64_t f
       float* score = column + k * kQueryTile;
       keep_lanes(Vec::loadu(score), lowest, k - diagonal, kVec).store(score);
     }
-    Vec log_max = max_of_column(column, n_seen, lowest) * Vec(scale);
+    Vec maximum = max_of_column(column, n_seen, lowest);
     if (!first_chunk) {
-      log_max = max(log_max, state.log_max[q]);
-      correction[q] = exp2<float>(state.log_max[q] - log_max);
+      maximum = max(maximum, state.maximum[q]);
+      correction[q] = exp2<float>((state.maximum[q] - maximum) * Vec(scale));
     }
     const auto probability = [&](int64_t k) {
       const Vec score = Vec::loadu(column + k * kQueryTile);
-      return exp2<T>(at::vec::fmsub(score, Vec(scale), log_max));
+      return exp2<T>((score - maximum) * Vec(scale));
     };
     Vec total(0.f);
     for (int64_t k = 0; k < n; k += 2) {
@@ -107,14 +115,14 @@ inline void softmax_chunk(float* scores, int64_t first_key, int64_t n, int64_t f
                              p_1);
     }
     state.total[q] = first_chunk ? total : at::vec::fmadd(state.total[q], correction[q], total);
-    state.log_max[q] = log_max;
+    state.maximum[q] = maximum;
   }
 }
 
-// out: [S, head_dim] at stride ld_out. log_sum_exp: [S], log2 of the softmax denominators; null
-// if no backward follows.
+// out: [S, head_dim] at stride ld_out. statistics: null if no backward follows.
 template <class T>
-inline void attention_forward(const Head<T>& head, T* out, int64_t ld_out, float* log_sum_exp,
+inline void attention_forward(const Head<T>& head, T* out, int64_t ld_out,
+                              const SoftmaxStatistics& statistics,
                               const AttentionScratch<T>& scratch) {
   constexpr int64_t kPack = Operand<T>::kPack;
   const int64_t S = head.seq_len, head_dim = head.head_dim, ld = scratch.ld;
@@ -145,9 +153,11 @@ inline void attention_forward(const Head<T>& head, T* out, int64_t ld_out, float
         float* p = scratch.out_t + j * kQueryTile + q * kVec;
         (Vec::loadu(p) * inverse).store(p);
       }
-      if (log_sum_exp && q * kVec < m) {
-        (state.log_max[q] + state.total[q].log2())
-            .store(log_sum_exp + i + q * kVec, static_cast<int>(std::min(kVec, m - q * kVec)));
+      if (statistics.maximum && q * kVec < m) {
+        const int64_t at = i + q * kVec;
+        const int count = static_cast<int>(std::min(kVec, m - q * kVec));
+        state.maximum[q].store(statistics.maximum + at, count);
+        state.total[q].log2().store(statistics.log_total + at, count);
       }
     }
     transpose_words(scratch.out_t, kQueryTile, scratch.out, head_dim, head_dim, m);

@@ -1,7 +1,7 @@
 // Causal attention of one head of one sequence: backward.
 //
 // Scores are transposed: a tile of keys against chunks of the queries that see them. The forward's
-// log-sum-exp makes them probabilities without a reduction, and they come out as the left-hand
+// statistics make them probabilities without a reduction, and they come out as the left-hand
 // matrices of dv = p^T do and dk = ds^T q.
 #pragma once
 
@@ -23,7 +23,7 @@ struct AttentionBackwardScratch {
   float* dq_t;   // [head_dim][ld]
   float* dq;     // [ld][head_dim]
   float* delta;  // [ld], per query: do . out
-  float* lse;    // [ld], per query: log-sum-exp
+  SoftmaxStatistics statistics;  // [ld], of the forward
   float* scores;    // [kKeyTile][kChunk], k q^T
   float* d_probs;   // [kKeyTile][kChunk], v do^T
   T* probs;         // [kKeyTile][kChunk], p^T
@@ -42,7 +42,7 @@ struct AttentionBackwardScratch {
         dq_t(arena.take<float>(ld * head_dim)),
         dq(arena.take<float>(ld * head_dim)),
         delta(arena.take<float>(ld)),
-        lse(arena.take<float>(ld)),
+        statistics{arena.take<float>(ld), arena.take<float>(ld)},
         scores(arena.take<float>(kKeyTile * kChunk)),
         d_probs(arena.take<float>(kKeyTile * kChunk)),
         probs(arena.take<T>(kKeyTile * kChunk)),
@@ -53,15 +53,16 @@ struct AttentionBackwardScratch {
 };
 
 // Fills probs and d_scores of `m` keys, first_key.., and queries first_query..first_query + n:
-// p = 2^(scale * score - lse) and ds = p * (dp - delta) / sqrt(head_dim), zero where the query
-// does not see the key. Columns n.. up to the next multiple of a vector become zero.
+// p = 2^(scale * (score - maximum) - log_total) and ds = p * (dp - delta) / sqrt(head_dim), zero
+// where the query does not see the key. Columns n.. up to the next multiple of a vector become zero.
 template <class T>
 inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const Head<T>& head,
                             int64_t first_key, int64_t m, int64_t first_query, int64_t n) {
   const Vec scale(head.scale()), log_scale(head.scale() * kLog2E);
   for (int64_t r = 0; r < m; r += 2) {
     for (int64_t j = 0; j < n; j += kVec) {
-      const Vec lse = Vec::loadu(scratch.lse + first_query + j);
+      const Vec maximum = Vec::loadu(scratch.statistics.maximum + first_query + j);
+      const Vec log_total = Vec::loadu(scratch.statistics.log_total + first_query + j);
       const Vec delta = Vec::loadu(scratch.delta + first_query + j);
       Vec ds[2];
       for (int64_t e = 0; e < 2; ++e) {
@@ -70,7 +71,8 @@ inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const He
         Vec p(0.f);
         ds[e] = Vec(0.f);
         if (r + e < m && first_seen < kVec) {
-          p = exp2<T>(at::vec::fmsub(Vec::loadu(scratch.scores + at), log_scale, lse));
+          const Vec score = Vec::loadu(scratch.scores + at);
+          p = exp2<T>(at::vec::fmsub(score - maximum, log_scale, log_total));
           ds[e] = p * (Vec::loadu(scratch.d_probs + at) - delta) * scale;
           if (first_seen > 0 || n - j < kVec) {
             p = keep_lanes(p, Vec(0.f), first_seen, n - j);
@@ -85,10 +87,10 @@ inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const He
   }
 }
 
-// out, d_out: [S, head_dim] at stride ld_out. log_sum_exp: [S]. dq, dk, dv: laid out like q, k, v.
+// out, d_out: [S, head_dim] at stride ld_out. dq, dk, dv: laid out like q, k, v.
 template <class T>
 inline void attention_backward(const Head<T>& head, const T* out, const T* d_out, int64_t ld_out,
-                               const float* log_sum_exp, T* dq, T* dk, T* dv,
+                               const SoftmaxStatistics& statistics, T* dq, T* dk, T* dv,
                                const AttentionBackwardScratch<T>& scratch) {
   constexpr int64_t kPack = Operand<T>::kPack;
   const int64_t S = head.seq_len, head_dim = head.head_dim, ld = scratch.ld;
@@ -97,7 +99,8 @@ inline void attention_backward(const Head<T>& head, const T* out, const T* d_out
   pack_rows(head.q, head.ld, S, head_dim, scratch.q, head_dim);
   pack_rows(d_out, ld_out, S, head_dim, scratch.d_out, head_dim);
   transpose_rows(head.k, head.ld, S, head_dim, scratch.k_t, ld);
-  std::copy(log_sum_exp, log_sum_exp + S, scratch.lse);
+  std::copy_n(statistics.maximum, S, scratch.statistics.maximum);
+  std::copy_n(statistics.log_total, S, scratch.statistics.log_total);
   for (int64_t i = 0; i < S; ++i) {
     Vec dot(0.f);
     for (int64_t j = 0; j < head_dim; j += kVec) {

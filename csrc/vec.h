@@ -161,22 +161,28 @@ inline int64_t round_up_to_pack(int64_t n) {
   return (n + Operand<T>::kPack - 1) / Operand<T>::kPack * Operand<T>::kPack;
 }
 
-// p * 2^n. The AVX-512 instruction also covers overflow and underflow.
+// p * 2^n, for |n| <= 126. The AVX-512 instruction also covers overflow and underflow.
 inline Vec scale_by_power(Vec p, Vec n) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);
 #else
   // Adding 1.5 * 2^23 leaves n in the low mantissa bits; a shift moves it to p's exponent.
-  n = at::vec::clamp(n, Vec(-126.f), Vec(126.f));
   const IntVec exponent = at::vec::cast<int32_t>(n + Vec(12582912.f)) << IntVec(23);
   return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
 #endif
 }
 
-// 2^t, relative error 1e-7 for float operands and 1e-4 for bf16, for t > -126.
+// 2^t, relative error 1e-7 for float operands and 1e-4 for bf16, for t > -126. An infinite t gives
+// the limit, or on AVX2 2^126 or 2^-126.
 template <class T>
 inline Vec exp2(Vec t) {
-  const Vec n = t.round(), r = t - n;  // -0.5 .. 0.5
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  t = at::vec::clamp(t, Vec(-126.f), Vec(126.f));
+  const Vec r = t - t.round();
+#endif
+  const Vec n = t.round();  // r = t - n is -0.5 .. 0.5, and 0 for infinite t
   Vec p;
   if constexpr (Operand<T>::kPack == 2) {
     p = at::vec::fmadd(Vec(0.0551710934f), r, Vec(0.2426111253f));

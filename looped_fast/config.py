@@ -119,5 +119,6 @@ def check_window(n_loops: int, window: int, at_least: int = 1) -> None:
 
 def check_whole(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a whole number: an int, a NumPy or a symbolic one."""
-    if not hasattr(value, "__index__"):
+    # torch.compile can't trace hasattr of a symbolic number, which it takes for an int.
+    if not (isinstance(value, int) or hasattr(value, "__index__")):
         raise TypeError(f"{name} = {value!r}: a whole number is needed")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _globals
 from torch.nn.utils import parametrize
+from torch.utils.module_tracker import ModuleTracker
 
 Reasons = tuple[str, ...]
 
@@ -27,6 +28,16 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, *_FUNCTIONS)
 _DENSE = {Tensor, nn.Parameter, type(None)}
 _WITHOUT_SETTINGS = {nn.Linear, nn.ModuleList, nn.ModuleDict}  # their attributes decide nothing
+
+
+def constant_in_graphs(function: Callable[..., Reasons]) -> Callable[..., Reasons]:
+    """Mark a function that torch.compile calls while it traces, for a constant.
+
+    As ``torch.compiler.assume_constant_result``, which imports the compiler: two seconds, and
+    Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Watch:
@@ -82,7 +93,7 @@ class _Snapshot:
         self._children = [state["_modules"] for state in states if state["_modules"]]
         self._parameters = [state["_parameters"] for state in states if state["_parameters"]]
         self._buffers = [state["_buffers"] for state in states if state["_buffers"]]
-        self._hooks = [state[kind] for state in states[1:] for kind in _HOOKS] + _GLOBAL_HOOKS
+        self._hooks = [state[kind] for state in states[1:] for kind in _HOOKS]
         self._plain = [(itemgetter(*names), state) for state, names in watched]
         self._seen = self._look()
 
@@ -99,6 +110,7 @@ class _Snapshot:
             list(map(type, self._modules)),
             list(map(len, self._states)),  # a forward on the instance, say
             list(map(len, self._hooks)),
+            list(map(list, _GLOBAL_HOOKS)),  # by their keys
             [list(table.values()) for table in self._children],
             set(map(type, parameters)) <= _DENSE,
             [(id(b), _version(b)) for table in self._buffers for b in table.values()],
@@ -141,7 +153,7 @@ def _fingerprint(model: nn.Module) -> Hashable:
         tuple((name, type(module)) for name, module in model.named_modules()),
         tuple(tuple(state) for state in states[1:]),
         tuple(len(state[kind]) > 0 for state in states[1:] for kind in _HOOKS),
-        tuple(len(hooks) > 0 for hooks in _GLOBAL_HOOKS),
+        tuple(any(_in_force(hooks)) for hooks in _GLOBAL_HOOKS),
         tuple((type(p), p.shape) for p in model.parameters()),
         tuple((b.shape, b.double().sum().item()) for b in model.buffers() if _is_readable(b)),
         tuple(tuple((n, s[n]) for n in _plain(s)) for s in _with_records(deciding)),
@@ -155,7 +167,12 @@ def _is_readable(buffer: Tensor) -> bool:
 
 def _hooks(tables: Iterable[Any]) -> list[str]:
     kinds = [kind.strip("_").removesuffix("s") for kind in _HOOKS]
-    return [kind for kind, hooks in zip(kinds, tables, strict=True) if hooks]
+    return [kind for kind, hooks in zip(kinds, tables, strict=True) if any(_in_force(hooks))]
+
+
+def _in_force(hooks: dict[int, Any]) -> Iterator[bool]:
+    """Which hooks need the module's own values; those of FlopCounterMode only note its name."""
+    return (type(getattr(h, "__self__", None)) is not ModuleTracker for h in hooks.values())
 
 
 def global_hooks() -> list[str]:
