@@ -158,9 +158,7 @@ def test_batches_of_gradients_are_those_one_by_one(backend, trained):
     vectors = torch.randn(3, *predictions.shape)
 
     def grad(vector, **arguments):
-        return torch.autograd.grad(
-            predictions, parameters, vector, retain_graph=True, **arguments
-        )
+        return torch.autograd.grad(predictions, parameters, vector, retain_graph=True, **arguments)
 
     expected = [torch.stack(grads) for grads in zip(*map(grad, vectors), strict=True)]
     assert_equal(grad(vectors, is_grads_batched=True), expected, 1e-5, 1e-6)
@@ -252,9 +250,7 @@ def test_backward_into_some_tensors_leaves_the_others_alone(backend, loss):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hooks_of_parameters_run_once_with_the_gradient(backend):
     model, xs, ys = case(backend)
-    expected = dict(
-        zip(model.state_dict(), gradients(error(model, xs, ys), model), strict=True)
-    )
+    expected = dict(zip(model.state_dict(), gradients(error(model, xs, ys), model), strict=True))
     seen, accumulated = {}, {}
     for name, parameter in model.named_parameters():
         parameter.register_hook(lambda grad, name=name: seen.setdefault(name, []).append(grad))
