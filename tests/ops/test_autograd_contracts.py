@@ -147,6 +147,7 @@ def test_a_graph_that_is_kept_gives_the_same_twice(backend, loss):
     assert_equal(gradients(value, model), first)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of the reference's attention
 @pytest.mark.parametrize("trained", ["", "_read_out", "_read_in"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_of_gradients_are_those_one_by_one(backend, trained):
@@ -264,6 +265,7 @@ def test_hooks_of_parameters_run_once_with_the_gradient(backend):
         assert_equal([grads[0] for grads in found.values()], [expected[name] for name in found])
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backward_in_another_thread_and_in_anomaly_mode(backend, loss):
