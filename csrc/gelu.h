@@ -29,11 +29,12 @@ struct GeluAndDerivative {
 
 template <class T>
 inline GeluAndDerivative gelu_and_derivative(Vec x) {
-  const Vec x_squared = x * x;
-  const Vec sigmoid = quotient<T>(Vec(1.f), gelu_denominator<T>(x, x_squared));
-  const Vec value = x * sigmoid;
+  // Beyond 20 the sigmoid is 0 or 1, and the square of a large x would magnify its last bit.
+  const Vec bounded = at::vec::clamp(x, Vec(-20.f), Vec(20.f)), x_squared = bounded * bounded;
+  const Vec sigmoid = quotient<T>(Vec(1.f), gelu_denominator<T>(bounded, x_squared));
   const Vec slope = at::vec::fmadd(x_squared, Vec(3 * kGeluSlope * kGeluCubic), Vec(kGeluSlope));
-  return {value, at::vec::fmadd(value * (Vec(1.f) - sigmoid), slope, sigmoid)};
+  const Vec rest = bounded * sigmoid * (Vec(1.f) - sigmoid);
+  return {x * sigmoid, at::vec::fmadd(rest, slope, sigmoid)};
 }
 
 }  // namespace CPU_CAPABILITY

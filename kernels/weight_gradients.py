@@ -54,18 +54,16 @@ def wanted_products(wanted: Sequence[bool], n_layer: int) -> list[bool]:
     ``wanted``: which gradients of the loop's weights are, twelve per block and more. The scale of a
     LayerNorm needs the product of the weights that it folds into.
     """
-    n = len(Block._fields)
-    blocks = [Block(*wanted[i * n : (i + 1) * n]) for i in range(n_layer)]
-    return [
-        flag
-        for b in blocks
-        for flag in (
-            b.c_attn_weight or b.ln_1_weight,
-            b.attn_c_proj_weight,
-            b.c_fc_weight or b.ln_2_weight,
-            b.mlp_c_proj_weight,
-        )
-    ]
+    names, products = Block._fields, []
+    for i in range(0, n_layer * len(names), len(names)):
+        block = dict(zip(names, wanted[i : i + len(names)], strict=True))
+        products += [
+            block["c_attn_weight"] or block["ln_1_weight"],
+            block["attn_c_proj_weight"],
+            block["c_fc_weight"] or block["ln_2_weight"],
+            block["mlp_c_proj_weight"],
+        ]
+    return products
 
 
 def folded_gradients(

@@ -133,8 +133,8 @@ def _infer_fake(embeddings, positions, state, weights, *settings):
 
 
 def _forward_fake(embeddings, positions, state, weights, *flat):
-    *flat, save_states = flat
-    settings, save_activations = LoopSettings(*flat), not save_states
+    settings, save_states = LoopSettings(*flat[:-1]), flat[-1]
+    save_activations = not save_states
     B, S, D = embeddings.shape
     n_layer, n_last = divmod(len(weights), 12)
     reads_out, window = n_last == 4, settings.window
@@ -168,8 +168,8 @@ def _mse_backward_fake(grad, gradients, inputs):
 
 
 def _empty_gradients(embeddings, positions, state, weights, wanted, n_heads, n_loops, window, *_):
-    wanted = [*wanted[:2], wanted[2] and window == n_loops, *wanted[3:]]
-    tensors = zip((embeddings, positions, state, *weights), wanted, strict=True)
+    flags = [*wanted[:2], wanted[2] and window == n_loops, *wanted[3:]]
+    tensors = zip((embeddings, positions, state, *weights), flags, strict=True)
     return [like.new_empty(like.shape if flag else (0,)) for like, flag in tensors]
 
 

@@ -74,11 +74,10 @@ def register(
         embeddings, positions, state, *weights = tensors[ctx.n_saved :]
         _, n_loops, window, injection, *_ = ctx.settings
         wanted = _wanted(ctx.needs_input_grad, window == n_loops, injection)
-        if grad is None:
-            grads = [None] * len(wanted)
-        elif ctx.has_read_out_states and not any(wanted[:-2]):
-            grads = [*[None] * (len(wanted) - 2), *_of_read_out(grad, saved[states])]
-        else:
+        grads: Sequence[Tensor | None] = [None] * len(wanted)
+        if grad is not None and ctx.has_read_out_states and not any(wanted[:-2]):
+            grads = [*grads[:-2], *_of_read_out(grad, saved[states])]
+        elif grad is not None:
             inputs = [embeddings, positions, state, weights]
             flops.register()  # with a counter that counts the backward only
             grads = gradients(grad, saved, inputs, wanted, ctx.settings)

@@ -60,7 +60,9 @@ def loop(
         States after steps ``n_loops - window + 1 .. n_loops``: [W, B, S, D]; or with ``read_out``
         predictions, [W, B, (S + 1) // 2, n_outputs], computed in the tensors' dtype at any
         precision. Gradients reach embeddings, positions, weights and read-out through those
-        steps, and ``state`` too when the window covers every step.
+        steps, and ``state`` too when the window covers every step. Predictions may be changed in
+        place, and so may states, but for those that the backward reads: with ``recompute``, or
+        with the injection ``mul`` on the triton backend. PyTorch then refuses the backward.
 
     Raises:
         ValueError: a shape, dtype or setting that does not fit; the message names it.
@@ -164,7 +166,8 @@ def _run_mse(
             errors = triton_backend.loop(embeddings, *arguments)
             return errors.square().sum() / (n_supervised * targets.numel())  # 0 at odd tokens
         # If only the read-out is trained, predictions keep what little its gradient needs.
-        if loop_autograd.needs_grad([embeddings, positions, state, *weights]):
+        recorded = [embeddings, positions, *([] if state is None else [state]), *weights]
+        if loop_autograd.needs_grad(recorded):
             return backend.loop_mse(embeddings, *arguments)
     predictions = _run_on(chosen, tensors, settings)
     return (predictions[-n_supervised:] - targets).square().mean()

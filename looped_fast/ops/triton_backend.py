@@ -246,7 +246,8 @@ def _backward_fake(grad, saved, embeddings, positions, state, weights, wanted, *
     of_state = wanted[2] and settings.window == settings.n_loops and state is not None
     wanted = [of_embeddings, wanted[1], of_state, *wanted[3:]]
     shapes = [t.shape for t in (embeddings, positions, embeddings, *weights)]
-    return [embeddings.new_empty(s if flag else (0,)) for s, flag in zip(shapes, wanted)]
+    pairs = zip(shapes, wanted, strict=True)
+    return [embeddings.new_empty(shape if flag else (0,)) for shape, flag in pairs]
 
 
 def _gradients(grad, saved, inputs, wanted, settings):

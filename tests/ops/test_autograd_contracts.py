@@ -147,6 +147,7 @@ def test_a_graph_that_is_kept_gives_the_same_twice(backend, loss):
     assert_equal(gradients(value, model), first)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of the reference's attention
 @pytest.mark.parametrize("trained", ["", "_read_out", "_read_in"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_of_gradients_are_those_one_by_one(backend, trained):
@@ -158,9 +159,7 @@ def test_batches_of_gradients_are_those_one_by_one(backend, trained):
     vectors = torch.randn(3, *predictions.shape)
 
     def grad(vector, **arguments):
-        return torch.autograd.grad(
-            predictions, parameters, vector, retain_graph=True, **arguments
-        )
+        return torch.autograd.grad(predictions, parameters, vector, retain_graph=True, **arguments)
 
     expected = [torch.stack(grads) for grads in zip(*map(grad, vectors), strict=True)]
     assert_equal(grad(vectors, is_grads_batched=True), expected, 1e-5, 1e-6)
@@ -252,9 +251,7 @@ def test_backward_into_some_tensors_leaves_the_others_alone(backend, loss):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hooks_of_parameters_run_once_with_the_gradient(backend):
     model, xs, ys = case(backend)
-    expected = dict(
-        zip(model.state_dict(), gradients(error(model, xs, ys), model), strict=True)
-    )
+    expected = dict(zip(model.state_dict(), gradients(error(model, xs, ys), model), strict=True))
     seen, accumulated = {}, {}
     for name, parameter in model.named_parameters():
         parameter.register_hook(lambda grad, name=name: seen.setdefault(name, []).append(grad))
@@ -268,6 +265,7 @@ def test_hooks_of_parameters_run_once_with_the_gradient(backend):
         assert_equal([grads[0] for grads in found.values()], [expected[name] for name in found])
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backward_in_another_thread_and_in_anomaly_mode(backend, loss):

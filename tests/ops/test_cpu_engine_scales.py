@@ -22,7 +22,7 @@ if cpu_engine.load_error():
 PRECISIONS = ["fp32", "bf16"]
 FIELDS = {name: i for i, name in enumerate(Block._fields)}
 MATRICES = ("c_attn_weight", "attn_c_proj_weight", "c_fc_weight", "mlp_c_proj_weight")
-SEEDS = 5
+SEEDS = 9
 
 
 def scaled(names, factor):
@@ -121,7 +121,7 @@ def test_matrices_of_any_scale(precision, factor):
 @pytest.mark.parametrize("name", ["ln_1_weight", *MATRICES, "ln_2_weight"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_one_weight_of_any_scale(precision, name, factor):
-    assert_as_good_as_plain(scaled([name], factor), precision, seeds=3)
+    assert_as_good_as_plain(scaled([name], factor), precision)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -129,18 +129,19 @@ def test_weights_that_are_all_zero(precision):
     assert_as_good_as_plain(scaled(Block._fields, 0), precision)
 
 
-@pytest.mark.parametrize("factor", [3, 10, 30, 100])
-@pytest.mark.parametrize("S", [26, 300])
+@pytest.mark.parametrize(
+    ("S", "factor"), [(26, 3), (26, 10), (26, 30), (26, 100), (300, 3), (300, 10), (300, 30)]
+)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_attention_whose_rows_are_nearly_one_hot(precision, S, factor):
     """Scores are from tens to tens of thousands; 300 keys come in two chunks."""
-    assert_as_good_as_plain(steep(factor), precision, S=S, seeds=3 if S > 100 else SEEDS)
+    assert_as_good_as_plain(steep(factor), precision, S=S)
 
 
 @pytest.mark.parametrize("factor", [1e9, 1e12, 1e15])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_hidden_units_whose_cube_overflows(precision, factor):
-    assert_as_good_as_plain(scaled(["c_fc_weight"], factor), precision, seeds=3)
+    assert_as_good_as_plain(scaled(["c_fc_weight"], factor), precision)
 
 
 @pytest.mark.parametrize("factor", [1e6, 1e9])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import FP32_EPS, cast, leaves, loop_inputs, relative_error, require_grad
 from golden_cases import MODEL_CASES, assert_as_good_as_plain, load_tensors, with_prefix
+from looped_fast.kernels.saved_activations import SavedActivations
 from test_cpu_engine import golden_results, golden_truth
 from torch.torch_version import TorchVersion
 
 from looped_fast import LoopedTransformer, ModelConfig, ops
-from looped_fast.kernels.saved_activations import SavedActivations
 from looped_fast.ops import triton_backend
 
 if triton_backend.load_error():
