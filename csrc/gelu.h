@@ -29,8 +29,12 @@ struct GeluAndDerivative {
 
 template <class T>
 inline GeluAndDerivative gelu_and_derivative(Vec x) {
-  // Beyond 20 the sigmoid is 0 or 1, and the square of a large x would magnify its last bit.
-  const Vec bounded = at::vec::clamp(x, Vec(-20.f), Vec(20.f)), x_squared = bounded * bounded;
+#if defined(CPU_CAPABILITY_AVX512)
+  const Vec bounded = x;
+#else  // 2^t stops at 2^126, so that the sigmoid of a large x is not 0, which x^2 would magnify
+  const Vec bounded = at::vec::clamp(x, Vec(-20.f), Vec(20.f));
+#endif
+  const Vec x_squared = bounded * bounded;
   const Vec sigmoid = quotient<T>(Vec(1.f), gelu_denominator<T>(bounded, x_squared));
   const Vec slope = at::vec::fmadd(x_squared, Vec(3 * kGeluSlope * kGeluCubic), Vec(kGeluSlope));
   const Vec rest = bounded * sigmoid * (Vec(1.f) - sigmoid);
