@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpus.h"
 #include "engine.h"
 #include "memory.h"
 #include "schedule.h"
@@ -332,6 +333,8 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
       "cpu_loop_mse_backward(Tensor grad, Tensor[] gradients, Tensor[] inputs) -> Tensor[]");
   library.def("cpu_empty_cache() -> ()", free_recycled);
   library.def("cpu_unsupported(str precision) -> str", unsupported);
+  library.def("cpu_threads() -> int", [] { return int64_t{available_threads()}; });
+  library.def("cpu_quota(str root) -> float", [](std::string root) { return cgroup_quota(root); });
 }
 
 TORCH_LIBRARY_IMPL(looped_fast, CPU, library) {
