@@ -19,6 +19,7 @@ ATTENTION = ("triton", "flash_attn", "sdpa")  # implementations on the triton ba
 PRED_TYPES = ("regression", "classification")
 N_CLASSES = 2  # official scripts/models.py: MAX_NUM_CLASS
 LAYER_NORM_EPS = 1e-5
+DEFAULT_WINDOW = 15
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class ModelConfig:
         n_layer: transformer blocks inside one loop step (L).
         n_head: attention heads; must divide ``n_embd``.
         n_loops: loop steps b, unless a call says otherwise.
-        window: last steps T that carry gradient and predict, unless a call says otherwise.
+        window: last steps T that carry gradient and predict, unless a call says otherwise; by
+            default 15, the paper's, or ``n_loops`` where that is less.
         injection: how the embedded prompt e enters a step that starts from state z:
             ``add`` z + e with z = 0 at first (paper section 4; official ``z=f(x+z)``),
             ``mul`` z * e with z = 1 at first (official ``z=f(x*z)``),
@@ -53,12 +55,14 @@ class ModelConfig:
     n_layer: int = 1
     n_head: int = 8
     n_loops: int = 30
-    window: int = 15
+    window: int = None  # type: ignore[assignment]  # __post_init__ puts a number
     injection: str = "add"
     pred_type: str = "regression"
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        if self.window is None and isinstance(self.n_loops, int):
+            object.__setattr__(self, "window", min(DEFAULT_WINDOW, max(1, self.n_loops)))
         for name in ("n_dims", "n_positions", "n_embd", "n_layer", "n_head", "n_loops", "window"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -69,8 +73,8 @@ class ModelConfig:
                 f"choose n_embd as a multiple of {self.n_head}, or another n_head"
             )
         check_window(self.n_loops, self.window)
-        if not self.init_std > 0:
-            raise ValueError(f"init_std = {self.init_std}: more than 0 is needed")
+        if not isinstance(self.init_std, int | float) or not self.init_std > 0:
+            raise ValueError(f"init_std = {self.init_std!r}: a number above 0 is needed")
         check_name("injection", self.injection, INJECTIONS)
         check_name("pred_type", self.pred_type, PRED_TYPES)
 
@@ -97,11 +101,23 @@ class ModelConfig:
         return cls(**settings)
 
 
-def check_window(n_loops: int, window: int) -> None:
-    """Raise ValueError unless ``1 <= window <= n_loops``."""
+def check_window(n_loops: int, window: int, at_least: int = 1) -> None:
+    """Raise ValueError unless ``1 <= n_loops`` and ``at_least <= window <= n_loops``.
+
+    Raises TypeError if one of them is no whole number; symbolic ones of torch.compile are.
+    """
+    check_whole("n_loops", n_loops)
+    check_whole("window", window)
     if n_loops < 1:
         raise ValueError(f"n_loops = {n_loops}: at least 1 loop step is needed")
-    if not 1 <= window <= n_loops:
+    if not at_least <= window <= n_loops:
         raise ValueError(
-            f"window = {window} is outside 1..{n_loops} (n_loops); lower window or raise n_loops"
+            f"window = {window} is outside {at_least}..{n_loops} (n_loops); lower window or raise "
+            f"n_loops"
         )
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a whole number: an int, a NumPy or a symbolic one."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name} = {value!r}: a whole number is needed")

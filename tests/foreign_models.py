@@ -169,6 +169,7 @@ class Looped(Standard):
         self.loop_func = loop_func
 
     def forward(self, xs, ys, n_loop_start, n_loops):
+        self.calls += 1
         e = self._embed(xs, ys)
         add = self.loop_func == "z=f(x+z)"
         z = torch.zeros_like(e) if add else torch.ones_like(e)

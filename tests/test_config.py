@@ -29,6 +29,20 @@ def test_a_config_survives_its_dict(injection, pred_type):
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
+@pytest.mark.parametrize(("n_loops", "window"), [(1, 1), (10, 10), (15, 15), (16, 15), (70, 15)])
+def test_a_window_that_nobody_gives_fits_the_loops(n_loops, window):
+    config = ModelConfig(n_loops=n_loops)
+    assert config.window == window
+    assert ModelConfig.from_dict({"n_loops": n_loops}) == config
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert config == ModelConfig(n_loops=n_loops, window=window)
+
+
+def test_a_given_window_that_exceeds_the_loops_is_refused():
+    with pytest.raises(ValueError, match=r"window = 15 is outside 1\.\.10 \(n_loops\); lower"):
+        ModelConfig(n_loops=10, window=15)
+
+
 def test_a_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().n_loops = 3
@@ -44,6 +58,8 @@ def test_an_unknown_model_setting_is_named_with_the_nearest():
 )
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "8", None])
 def test_a_size_that_is_no_positive_whole_number_is_refused(name, value):
+    if (name, value) == ("window", None):
+        pytest.skip("None leaves the window to the loops")
     with pytest.raises(ValueError, match=f"{name} = {value!r}: a whole number of at least 1"):
         ModelConfig(**{name: value})
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import naive_loop, prompt, relative_error, small_model
 
-from looped_fast import LoopedTransformer, ModelConfig
+from looped_fast import LoopedTransformer, ModelConfig, explain_backend
 from looped_fast.model import ambient_precision
 from looped_fast.ops.reference import interleave
 
@@ -269,7 +269,54 @@ def test_loops_and_window_out_of_range_are_refused(n_loops, window, message):
         small_model()(*prompt(), n_loops, window)
 
 
-def test_an_unknown_backend_is_refused():
-    model = LoopedTransformer(small_model().config, backend="tritn")
-    with pytest.raises(ValueError, match="unknown backend 'tritn'; did you mean 'triton'"):
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"backend": "tritn"}, ValueError, "unknown backend 'tritn'; did you mean 'triton'"),
+        ({"attention": "flash"}, ValueError, "unknown attention 'flash'; did you mean 'flash_att"),
+        ({"cuda_graphs": "onn"}, ValueError, "unknown cuda_graphs 'onn'; did you mean 'on'"),
+        ({"recompute": "state"}, TypeError, "recompute = 'state': a bool is needed"),
+        ({"config": {"n_embd": 64}}, TypeError, r"config = {'n_embd': 64}: a ModelConfig is need"),
+    ],
+)
+def test_a_setting_is_checked_where_it_is_given(settings, error, message):
+    with pytest.raises(error, match=message):
+        LoopedTransformer(**{"config": small_model().config, **settings})
+
+
+def test_a_backend_set_later_is_checked_by_the_next_call():
+    model = small_model()
+    model.backend = "cpuu"
+    with pytest.raises(ValueError, match="unknown backend 'cpuu'; did you mean 'cpu'"):
         model(*prompt())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, xs, ys: m(xs, ys, 2.5), r"n_loops = 2\.5: a whole number is needed"),
+        (lambda m, xs, ys: m(xs, ys, "3"), "n_loops = '3': a whole number is needed"),
+        (lambda m, xs, ys: m.loss(xs, ys, 3, 1.0), r"window = 1\.0: a whole number"),
+        (lambda m, xs, ys: m.loss(xs, ys, n_supervised=0.5), r"n_supervised = 0\.5: a whole"),
+        (lambda m, xs, ys: m.states(xs, ys, window=None), "window = None: a whole number"),
+        (lambda m, xs, ys: m(xs.tolist(), ys), r"xs is a list; a torch\.Tensor is needed"),
+        (lambda m, xs, ys: m.embed(xs, ys.numpy()), r"ys is a ndarray; a torch\.Tensor is"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_name(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(small_model(), *prompt())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((2, 5, "bf17"), "unknown precision 'bf17'; did you mean 'bf16'"),
+        ((0, 5), "batch_size = 0: a whole number of at least 1"),
+        ((2, -5), "n_points = -5: a whole number of at least 1"),
+        ((2, 5.0), r"n_points = 5\.0: a whole number of at least 1"),
+    ],
+)
+def test_explain_backend_checks_what_it_is_given(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        explain_backend(small_model(), *arguments)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from looped_fast.config import ModelConfig
 from looped_fast.errors import check_name, unknown_name
-from looped_fast.model import LoopedTransformer, _Backbone
+from looped_fast.model import LoopedTransformer
+from looped_fast.model.blocks import Backbone
 
 FAMILIES = ("gpt2", "gpt2_loop", "gpt2_tying")
 LOOP_FUNCS = {"z=f(x+z)": "add", "z=f(x*z)": "mul"}  # official name -> injection
@@ -52,7 +53,7 @@ class TransformerModelTying(LoopedTransformer):
         # The official class draws the weights of n_layer blocks, then of its shared one.
         super().__init__(replace(config, n_layer=config.n_loops), backend)
         self.config = config
-        self._backbone = _Backbone(config)
+        self._backbone = Backbone(config)
 
     def forward(  # type: ignore[override]
         self, xs: Tensor, ys: Tensor, add_inputs_embeds: bool

@@ -9,7 +9,7 @@ nanoGPT's ``model.py`` for the language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def has(module: Model, path: str) -> bool:
 
 def weight_and_bias(module: Model) -> list[Tensor]:
     """Parameters of a Linear or LayerNorm; zeros for no bias (nanoGPT's ``bias=False``)."""
-    if module.bias is None:
+    if getattr(module, "bias", None) is None:
         return [module.weight, module.weight.new_zeros(module.weight.shape[0])]
     return [module.weight, module.bias]
 
@@ -67,19 +67,6 @@ def stack_weights(stack: Model) -> list[Tensor]:
     """The ``weights`` argument of ``ops.loop``."""
     weights = [tensor for block in stack.h for tensor in block_weights(block)]
     return weights + weight_and_bias(stack.ln_f)
-
-
-def hooks_of(module: nn.Module) -> Iterator[str]:
-    """Kinds of hooks that would run if ``module`` were called."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    yield from (kind.strip("_") for kind in kinds if getattr(module, kind))
-
-
-def replaced_modules(stack: Model) -> Iterator[tuple[str, nn.Module]]:
-    """Modules whose forward is no longer called, with their names in the stack."""
-    for name, module in stack.named_modules():
-        if name != "wte":
-            yield name, module
 
 
 def looped_forward(
@@ -150,8 +137,7 @@ def _read_in(model: Model, xs: Tensor, ys: Tensor) -> Tensor:
 def _predict(model: Model, loop: Loop, embeddings: Tensor, settings: dict[str, Any]) -> Tensor:
     """Predictions at the x positions, [W, B, n(, 2)], read out by the loop if it can."""
     read_out, x_tokens = model._read_out, slice(model.ind, None, model.freq)
-    is_plain = type(read_out) is nn.Linear and not any(hooks_of(read_out))
-    if is_plain and x_tokens == slice(0, None, 2):  # the tokens that the op reads out
+    if type(read_out) is nn.Linear and x_tokens == slice(0, None, 2):  # what the op reads out
         outputs = loop(embeddings, read_out=weight_and_bias(read_out), **settings)
         predictions = outputs.to(_output_dtype(outputs))
     else:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from looped_fast.config import PRECISIONS
 from looped_fast.dropin.replacement import FastForward, replaced
+from looped_fast.errors import check_name
 from looped_fast.model import LoopedTransformer
 from looped_fast.ops import backends
 from looped_fast.ops.selection import Selection
@@ -34,16 +36,21 @@ def explain_backend(
             default, a call without gradients.
 
     Raises:
-        ValueError: a model of other code is not accelerated, or a forced backend can't run the
-            model.
+        ValueError: a model of other code is not accelerated, a forced backend can't run the
+            model, an unknown precision, or a size below 1.
     """
+    for name, size in (("batch_size", batch_size), ("n_points", n_points)):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} = {size!r}: a whole number of at least 1 is needed")
+    if precision is not None:
+        check_name("precision", precision, PRECISIONS)
     replacement = replaced(model)
     described = replacement if isinstance(replacement, FastForward) else model
     if not isinstance(described, LoopedTransformer | FastForward):
         raise ValueError(
             f"a {type(model).__name__} runs its own code; looped_fast.accelerate(model) first"
         )
-    if precision is None and replacement is not None:
-        precision = replacement.precision
+    if reasons := described.watch(model):
+        return backends.select_modules(described.backend, reasons)
     call = described.describe_call(batch_size, n_points, precision, replayed_training)
     return backends.explain(call)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from looped_fast.config import LAYER_NORM_EPS
 from looped_fast.dropin.architectures import (
@@ -79,27 +78,6 @@ def differences(
         if not (found or outputs_only):
             found += _different_far_back(stack, generator)
     return found
-
-
-@contextlib.contextmanager
-def in_mode(model: Model, training: bool) -> Iterator[None]:
-    """Put every module in that mode, without the dropout that ``dropout_of`` finds."""
-    kept = [(module, dict(vars(module))) for module in model.modules()]
-    try:
-        for module in model.modules():
-            module.training = training
-            if dropout_of(module) > 0:
-                setattr(module, "p" if isinstance(module, _DropoutNd) else "dropout", 0.0)
-        yield
-    finally:
-        for module, attributes in kept:
-            vars(module).update(attributes)
-
-
-def dropout_of(module: Model) -> float:
-    """The dropout probability of ``module`` itself while training, if an attribute tells."""
-    p = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
-    return p if isinstance(p, int | float) else 0.0
 
 
 @contextlib.contextmanager

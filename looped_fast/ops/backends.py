@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,17 @@ def explain(call: Call) -> Selection:
             f"{selection.reasons['triton']}. Use attention='auto', or backend='triton'"
         )
     return selection
+
+
+def select_modules(wanted: str, reasons: Sequence[str]) -> Selection:
+    """Select for a model that runs module by module in plain PyTorch, for ``reasons``.
+
+    Raises:
+        ValueError: ``wanted`` forces a backend that does not call modules.
+    """
+    why = f"it does not call modules, and {'; '.join(reasons)}"
+    obstacles = {name: None if name == "reference" else why for name in UNSUPPORTED}
+    return select_by("backend", wanted, obstacles)
 
 
 def select_read_in(device: str, dtype: torch.dtype, width: int, backend: str = "auto") -> Selection:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from looped_fast.config import check_whole
 from looped_fast.ops import (
     backends,
     compiled_backend,
@@ -124,19 +125,25 @@ def run_mse(
     _check(tensors, settings)
     if not tensors.read_out:
         raise ValueError("loop_mse needs a read_out: errors are those of predictions")
-    window = settings.window
-    n_supervised = window if n_supervised is None else n_supervised
-    if not 1 <= n_supervised <= window:
-        raise ValueError(
-            f"n_supervised = {n_supervised} is outside 1..{window} (window); predictions of the "
-            f"last n_supervised steps of the window are compared with targets"
-        )
+    n_supervised = check_supervised(n_supervised, settings.window)
     B, S, _ = tensors.embeddings.shape
     shape = (B, (S + 1) // 2, len(tensors.read_out[1]))
     _check_tensor("targets", targets, shape, tensors.embeddings)
     if torch.compiler.is_compiling():
         return torch.ops.looped_fast.loop_mse(*tensors, targets, n_supervised, *settings)
     return _run_mse(tensors, settings, targets, n_supervised)
+
+
+def check_supervised(n_supervised: int | None, window: int) -> int:
+    """Return ``n_supervised``, or all of the window by default; raise ValueError if outside it."""
+    n_supervised = window if n_supervised is None else n_supervised
+    check_whole("n_supervised", n_supervised)
+    if not 1 <= n_supervised <= window:
+        raise ValueError(
+            f"n_supervised = {n_supervised} is outside 1..{window} (window); predictions of the "
+            f"last n_supervised steps of the window are compared with targets"
+        )
+    return n_supervised
 
 
 def _run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +64,18 @@ def split_weights(weights: Sequence[Tensor]) -> tuple[list[Block], Tensor, Tenso
     return blocks, weights[-2], weights[-1]
 
 
-def attention(x: Tensor, block: Block, n_heads: int) -> Tensor:
-    """Causal self-attention with its output projection. x: [B, S, D] -> [B, S, D]."""
-    B, S, D = x.shape
-    qkv = F.linear(x, block.c_attn_weight, block.c_attn_bias)  # [B, S, 3D]
+def attend(qkv: Tensor, n_heads: int) -> Tensor:
+    """Causal attention, its heads side by side. qkv: [B, S, 3D] -> [B, S, D]."""
+    B, S, width = qkv.shape
+    D = width // 3
     q, k, v = qkv.view(B, S, 3, n_heads, D // n_heads).permute(2, 0, 3, 1, 4)  # [B, H, S, D/H]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    y = y.transpose(1, 2).reshape(B, S, D)
+    return y.transpose(1, 2).reshape(B, S, D)
+
+
+def attention(x: Tensor, block: Block, n_heads: int) -> Tensor:
+    """Causal self-attention with its output projection. x: [B, S, D] -> [B, S, D]."""
+    y = attend(F.linear(x, block.c_attn_weight, block.c_attn_bias), n_heads)
     return F.linear(y, block.attn_c_proj_weight, block.attn_c_proj_bias)
 
 
@@ -141,10 +146,20 @@ def loop(
     residual stream and all statistics keep the dtype of ``embeddings``. ``run_step`` replaces
     ``step`` (same arguments and result), by a compiled one, say.
     """
+    arguments = (embeddings, positions, weights, settings.n_heads, settings.injection)
+    return iterate(run_step, state, arguments, settings)
+
+
+def iterate(
+    run_step: Callable[..., Tensor],
+    state: Tensor,
+    arguments: tuple[Any, ...],
+    settings: LoopSettings,
+) -> Tensor:
+    """Repeat ``state = run_step(state, *arguments)`` as ``settings`` say: the window's states."""
     n_loops, window = settings.n_loops, settings.window
     dtype = AUTOCAST_DTYPES[settings.precision]
-    device = embeddings.device.type
-    arguments = (embeddings, positions, weights, settings.n_heads, settings.injection)
+    device = state.device.type
     states = []
     # No cache, as in the official code: a cached cast sums the steps' gradients in low precision.
     with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):

@@ -28,7 +28,6 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from looped_fast import errors
-from looped_fast.config import LAYER_NORM_EPS
 from looped_fast.evaluation import evaluation_batches
 from looped_fast.model import LoopedTransformer
 from looped_fast.ops import reference
@@ -83,20 +82,17 @@ def hidden_states(model: LoopedTransformer, xs: Tensor, ys: Tensor, n_loops: int
     States are those before the final LayerNorm, as in the official code. xs: [B, n, d], ys: [B, n].
     Raises ValueError as in ``model.forward``.
     """
-    model._check_prompt(xs, ys, model._read_in.weight)
-    config, backbone = model.config, model._backbone
-    embeddings = model._read_in(reference.interleave(xs, ys))  # [B, 2n, D]
-    positions, weights = backbone.op_tensors()
-    positions = positions[: embeddings.shape[1]]
-    blocks, ln_f_weight, ln_f_bias = reference.split_weights(weights)
-    state, streams = reference.initial_state(embeddings, config.injection), [embeddings]
+    stack: Any = model._backbone.transformer
+    injection = model.config.injection
+    embeddings = model.embed(xs, ys)  # [B, 2n, D]
+    positions = stack["wpe"].weight[: embeddings.shape[1]]
+    state, streams = reference.initial_state(embeddings, injection), [embeddings]
     for _ in range(n_loops):
-        x = reference.inject(state, embeddings, config.injection) + positions
-        for block in blocks:
-            x = x + embeddings if config.injection == "every_block" else x
-            x = reference.transformer_block(x, block, config.n_head)
+        x = reference.inject(state, embeddings, injection) + positions
+        for block in stack["h"]:
+            x = block(x + embeddings if injection == "every_block" else x)
             streams.append(x)
-        state = nn.functional.layer_norm(x, x.shape[-1:], ln_f_weight, ln_f_bias, LAYER_NORM_EPS)
+        state = stack["ln_f"](x)
     return torch.stack(streams)
 
 

@@ -215,7 +215,7 @@ def test_an_unknown_mode_is_refused():
 
 def small_model_with(mode):
     model = small_model()
-    model._loop = GraphedLoop(mode)
+    model.graphed = GraphedLoop(mode)
     return model
 
 

@@ -1,0 +1,128 @@
+"""Which models ``accelerate`` takes, and what in a model its forward would not compute.
+
+A model that never fits is refused; a deviation may come and go: a hook, an adapter, dropout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from looped_fast.dropin import architectures
+from looped_fast.dropin.architectures import ARCHITECTURES, Architecture, Loop, Model
+from looped_fast.ops.modules import alteration, deviation, global_hooks
+
+_LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block
+
+
+class UnsupportedModel(ValueError):
+    """A model that can't be accelerated.
+
+    Attributes:
+        reasons: a string for each obstacle; the message lists them all.
+    """
+
+    def __init__(self, model_name: str, reasons: Iterable[str]) -> None:
+        self.reasons = list(reasons)
+        super().__init__(model_name, self.reasons)
+
+    def __str__(self) -> str:
+        return "\n  - ".join([f"can't accelerate {self.args[0]}:", *self.reasons])
+
+
+def recognise(model: nn.Module, is_accelerated: bool) -> Architecture:
+    """Return the architecture that ``model`` has the structure of.
+
+    Raises:
+        UnsupportedModel: it has none of them, is compiled, or has a forward of its own that
+            ``accelerate`` did not put there.
+    """
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel(name, ["it is compiled; accelerate the model, then compile it"])
+    if "forward" in vars(model) and not is_accelerated:
+        raise UnsupportedModel(name, ["its forward was replaced on this instance"])
+    architecture = architectures.recognise(model)
+    if architecture is None:
+        known = ", ".join(a.name for a in ARCHITECTURES)
+        raise UnsupportedModel(name, [f"it has the structure of none of: {known}"])
+    if reasons := list(_missing(model, architecture)):
+        raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
+    return architecture
+
+
+def _missing(model: Model, architecture: Architecture) -> Iterator[str]:
+    """Attributes that the fast forward reads and ``model`` lacks."""
+    block_paths = ("ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight", "attn.n_head",
+                   "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # fmt: skip
+    for path in architecture.needs:
+        if not architectures.has(model, path):
+            yield f"it has no {path}"
+    stack = architecture.stack(model)
+    for path in ("wpe.weight", "h", "ln_f.weight"):
+        if not architectures.has(stack, path):
+            yield f"its stack has no {path}"
+    blocks = list(getattr(stack, "h", []))
+    if not blocks:
+        yield "its stack h holds no blocks"
+    for i, block in enumerate(blocks):
+        for path in block_paths:
+            if not architectures.has(block, path):
+                yield f"h.{i} has no {path}"
+
+
+def deviations(model: Model, architecture: Architecture) -> Iterator[str]:
+    """What would not run, or not be the same, in the fast forward: hooks, adapters, dropout."""
+    yield from global_hooks()
+    stack = architecture.stack(model)
+    linears = [block.get_submodule(path) for block in stack.h for path in _LINEARS]
+    linears += [module for name, module in model.named_children() if name == "_read_in"]
+    kinds: dict[nn.Module, type[nn.Module]] = dict.fromkeys(linears, nn.Linear)
+    kinds[stack.wpe] = nn.Embedding
+    for name, module in model.named_modules():
+        if module is model:
+            continue
+        kind = kinds.get(module)
+        if why := alteration(module) if kind is None else deviation(module, kind):
+            yield f"{name} {why}"
+        if module.training and (p := _dropout(module)) > 0:
+            yield f"{name} drops out with p = {p} while training; set it to 0, or call eval()"
+
+
+def _dropout(module: Model) -> float:
+    """The dropout probability of ``module`` itself while training, if an attribute tells."""
+    p = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+    return p if isinstance(p, int | float) else 0.0
+
+
+def unfit_parameters(stack: Model, loop: Loop) -> Iterator[str]:
+    """Dtypes and shapes that the op refuses."""
+    wpe = stack.wpe.weight
+    if wpe.dtype not in (torch.float32, torch.float64):
+        yield (
+            f"its parameters are {wpe.dtype}; keep them in torch.float32, and choose the "
+            f"precision of matrix products by torch.autocast, or precision='bf16'"
+        )
+        return
+    embeddings = wpe.new_zeros(1, 1, wpe.shape[1])
+    try:
+        with torch.no_grad(), torch.autocast(wpe.device.type, enabled=False):
+            loop(embeddings, n_loops=1, window=1, injection="none")
+    except ValueError as error:
+        yield str(error)
+
+
+@contextlib.contextmanager
+def in_mode(model: Model, training: bool) -> Iterator[None]:
+    """Put every module of ``model`` in that mode, and back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,414 @@
+"""The in-context learner: prompt assembly, read-in, the loop, read-out.
+
+Parameters carry the official state-dict names (``_read_in.weight``,
+``_backbone.transformer.h.0.attn.c_attn.weight``, ...), so checkpoints load in both directions.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from looped_fast.config import (
+    ATTENTION,
+    BACKENDS,
+    PRECISIONS,
+    ModelConfig,
+    check_whole,
+    check_window,
+)
+from looped_fast.errors import check_name
+from looped_fast.model.blocks import Backbone, Part, weights_and_biases
+from looped_fast.ops import backends, op, reference
+from looped_fast.ops.call import Call, LoopSettings, LoopTensors
+from looped_fast.ops.graphed_loop import GraphedLoop
+from looped_fast.ops.modules import Reasons, Watch, global_hooks
+from looped_fast.ops.prompt import read_in
+from looped_fast.ops.reference import AUTOCAST_DTYPES
+
+
+class LoopedTransformer(nn.Module):
+    """One shared stack of blocks, run ``n_loops`` times, that predicts y from (x, y) prompts.
+
+    Covers the looped, standard and weight-tied models of arXiv 2311.12424: see ``ModelConfig``.
+
+        >>> config = ModelConfig(n_dims=5, n_positions=11, n_embd=64, n_head=4, n_loops=8, window=4)
+        >>> model = LoopedTransformer(config)
+        >>> predictions = model(torch.randn(3, 11, 5), torch.randn(3, 11))
+        >>> predictions.shape
+        torch.Size([4, 3, 11])
+
+    Args:
+        config: shapes and recurrence.
+        backend: ``auto``, ``reference``, ``compiled``, ``cpu`` or ``triton``; see
+            ``explain_backend``.
+        recompute: save only states for the backward and recompute activations: slower, with less
+            memory. ``loss`` on the ``cpu`` backend needs little memory either way.
+        attention: implementation on the triton backend: ``auto``, ``flash_attn``, ``sdpa`` or
+            ``triton``. See ``ops.loop``.
+        cuda_graphs: ``auto``, ``on`` or ``off``: on a GPU, calls without gradient replay a CUDA
+            graph from the third call with the same shapes; see ``graphed_loop.GraphedLoop``.
+
+    Raises:
+        TypeError: ``config`` is no ``ModelConfig``, or ``recompute`` is no bool.
+        ValueError: an unknown backend, attention or cuda_graphs.
+
+    Hooks, adapters and replaced modules inside the model are in force: while there are any, the
+    model runs module by module in plain PyTorch, and says so once.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: str = "auto",
+        recompute: bool = False,
+        attention: str = "auto",
+        cuda_graphs: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value, kind in (("config", config, ModelConfig), ("recompute", recompute, bool)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} = {value!r}: a {kind.__name__} is needed")
+        check_name("backend", backend, ("auto", *BACKENDS))
+        check_name("attention", attention, ("auto", *ATTENTION))
+        self.config = config
+        self.backend = backend
+        self.recompute = recompute
+        self.attention = attention
+        self.precision: str | None = None  # set by ``accelerate``; None follows autocast
+        self.graphed = GraphedLoop(cuda_graphs)
+        self.watch = Watch(_deviations)
+        self._read_in = nn.Linear(config.n_dims, config.n_embd)
+        self._backbone = Backbone(config)
+        self._read_out = nn.Linear(config.n_embd, config.n_outputs)
+
+    def forward(
+        self, xs: Tensor, ys: Tensor, n_loops: int | None = None, window: int | None = None
+    ) -> Tensor:
+        """Predict y at every x position, after each of the last ``window`` loop steps.
+
+        The prediction for x_i uses only (x_1, y_1) ... (x_{i-1}, y_{i-1}) and x_i. Matrix
+        products run in bf16 or fp16 under ``torch.autocast``, else in the parameters' dtype.
+
+        Args:
+            xs: [B, n, d], in the parameters' dtype and on their device.
+            ys: [B, n], with the same dtype and device.
+            n_loops: loop steps b; ``config.n_loops`` by default. May exceed the trained b.
+            window: last steps T that carry gradient; ``min(config.window, n_loops)`` by default.
+
+        Returns:
+            [window, B, n], or [window, B, n, 2] logits for classification.
+
+        Raises:
+            ValueError: shapes or dtypes that do not fit, n beyond ``n_positions``, a window
+                outside 1..n_loops, or NaN or Inf in the prompt. (Values are checked on CPUs
+                only: on a GPU the check would stall the stream.)
+            TypeError: a prompt that is no tensor, or a count that is no whole number.
+        """
+        n_loops, window = self._loop_counts(n_loops, window)
+        return self._predict(xs, ys, n_loops, window, self.config.injection)
+
+    def loss(
+        self,
+        xs: Tensor,
+        ys: Tensor,
+        n_loops: int | None = None,
+        window: int | None = None,
+        n_supervised: int | None = None,
+    ) -> Tensor:
+        """Mean squared error of the predictions over loop steps, prompts and positions.
+
+        Value and gradients are those of
+        ``(self(xs, ys, n_loops, window)[-n_supervised:] - ys).square().mean()``. On the ``cpu``
+        backend it needs far less memory: each thread runs a prompt's backward right after its
+        forward, so it holds activations of one prompt at a time.
+
+            >>> model = LoopedTransformer(ModelConfig(n_embd=64, n_head=4, n_loops=8, window=4))
+            >>> model.loss(torch.randn(3, 11, 20), torch.randn(3, 11)).backward()
+
+        Args:
+            xs, ys, n_loops, window: as in ``forward``.
+            n_supervised: last steps of the window that count; all of them by default.
+
+        Returns:
+            A scalar, [], once differentiable with respect to the parameters.
+
+        Raises:
+            ValueError: as in ``forward``; ``n_supervised`` is outside 1..window; or the model
+                classifies.
+
+        Source: official ``scripts/train.py``, ``train_step``.
+        """
+        config = self.config
+        if config.pred_type == "classification":
+            raise ValueError(
+                "loss is the squared error of regression, but pred_type = 'classification': "
+                "torch.nn.functional.cross_entropy takes those that a call of the model returns"
+            )
+        n_loops, window = self._loop_counts(n_loops, window)
+        if by_modules := self.deviations():
+            n_supervised = op.check_supervised(n_supervised, window)
+            predictions = self._predict(xs, ys, n_loops, window, config.injection)
+            return (predictions[-n_supervised:] - ys).square().mean()
+        embeddings = self._embed(xs, ys, by_modules)
+        arguments = self._loop_arguments(embeddings, None, n_loops, window, config.injection)
+        return op.run_mse(*arguments, ys.unsqueeze(-1), n_supervised)
+
+    def states(self, xs: Tensor, ys: Tensor, n_loops: int | None = None, window: int = 0) -> Tensor:
+        """Return the state after every loop step.
+
+            >>> model = LoopedTransformer(ModelConfig(n_embd=64, n_head=4, n_loops=8, window=4))
+            >>> states = model.states(torch.randn(3, 11, 20), torch.randn(3, 11))
+            >>> states.shape
+            torch.Size([8, 3, 22, 64])
+            >>> model.predict(states).shape
+            torch.Size([8, 3, 11])
+
+        Args:
+            xs, ys, n_loops: as in ``forward``.
+            window: last steps that carry gradient; none by default. Memory for the backward grows
+                with it.
+
+        Returns:
+            [n_loops, B, 2n, D]: state z after steps 1 .. n_loops.
+
+        Raises:
+            ValueError: as in ``forward``; or ``window`` is outside 0..n_loops.
+        """
+        n_loops = self.config.n_loops if n_loops is None else n_loops
+        check_window(n_loops, window, at_least=0)
+        start, parts = None, []
+        embeddings = self.embed(xs, ys)
+        if window < n_loops:
+            with torch.no_grad():
+                parts.append(self._run(embeddings.detach(), None, n_loops - window))
+            start = parts[0][-1]
+        if window > 0:
+            parts.append(self._run(embeddings, start, window))
+        return torch.cat(parts)
+
+    def embed(self, xs: Tensor, ys: Tensor) -> Tensor:
+        """Embed the prompt: the input of every loop step.
+
+        Args:
+            xs, ys: as in ``forward``.
+
+        Returns:
+            [B, 2n, D]: embeddings of x_1, y_1, ..., x_n, y_n.
+
+        Raises:
+            ValueError: as in ``forward``.
+        """
+        return self._embed(xs, ys, self.deviations())
+
+    def step(self, state: Tensor, embeddings: Tensor) -> Tensor:
+        """Run one loop step, z -> z'. Differentiable in both arguments and the parameters.
+
+            >>> model = LoopedTransformer(ModelConfig(n_embd=64, n_head=4, n_loops=8, window=4))
+            >>> embeddings = model.embed(torch.randn(3, 11, 20), torch.randn(3, 11))
+            >>> model.step(torch.zeros_like(embeddings), embeddings).shape
+            torch.Size([3, 22, 64])
+
+        Args:
+            state: z, [B, 2n, D], such as one of ``states``.
+            embeddings: of the prompt, [B, 2n, D], from ``embed``.
+
+        Returns:
+            The next state, [B, 2n, D].
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit.
+        """
+        return self._run(embeddings, state, 1)[0]
+
+    def predict(self, states: Tensor) -> Tensor:
+        """Read predictions out of states.
+
+        Args:
+            states: [..., 2n, D], from ``states`` or ``step``.
+
+        Returns:
+            [..., n], or [..., n, 2] logits for classification, as in ``forward``.
+        """
+        with _full_precision(states.device.type):
+            return self._squeeze(self._read_out(states)[..., ::2, :])
+
+    def _loop_counts(self, n_loops: int | None, window: int | None) -> tuple[int, int]:
+        n_loops = self.config.n_loops if n_loops is None else n_loops
+        if window is None:
+            check_whole("n_loops", n_loops)
+            window = min(self.config.window, n_loops)
+        return n_loops, window
+
+    def _embed(self, xs: Tensor, ys: Tensor, by_modules: Reasons) -> Tensor:
+        # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
+        if by_modules:
+            self._check_prompt(xs, ys, None)
+            with _full_precision(xs.device.type):
+                return self._read_in(reference.interleave(xs, ys))
+        weight, bias = weights_and_biases(self._modules["_read_in"])
+        self._check_prompt(xs, ys, weight)
+        with _full_precision(xs.device.type):
+            return read_in(xs, ys, weight, bias, backend=self.backend)
+
+    def _predict(self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str) -> Tensor:
+        check_window(n_loops, window)
+        by_modules = self.deviations()
+        embeddings = self._embed(xs, ys, by_modules)
+        if not by_modules:
+            arguments = self._loop_arguments(embeddings, None, n_loops, window, injection)
+            return self._squeeze(self.graphed(*arguments))  # [W, B, n, n_outputs]
+        states = self._run_modules(embeddings, None, n_loops, window, injection)
+        return torch.stack([self.predict(state) for state in states])
+
+    def _squeeze(self, outputs: Tensor) -> Tensor:
+        return outputs if self.config.pred_type == "classification" else outputs.squeeze(-1)
+
+    def _run(self, embeddings: Tensor, state: Tensor | None, n_loops: int) -> Tensor:
+        """Run loop steps that all carry gradient; return the states after each."""
+        arguments = embeddings, state, n_loops, n_loops, self.config.injection
+        if self.deviations():
+            return self._run_modules(*arguments)
+        tensors, settings = self._loop_arguments(*arguments)
+        return self.graphed(tensors._replace(read_out=[]), settings)
+
+    def _loop_arguments(
+        self, embeddings: Tensor, state: Tensor | None, n_loops: int, window: int, injection: str
+    ) -> tuple[LoopTensors, LoopSettings]:
+        """The arguments of ``op.run``."""
+        modules: Any = self._modules
+        positions, weights = modules["_backbone"].op_tensors()
+        read_out = weights_and_biases(modules["_read_out"])
+        positions = positions[: embeddings.shape[1]]
+        tensors = LoopTensors(embeddings, positions, state, weights, read_out)
+        return tensors, self._settings(n_loops, window, injection, embeddings.device.type)
+
+    def _run_modules(
+        self, embeddings: Tensor, state: Tensor | None, n_loops: int, window: int, injection: str
+    ) -> Tensor:
+        """Run ``ops.loop`` by calling modules: the states of the window, [W, B, 2n, D]."""
+
+        def step(state: Tensor, embeddings: Tensor) -> Tensor:
+            inputs = reference.inject(state, embeddings, injection)
+            added = (embeddings,) if injection == "every_block" else ()
+            return self._backbone(inputs, *added)
+
+        settings = self._settings(n_loops, window, injection, embeddings.device.type)
+        if state is None:
+            state = reference.initial_state(embeddings, injection)
+        return reference.iterate(step, state, (embeddings,), settings)
+
+    def _settings(self, n_loops: int, window: int, injection: str, device: str) -> LoopSettings:
+        return LoopSettings(
+            n_heads=self.config.n_head,
+            n_loops=n_loops,
+            window=window,
+            injection=injection,
+            precision=self.precision or ambient_precision(device),
+            recompute=self.recompute,
+            backend=self.backend,
+            attention=self.attention,
+        )
+
+    @torch.compiler.assume_constant_result
+    def deviations(self) -> Reasons:
+        """Say why the model runs module by module now; empty if ``ops.loop`` runs it.
+
+        Raises:
+            ValueError: it would, but ``backend`` forces another than ``reference``.
+        """
+        if reasons := self.watch(self):
+            backends.select_modules(self.backend, reasons)
+            self.watch.say_once("LoopedTransformer runs module by module in plain PyTorch")
+        return reasons
+
+    def _parts(self) -> list[Part]:
+        """Modules that the op stands in for."""
+        D = self.config.n_embd
+        parts = [
+            Part("_read_in", self._read_in, nn.Linear, (D, self.config.n_dims)),
+            Part("_backbone", self._backbone, Backbone),
+            Part("_read_out", self._read_out, nn.Linear, (self.config.n_outputs, D)),
+        ]
+        if type(self._backbone) is Backbone:
+            parts += [p._replace(name=f"_backbone.{p.name}") for p in self._backbone.parts(D)]
+        return parts
+
+    def describe_call(
+        self,
+        batch_size: int,
+        n_points: int,
+        precision: str | None = None,
+        replayed_training: bool = False,
+    ) -> Call:
+        """Describe a call of this model for the choice of a backend; see ``explain_backend``."""
+        config, weight = self.config, next(self.parameters())
+        settings = self._settings(
+            config.n_loops, config.window, config.injection, weight.device.type
+        )
+        if precision is not None:
+            settings = settings._replace(precision=precision)
+        sizes = batch_size, 2 * n_points, config.n_embd, config.n_layer
+        replayed = replayed_training or self.graphed.replays_on(weight.device)
+        return Call(settings, weight.device, weight.dtype, *sizes, replayed, replayed_training)
+
+    def _check_prompt(self, xs: Tensor, ys: Tensor, weight: Tensor | None) -> None:
+        config = self.config
+        for name, value in (("xs", xs), ("ys", ys)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is needed")
+        if xs.dim() != 3 or xs.shape[-1] != config.n_dims:
+            raise ValueError(
+                f"xs has shape {tuple(xs.shape)}; [B, n, {config.n_dims}] is needed (n_dims)"
+            )
+        if ys.shape != xs.shape[:2]:
+            raise ValueError(
+                f"ys has shape {tuple(ys.shape)}; {tuple(xs.shape[:2])} is needed to match xs"
+            )
+        if xs.shape[1] > config.n_positions:
+            raise ValueError(
+                f"{xs.shape[1]} points exceed n_positions = {config.n_positions}; "
+                f"shorten the prompt, or build the model with a larger n_positions"
+            )
+        for name, tensor in (("xs", xs), ("ys", ys)):
+            if weight is None:
+                continue  # modules check by themselves
+            if tensor.dtype != weight.dtype or tensor.device != weight.device:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, the model is {weight.dtype} "
+                    f"on {weight.device}; convert with {name}.to(device, dtype)"
+                )
+        if xs.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
+            for name, tensor in (("xs", xs), ("ys", ys)):
+                if len(where := (~tensor.isfinite()).nonzero()):
+                    first = where[0].tolist()
+                    raise ValueError(
+                        f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
+                        f"drop or impute such values"
+                    )
+
+
+def _deviations(model: LoopedTransformer) -> Reasons:
+    return (*global_hooks(), *filter(None, (part.unfit() for part in model._parts())))
+
+
+def _full_precision(device_type: str) -> AbstractContextManager:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def ambient_precision(device_type: str) -> str:
+    """The precision of the ambient ``torch.autocast``: bf16 or fp16; fp32 without one."""
+    if not torch.is_autocast_enabled(device_type):
+        return "fp32"
+    dtype = torch.get_autocast_dtype(device_type)
+    for name in PRECISIONS:
+        if AUTOCAST_DTYPES[name] == dtype:
+            return name
+    raise ValueError(f"autocast to {dtype} is not supported; use torch.bfloat16 or torch.float16")

@@ -1,0 +1,199 @@
+"""Whether modules still compute what the op computes from their parameters.
+
+The op reads parameters. A hook, an adapter, pruning or a changed attribute makes a module compute
+something else, and shows on the module alone. ``Watch`` looks for such changes before every call of
+a model, in about ten microseconds.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _globals
+from torch.nn.utils import parametrize
+
+Reasons = tuple[str, ...]
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = [getattr(_globals, f"_global{kind}") for kind in _HOOKS]
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, *_FUNCTIONS)
+_DENSE = {Tensor, nn.Parameter, type(None)}
+_WITHOUT_SETTINGS = {nn.Linear, nn.ModuleList, nn.ModuleDict}  # their attributes decide nothing
+
+
+class Watch:
+    """Verdicts on a model, each valid as long as its modules are what they were.
+
+    A copy or an unpickled watch keeps the verdicts, and looks at the modules again.
+
+    Args:
+        judge: model -> reasons why the op would not compute what the modules do; empty if it
+            would. Runs when the modules are in a state that has no verdict.
+    """
+
+    def __init__(self, judge: Callable[[Any], Reasons]) -> None:
+        self._judge = judge
+        self._verdicts: dict[Hashable, Reasons] = {}
+        self._snapshot: _Snapshot | None = None
+        self._current: Reasons = ()
+        self._said: set[Reasons] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_snapshot": None}  # which refers to the modules of one model
+
+    def __call__(self, model: nn.Module) -> Reasons:
+        """Return the verdict. Hooks of ``model`` itself do not count, as its caller runs them."""
+        if self._snapshot is None or not self._snapshot.holds():
+            snapshot, state = _Snapshot(model), _fingerprint(model)
+            if state not in self._verdicts:
+                self._verdicts[state] = self._judge(model)
+            self._snapshot, self._current = snapshot, self._verdicts[state]
+        return self._current
+
+    def overlook_changes(self, model: nn.Module) -> None:
+        """Keep the verdict although the model's own forward may have set attributes."""
+        if self._snapshot is None or not self._snapshot.holds():
+            self._snapshot = _Snapshot(model)
+
+    def say_once(self, message: str) -> None:
+        """Warn with ``message`` and the current reasons, unless that was done before."""
+        if self._current not in self._said:
+            self._said.add(self._current)
+            warnings.warn(f"{message}: {'; '.join(self._current)}", stacklevel=3)
+
+
+class _Snapshot:
+    """What the modules of a model are, with references to compare them by."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        states = [vars(module) for module in modules]
+        deciding = [vars(module) for module in modules if type(module) not in _WITHOUT_SETTINGS]
+        watched = [(state, names) for state in _with_records(deciding) if (names := _plain(state))]
+        self._modules, self._states = modules, states
+        self._children = [state["_modules"] for state in states if state["_modules"]]
+        self._parameters = [state["_parameters"] for state in states if state["_parameters"]]
+        self._buffers = [state["_buffers"] for state in states if state["_buffers"]]
+        self._hooks = [state[kind] for state in states[1:] for kind in _HOOKS] + _GLOBAL_HOOKS
+        self._plain = [(itemgetter(*names), state) for state, names in watched]
+        self._seen = self._look()
+
+    def holds(self) -> bool:
+        """True if nothing has changed."""
+        try:
+            return self._look() == self._seen
+        except KeyError:  # an attribute is gone
+            return False
+
+    def _look(self) -> list[Any]:
+        parameters = chain.from_iterable([table.values() for table in self._parameters])
+        return [
+            list(map(type, self._modules)),
+            list(map(len, self._states)),  # a forward on the instance, say
+            list(map(len, self._hooks)),
+            [list(table.values()) for table in self._children],
+            set(map(type, parameters)) <= _DENSE,
+            [(id(b), _version(b)) for table in self._buffers for b in table.values()],
+            [get(state) for get, state in self._plain],
+        ]
+
+
+def _plain(state: dict[str, Any]) -> list[str]:
+    """Names of attributes that a forward may decide by, and that can be compared."""
+    return [name for name, value in state.items() if _is_plain(value)]
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def _with_records(states: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The attributes of modules, then those of records of settings among them (``config``)."""
+    records = {}
+    for state in states:
+        yield state
+        for value in state.values():
+            if not isinstance(value, (nn.Module, Tensor, type, *_PLAIN)) and not callable(value):
+                records[id(value)] = getattr(value, "__dict__", {})
+    yield from records.values()
+
+
+def _version(buffer: Tensor | None) -> int | None:
+    return None if buffer is None or buffer.is_inference() else buffer._version
+
+
+def _fingerprint(model: nn.Module) -> Hashable:
+    """What ``_Snapshot`` looks at, by values: equal for a copy of the model."""
+    modules = list(model.modules())
+    states = [vars(module) for module in modules]
+    deciding = [vars(module) for module in modules if type(module) not in _WITHOUT_SETTINGS]
+    return (
+        tuple((name, type(module)) for name, module in model.named_modules()),
+        tuple(tuple(state) for state in states[1:]),
+        tuple(len(state[kind]) > 0 for state in states[1:] for kind in _HOOKS),
+        tuple(len(hooks) > 0 for hooks in _GLOBAL_HOOKS),
+        tuple((type(p), p.shape) for p in model.parameters()),
+        tuple((b.shape, b.double().sum().item()) for b in model.buffers() if _is_readable(b)),
+        tuple(tuple((n, s[n]) for n in _plain(s)) for s in _with_records(deciding)),
+    )
+
+
+def _is_readable(buffer: Tensor) -> bool:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+    return type(buffer) is Tensor and buffer.device.type != "meta" and not wrapped
+
+
+def _hooks(tables: Iterable[Any]) -> list[str]:
+    kinds = [kind.strip("_").removesuffix("s") for kind in _HOOKS]
+    return [kind for kind, hooks in zip(kinds, tables, strict=True) if hooks]
+
+
+def global_hooks() -> list[str]:
+    """Hooks that run at every call of any module."""
+    return [
+        f"every module has a {kind} (torch.nn.modules.module)" for kind in _hooks(_GLOBAL_HOOKS)
+    ]
+
+
+def alteration(module: nn.Module) -> str | None:
+    """Why ``module`` may not compute what its class does with its parameters, or None."""
+    if hooks := _hooks(getattr(module, kind) for kind in _HOOKS):
+        return f"has a {hooks[0]}"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    if parametrize.is_parametrized(module):
+        return "is parametrized"
+    for name, parameter in module._parameters.items():
+        if type(parameter) not in _DENSE and hasattr(type(parameter), "__tensor_flatten__"):
+            return f"has a {_name(type(parameter))} as its {name}"
+    return None
+
+
+def deviation(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why ``module`` is not exactly a ``kind`` whose parameters the op can read, or None."""
+    altered = alteration(module)
+    if altered is None and type(module) is not kind:
+        return f"is a {_name(type(module))}, not {_name(kind)}"
+    if isinstance(module, nn.Embedding) and _changes_its_weight(module):
+        return "is an Embedding with max_norm, sparse, padding_idx or scale_grad_by_freq"
+    return altered
+
+
+def _name(kind: type) -> str:
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return "torch.nn." + kind.__name__ if getattr(nn, kind.__name__, None) is kind else name
+
+
+def _changes_its_weight(embedding: nn.Embedding) -> bool:
+    settings = embedding.max_norm, embedding.padding_idx
+    return settings != (None, None) or embedding.sparse or embedding.scale_grad_by_freq
