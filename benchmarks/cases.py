@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from looped_fast import ModelConfig
+from looped_fast.ops.flops import loop_flops
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,8 @@ def modes(case: Case, contender: Contender) -> list[str]:
 def flops(case: Case, mode: str) -> float:
     """Floating-point operations of the matrix products in the loop of one training step or call.
 
-    Per token and step 24 D^2 in the linear layers (QKV 6, out-projection 2, MLP 16) and 4 D per
-    query and visible key in causal attention; the backward through the window costs twice its
-    forward. Read-in and read-out (under 0.1 %) and element-wise work are left out.
+    In causal attention those of visible keys; see ``loop_flops``. Read-in and read-out (under
+    0.1 %) and element-wise work are left out.
     """
-    S, D = 2 * case.n_points, case.n_embd
-    forward_step = case.batch * (24 * S * D**2 + 4 * D * S * (S + 1) / 2)
-    backward_steps = 2 * case.window if mode == "training" else 0
-    return forward_step * (case.n_loops + backward_steps)
+    S, window = 2 * case.n_points, case.window if mode == "training" else 0
+    return loop_flops(case.batch, S, case.n_embd, 1, case.n_loops, window, keys=(S + 1) / 2)

@@ -183,7 +183,8 @@ def _run(case: Case, tensors: list[Any], targets: Tensor) -> None:
             *tensors, settings, training, False, False, targets if training else None
         )
         if training:
-            backward.loop_backward(result, result, saved, *tensors, settings)
+            wanted = [True] * (3 + len(tensors[3]) + len(tensors[4]))
+            backward.loop_backward(result, saved, *tensors, settings, wanted)
 
 
 def _settings(case: Case, precision: str) -> LoopSettings:

@@ -18,10 +18,9 @@ namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
 // Input z of a step, [rows, D]: itself, or x_hat of the LayerNorm that made it.
-template <class T>
 struct StepInput {
   const float* z;  // null: recomputed from x_hat
-  const T* x_hat;
+  const float* x_hat;
 };
 
 // One loop step on one item, by one member of its team.
@@ -52,7 +51,7 @@ class BackwardStep {
 
   // Adds `grad`, of the step's output, to dx, the gradient of z'; turns dx into the gradient of z.
   // grad: the item's, [rows, D], or [rows, n_outputs] with a read-out.
-  void run(const float* grad, const StepInput<T>& input, const StepActivations<T>& saved) const {
+  void run(const float* grad, const StepInput& input, const StepActivations<T>& saved) const {
     if (shape_.n_outputs == 0) {
       add_rows(grad, buffers_.dx);
     } else {
@@ -69,7 +68,7 @@ class BackwardStep {
       attention(block);
       team_.wait();  // for all heads' d_qkv
       for_each_chunk([&](Range chunk) { qkv(layer, block, input, chunk); });
-      if (shape_.injection == Injection::kEveryBlock) {
+      if (gradients_.embeddings && shape_.injection == Injection::kEveryBlock) {
         add_rows(buffers_.dx, gradients_.embeddings + first());
       }
     }
@@ -85,7 +84,7 @@ class BackwardStep {
       float* position = sums_.positions + i % shape_.seq_len * D_;
       for (int64_t j = 0; j < D_; j += kVec) add_to(position + j, Vec::loadu(row + j));
     }
-    if (shape_.injection == Injection::kAdd) {
+    if (gradients_.embeddings && shape_.injection == Injection::kAdd) {
       copy_rows(buffers_.dx_sum, gradients_.embeddings + first());
     }
     if (gradients_.state) copy_rows(buffers_.dx, gradients_.state + first());
@@ -94,7 +93,8 @@ class BackwardStep {
 
  private:
   bool has_embedding_sums() const {
-    return shape_.injection == Injection::kMul || shape_.injection == Injection::kEveryBlock;
+    return gradients_.embeddings && (shape_.injection == Injection::kMul ||
+                                     shape_.injection == Injection::kEveryBlock);
   }
   int64_t first() const { return item_.first_token() * D_; }
 
@@ -109,7 +109,7 @@ class BackwardStep {
   }
 
   // predictions = z' w^T + bias: adds to dx of z', from grad [rows, n_outputs].
-  void read_out(const float* grad, const FinalActivations<T>& final) const {
+  void read_out(const float* grad, const FinalActivations& final) const {
     const int64_t D = D_, n_outputs = shape_.n_outputs;
     const float* ln_f_weight = inputs_.ln_f_weight;
     const float* ln_f_bias = inputs_.ln_f_bias;
@@ -122,7 +122,7 @@ class BackwardStep {
         Vec total(0.f);
         for (int64_t i = rows_.begin; i < rows_.end; ++i) {
           const Vec g(grad[i * n_outputs + o]);
-          const Vec x_hat = Operand<T>::load(final.x_hat + i * D + j);
+          const Vec x_hat = Vec::loadu(final.x_hat + i * D + j);
           total = at::vec::fmadd(g, scale_and_shift(x_hat, ln_f_weight, ln_f_bias, j), total);
           add_to(dx + i * D + j, g * w);
         }
@@ -134,13 +134,13 @@ class BackwardStep {
     }
   }
 
-  [[gnu::flatten]] void final_norm(const FinalActivations<T>& final) const {
-    const LayerNormBackward<T> ln{final.x_hat,
-                                  final.rstd,
-                                  inputs_.ln_f_weight,
-                                  buffers_.dx,
-                                  sums_.item_vectors.ln_f_weight(),
-                                  sums_.item_vectors.ln_f_bias()};
+  [[gnu::flatten]] void final_norm(const FinalActivations& final) const {
+    const LayerNormBackward<float> ln{final.x_hat,
+                                      final.rstd,
+                                      inputs_.ln_f_weight,
+                                      buffers_.dx,
+                                      sums_.item_vectors.ln_f_weight(),
+                                      sums_.item_vectors.ln_f_bias()};
     const int64_t D = D_;
     const float* dz = buffers_.dx;
     layer_norm_backward<false>(
@@ -151,6 +151,7 @@ class BackwardStep {
   void mlp(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
+    const Block<float>& wanted = gradients_.blocks[layer];
     const BlockSums& sums = sums_.blocks[layer];
     const int64_t m = chunk.size(), width = 4 * D_;
     dx_to_operand(chunk, grad.mlp_c_proj_bias);
@@ -165,20 +166,27 @@ class BackwardStep {
                          d_fc.panel(column / kPanel) + packed,
                          hidden.panel(column / kPanel) + packed, grad.c_fc_bias + column);
              });
-    add_weight_gradient(sums.mlp_c_proj, scratch_.dx_operand, hidden, m);
+    if (wanted.mlp_c_proj_weight) {
+      add_weight_gradient(sums.mlp_c_proj, scratch_.dx_operand, hidden, m);
+    }
     multiply_into(scratch_.d_fc, width, weights_.c_fc(layer), {0, m}, scratch_.dy, false);
     const T* x_hat = block.x_hat_2 + chunk.begin * D_;
-    restore_norm(x_hat, w.ln_2_weight, w.ln_2_bias, m, scratch_.h);
-    add_weight_gradient(sums.c_fc_t, scratch_.h, d_fc, m);
+    if (wanted.c_fc_weight) {
+      restore_norm(x_hat, w.ln_2_weight, w.ln_2_bias, m, scratch_.h);
+      add_weight_gradient(sums.c_fc_t, scratch_.h, d_fc, m);
+    }
     norm(x_hat, block.rstd_2, w.ln_2_weight, grad.ln_2_weight, grad.ln_2_bias, chunk);
   }
 
   // x1 = x0 + Wo attn + bias: fills d_attn.
   void attention_projection(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
     dx_to_operand(chunk, sums_.item_vectors.block(layer).attn_c_proj_bias);
-    const PackedMatrix<T> attn{scratch_.right, scratch_.max_rows, D_};
-    pack_rows(block.attn + chunk.begin * D_, D_, chunk.size(), attn);
-    add_weight_gradient(sums_.blocks[layer].attn_c_proj, scratch_.dx_operand, attn, chunk.size());
+    if (gradients_.blocks[layer].attn_c_proj_weight) {
+      const PackedMatrix<T> attn{scratch_.right, scratch_.max_rows, D_};
+      pack_rows(block.attn + chunk.begin * D_, D_, chunk.size(), attn);
+      add_weight_gradient(sums_.blocks[layer].attn_c_proj, scratch_.dx_operand, attn,
+                          chunk.size());
+    }
     multiply(scratch_.dx_operand, D_, weights_.attn_c_proj(layer), {0, chunk.size()},
              scratch_.tile, [&](const Tile& tile) {
                for (int64_t r = 0; r < tile.rows.size(); ++r) {
@@ -207,41 +215,45 @@ class BackwardStep {
   }
 
   // qkv = Wqkv LN1(x0) + bias: turns dx of x1 into dx of x0.
-  void qkv(int64_t layer, const BlockActivations<T>& block, const StepInput<T>& input,
+  void qkv(int64_t layer, const BlockActivations<T>& block, const StepInput& input,
            Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
+    const bool wanted = gradients_.blocks[layer].c_attn_weight;
     const int64_t width = 3 * D_, m = chunk.size();
     const T* d_qkv = buffers_.d_qkv + chunk.begin * width;
     add_column_sums(d_qkv, m, width, grad.c_attn_bias);
-    const PackedMatrix<T> d_qkv_right{scratch_.right, scratch_.max_rows, width};
-    pack_rows(d_qkv, width, m, d_qkv_right);
     const T* x_hat = scratch_.x_hat;
     if (layer == 0) {
       norm_step_input(input, w.ln_1_weight, w.ln_1_bias, chunk);
     } else {
       x_hat = block.x_hat_1 + chunk.begin * D_;
-      restore_norm(x_hat, w.ln_1_weight, w.ln_1_bias, m, scratch_.h);
+      if (wanted) restore_norm(x_hat, w.ln_1_weight, w.ln_1_bias, m, scratch_.h);
     }
-    add_weight_gradient(sums_.blocks[layer].c_attn_t, scratch_.h, d_qkv_right, m);
+    if (wanted) {
+      const PackedMatrix<T> d_qkv_right{scratch_.right, scratch_.max_rows, width};
+      pack_rows(d_qkv, width, m, d_qkv_right);
+      add_weight_gradient(sums_.blocks[layer].c_attn_t, scratch_.h, d_qkv_right, m);
+    }
     multiply_into(d_qkv, width, weights_.c_attn(layer), {0, m}, scratch_.dy, false);
     norm(x_hat, block.rstd_1, w.ln_1_weight, grad.ln_1_weight, grad.ln_1_bias, chunk);
   }
 
   // x0 = z e + p: turns dx of x0 into dx of z; adds to the gradient of e.
-  void multiply_by_embeddings(const StepInput<T>& input, Range chunk) const {
+  void multiply_by_embeddings(const StepInput& input, Range chunk) const {
     const float* z = step_input(input, chunk);
     float* dx_of_chunk = buffers_.dx + chunk.begin * D_;
     const int64_t offset = first() + chunk.begin * D_;
+    float* of_embeddings = gradients_.embeddings ? gradients_.embeddings + offset : nullptr;
     for (int64_t at = 0; at < chunk.size() * D_; at += kVec) {
       const Vec dx = Vec::loadu(dx_of_chunk + at);
-      add_to(gradients_.embeddings + offset + at, dx * Vec::loadu(z + at));
+      if (of_embeddings) add_to(of_embeddings + at, dx * Vec::loadu(z + at));
       (dx * Vec::loadu(inputs_.embeddings + offset + at)).store(dx_of_chunk + at);
     }
   }
 
   // The chunk's rows of z.
-  const float* step_input(const StepInput<T>& input, Range chunk) const {
+  const float* step_input(const StepInput& input, Range chunk) const {
     const int64_t first = chunk.begin * D_;
     if (input.z) return input.z + first;
     restore_norm(input.x_hat + first, inputs_.ln_f_weight, inputs_.ln_f_bias, chunk.size(),
@@ -250,7 +262,7 @@ class BackwardStep {
   }
 
   // Recomputes x_hat and h of a step's first LayerNorm.
-  [[gnu::flatten]] void norm_step_input(const StepInput<T>& input, const float* weight,
+  [[gnu::flatten]] void norm_step_input(const StepInput& input, const float* weight,
                                         const float* bias, Range chunk) const {
     const float* z = step_input(input, chunk);
     with_step_input(shape_, inputs_, item_.first_token() + chunk.begin, z, [&](auto x_0) {
@@ -322,14 +334,14 @@ class BackwardStep {
   }
 
   // out = x_hat * weight + bias: recomputes the output of a LayerNorm. Both [m, D].
-  template <class Out>
-  void restore_norm(const T* x_hat, const float* weight, const float* bias, int64_t m,
+  template <class In, class Out>
+  void restore_norm(const In* x_hat, const float* weight, const float* bias, int64_t m,
                     Out* out) const {
     const int64_t D = D_;
     for (int64_t i = 0; i < m; ++i) {
       Out* row = out + i * D;
       const auto restored = [=](int64_t j) {
-        return scale_and_shift(Operand<T>::load(x_hat + i * D + j), weight, bias, j);
+        return scale_and_shift(Operand<In>::load(x_hat + i * D + j), weight, bias, j);
       };
       for (int64_t j = 0; j < D; j += kStride) {
         Operand<Out>::store(row + j, restored(j), restored(j + kVec));

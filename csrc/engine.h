@@ -60,9 +60,9 @@ struct Inputs {
 
 // What the forward saves for the backward. Layouts: activations.h.
 struct SavedActivations {
-  void* activations;  // operand type, [W, 10 L, B S D]; null: recompute from states
-  float* statistics;  // [W, (H + 2) L + 1, B S]; null with activations
-  float* start;       // [B, S, D], z before the window; null if that is `state`
+  void* operands;  // operand type, [W, 10 L - 1, B S D]; null: recompute from states
+  float* floats;   // [W, D + (H + 2) L + 1, B S]; null with operands
+  float* start;    // [B, S, D], z before the window; null if that is `state`
 };
 
 struct ForwardOutputs {
@@ -73,7 +73,7 @@ struct ForwardOutputs {
 
 struct BackwardInputs {
   const float* grad;    // of states [W, B, S, D], or of predictions [W, B, S, n_outputs]
-  const float* states;  // [W, B, S, D]; may be null with saved activations
+  const float* states;  // [W, B, S, D]; null with saved activations
   SavedActivations saved;
 };
 
@@ -83,8 +83,9 @@ struct Targets {
   int64_t n_supervised;  // last steps of the window whose predictions count
 };
 
+// Null where a gradient is not wanted. Those of matrices, half of the work, are then not computed.
 struct Gradients {
-  float* embeddings;           // [B, S, D]; null for Injection::kNone
+  float* embeddings;           // [B, S, D]
   float* positions;            // [S, D]
   float* state;                // [B, S, D]; null unless the window covers every step
   const Block<float>* blocks;  // [L]

@@ -203,8 +203,8 @@ class ForwardStep {
     const float* last_bias = inputs_.blocks[shape_.n_layer - 1].mlp_c_proj_bias;
     const float* weight = inputs_.ln_f_weight;
     const float* bias = inputs_.ln_f_bias;
-    const FinalActivations<T> final = saved ? saved->final() : FinalActivations<T>{};
-    T* saved_x_hat = final.x_hat;
+    const FinalActivations final = saved ? saved->final() : FinalActivations{};
+    float* saved_x_hat = final.x_hat;
     normalize(
         rows_, D, buffers_.x,
         [=](int64_t i, int64_t j) {
@@ -214,7 +214,7 @@ class ForwardStep {
           const int64_t at = i * D + j;
           Operand<float>::store(z_next + at, scale_and_shift(v_0, weight, bias, j),
                                 scale_and_shift(v_1, weight, bias, j + kVec));
-          if (saved_x_hat) Operand<T>::store(saved_x_hat + at, v_0, v_1);
+          if (saved_x_hat) Operand<float>::store(saved_x_hat + at, v_0, v_1);
         },
         final.rstd);
   }

@@ -75,7 +75,7 @@ inline void loop_forward(const LoopShape& shape, const Inputs& inputs,
         }
         if (outputs.states) to.z = outputs.states + row * D;
         if (outputs.predictions) to.predictions = outputs.predictions + row * shape.n_outputs;
-        if (outputs.saved.activations) {
+        if (outputs.saved.operands) {
           to.saved.emplace(saved_step<T>(shape, outputs.saved, w, item));
         }
         return to;
@@ -109,13 +109,14 @@ struct BackwardPlan {
   }
 
   // Each of n threads calls this before its items.
-  void begin(const Inputs& inputs, int thread, int n, Barrier& barrier) {
+  void begin(const Inputs& inputs, const Gradients& gradients, int thread, int n,
+             Barrier& barrier) {
     const Phase phase("looped_fast::pack_weights", thread);
     weights.pack(inputs.blocks, thread, n);
     if (forward) forward->weights.pack(inputs.blocks, thread, n);
     if (thread == 0) sums.erase(sums.begin() + n, sums.end());  // of threads that did not start
     barrier.wait(n);
-    sums[thread].clear();
+    sums[thread].clear(gradients);
   }
 
   // Each of n threads calls this after its items.
@@ -131,12 +132,12 @@ template <class T>
 inline void loop_backward(const LoopShape& shape, const Inputs& inputs,
                           const BackwardInputs& outer, const Gradients& gradients,
                           void* workspace, int n_threads) {
-  const bool recompute = outer.saved.activations == nullptr;
+  const bool recompute = outer.saved.operands == nullptr;
   Arena arena(workspace);
   BackwardPlan<T> plan(arena, shape, recompute ? 1 : 0, n_threads);
   // One region: OpenMP may start another number of threads, and so of sums, in the next one.
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
-    plan.begin(inputs, thread, n, barrier);
+    plan.begin(inputs, gradients, thread, n, barrier);
     const BrgemmScope<T> brgemm_scope;
     for_each_item(shape, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const Phase phase("looped_fast::loop_steps_backward", thread);
@@ -148,7 +149,7 @@ inline void loop_backward(const LoopShape& shape, const Inputs& inputs,
       for (int64_t w = shape.window - 1; w >= 0; --w) {
         const int64_t row = w * shape.n_tokens() + item.first_token();
         const float* grad = outer.grad + row * grad_width;
-        StepInput<T> input{};
+        StepInput input{};
         if (w == 0) {
           input.z = (outer.saved.start ? outer.saved.start : inputs.state) + offset;
         } else if (recompute) {

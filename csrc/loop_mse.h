@@ -72,7 +72,7 @@ inline float loop_mse(const LoopShape& shape, const Inputs& inputs, const Target
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     BackwardPlan<T>& backward = plan.backward;
     const ForwardPlan<T>& forward = *backward.forward;
-    backward.begin(inputs, thread, n, barrier);
+    backward.begin(inputs, gradients, thread, n, barrier);
     const BrgemmScope<T> brgemm_scope;
     for_each_item(shape, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const int64_t W = shape.window, first = item.first_token() * shape.n_embd;
@@ -95,7 +95,7 @@ inline float loop_mse(const LoopShape& shape, const Inputs& inputs, const Target
                                  backward.sums[thread], item, team);
       step.begin_item();
       for (int64_t w = W - 1; w >= 0; --w) {
-        StepInput<T> input{};
+        StepInput input{};
         if (w > 0) {
           input.x_hat = activations[w - 1].final().x_hat;
         } else {

@@ -169,33 +169,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
   const LoopShape& p = call.shape();
-  const auto floats = embeddings.options().requires_grad(false);
+  const auto options = embeddings.options().requires_grad(false);
   const auto operand = precision == "bf16" ? at::kBFloat16 : at::kFloat;
   const int64_t B = p.batch, S = p.seq_len, D = p.n_embd, L = p.n_layer, H = p.n_heads;
-  Tensor states = at::empty({0}, floats), predictions = at::empty({0}, floats);
+  Tensor states = at::empty({0}, options), predictions = at::empty({0}, options);
   if (p.n_outputs == 0 || save_states) {
     states = empty_recycled({window, B, S, D}, at::kFloat);
   }
-  if (p.n_outputs > 0) predictions = at::empty({window, B, S, p.n_outputs}, floats);
-  Tensor activations = at::empty({0}, floats.dtype(operand)), statistics = at::empty({0}, floats);
+  if (p.n_outputs > 0) predictions = at::empty({window, B, S, p.n_outputs}, options);
+  Tensor operands = at::empty({0}, options.dtype(operand)), floats = at::empty({0}, options);
   if (save_activations) {
-    activations = empty_recycled({window, 10 * L, B, S, D}, operand);
-    statistics = empty_recycled({window, (H + 2) * L + 1, B, S}, at::kFloat);
+    operands = empty_recycled({window, 10 * L - 1, B, S, D}, operand);
+    floats = empty_recycled({window, D + (H + 2) * L + 1, B, S}, at::kFloat);
   }
   const bool save_start = (save_activations || save_states) && window < n_loops;
-  Tensor start = save_start ? at::empty({B, S, D}, floats) : at::empty({0}, floats);
+  Tensor start = save_start ? at::empty({B, S, D}, options) : at::empty({0}, options);
   if (p.n_tokens() > 0) {
     const ForwardOutputs outputs{
         data_or_null(states),
         data_or_null(predictions),
-        {save_activations ? activations.data_ptr() : nullptr, data_or_null(statistics),
+        {save_activations ? operands.data_ptr() : nullptr, data_or_null(floats),
          data_or_null(start)}};
     const int n_threads = useful_threads(p, available_threads());
     Tensor memory = workspace(engine.forward_workspace(p, n_threads));
     engine.forward(p, call.inputs(), outputs, memory.data_ptr(), n_threads);
   }
-  if (p.n_outputs == 0) return {states, activations, statistics, at::empty({0}, floats), start};
-  return {predictions, activations, statistics, states, start};
+  if (p.n_outputs == 0) return {states, operands, floats, at::empty({0}, options), start};
+  return {predictions, operands, floats, states, start};
 }
 
 // For a gradient: activations are saved, or states to recompute them from.
@@ -214,20 +214,23 @@ Tensor infer(const Tensor& embeddings, const Tensor& positions, const Tensor& st
                                  injection, precision, false, false));
 }
 
-// Uninitialised gradients of embeddings, positions, state and the weights; that of state is empty
-// unless the window covers every step. All are 0 if there are no tokens.
+// Uninitialised gradients of embeddings, positions, state and the weights; empty where not wanted,
+// and that of state unless the window covers every step. All are 0 if there are no tokens.
 class GradientTensors {
  public:
   GradientTensors(const LoopShape& p, const Tensor& embeddings, const Tensor& positions,
-                  const Tensor& state, at::TensorList weights) {
-    const auto empty = [](const Tensor& like) {
-      return at::empty_like(like, like.options().requires_grad(false),
-                            at::MemoryFormat::Contiguous);
+                  const Tensor& state, at::TensorList weights, const c10::List<bool>& wanted) {
+    TORCH_CHECK_VALUE(wanted.size() == 3 + weights.size(), wanted.size(),
+                      " flags of wanted gradients; ", 3 + weights.size(), " are needed");
+    const auto add = [this](const Tensor& like, bool is_wanted) {
+      const auto options = like.options().requires_grad(false);
+      tensors_.push_back(is_wanted ? at::empty_like(like, options, at::MemoryFormat::Contiguous)
+                                   : at::empty({0}, options));
     };
-    const bool has_state = p.window == p.n_loops;
-    tensors_ = {empty(embeddings), empty(positions),
-                has_state ? empty(state) : at::empty({0}, state.options())};
-    for (const Tensor& w : weights) tensors_.push_back(empty(w));
+    add(embeddings, wanted.get(0));
+    add(positions, wanted.get(1));
+    add(state, wanted.get(2) && p.window == p.n_loops);
+    for (size_t i = 0; i < weights.size(); ++i) add(weights[i], wanted.get(3 + i));
     if (p.injection == Injection::kNone) tensors_[0].zero_();
     if (p.n_tokens() == 0) {
       for (Tensor& t : tensors_) t.zero_();
@@ -254,24 +257,35 @@ class GradientTensors {
   Gradients gradients_;
 };
 
-std::vector<Tensor> backward(const Tensor& grad, const Tensor& outputs, const Tensor& activations,
-                             const Tensor& statistics, const Tensor& saved_states,
-                             const Tensor& start, const Tensor& embeddings,
-                             const Tensor& positions, const Tensor& state, at::TensorList weights,
-                             int64_t n_heads, int64_t n_loops, int64_t window,
-                             std::string injection, std::string precision) {
+// What the forward saved comes as saved-tensor hooks left it, so it is checked. states: read only
+// without operands.
+std::vector<Tensor> backward(const Tensor& grad, const Tensor& saved_operands,
+                             const Tensor& floats, const Tensor& states, const Tensor& start,
+                             const Tensor& embeddings, const Tensor& positions,
+                             const Tensor& state, at::TensorList weights,
+                             c10::List<bool> wanted, int64_t n_heads, int64_t n_loops,
+                             int64_t window, std::string injection, std::string precision) {
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
   const LoopShape& p = call.shape();
-  const GradientTensors grads(p, embeddings, positions, state, weights);
-  if (p.n_tokens() == 0) return grads.tensors();
-  const Tensor& states = p.n_outputs > 0 ? saved_states : outputs;
-  const BackwardInputs inputs{call.keep(grad, outputs.numel()),
-                              states.numel() ? call.keep(states, states.numel()) : nullptr,
-                              {activations.numel() ? activations.data_ptr() : nullptr,
-                               data_or_null(statistics), data_or_null(start)}};
+  const GradientTensors grads(p, embeddings, positions, state, weights, wanted);
+  const int64_t n = p.n_tokens(), D = p.n_embd;
+  if (n == 0) return grads.tensors();
+  const bool recompute = saved_operands.numel() == 0;
+  const int64_t n_operands = recompute ? 0 : window * (10 * p.n_layer - 1) * n * D;
+  const Tensor operands = saved_operands.contiguous();
+  TORCH_CHECK_VALUE(
+      operands.numel() == n_operands &&
+          operands.scalar_type() == (precision == "bf16" ? at::kBFloat16 : at::kFloat),
+      "saved operands have shape ", operands.sizes(), " and dtype ", operands.scalar_type());
+  const int64_t n_floats = D + (p.n_heads + 2) * p.n_layer + 1;
+  const BackwardInputs inputs{
+      call.keep(grad, window * n * (p.n_outputs > 0 ? p.n_outputs : D)),
+      recompute ? call.keep(states, window * n * D) : nullptr,
+      {recompute ? nullptr : operands.data_ptr(),
+       recompute ? nullptr : const_cast<float*>(call.keep(floats, window * n_floats * n)),
+       window < n_loops ? const_cast<float*>(call.keep(start, n * D)) : nullptr}};
   const int n_threads = useful_threads(p, available_threads());
-  const bool recompute = inputs.saved.activations == nullptr;
   Tensor memory = workspace(engine.backward_workspace(p, recompute, n_threads));
   engine.backward(p, call.inputs(), inputs, grads.gradients(), memory.data_ptr(), n_threads);
   return grads.tensors();
@@ -282,7 +296,8 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& outputs, const Te
 std::tuple<Tensor, std::vector<Tensor>> mse(const Tensor& embeddings, const Tensor& positions,
                                             const Tensor& state, at::TensorList weights,
                                             const Tensor& targets, int64_t n_supervised,
-                                            int64_t n_heads, int64_t n_loops, int64_t window,
+                                            c10::List<bool> wanted, int64_t n_heads,
+                                            int64_t n_loops, int64_t window,
                                             std::string injection, std::string precision) {
   Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
   const Engine& engine = engine_for(precision);
@@ -290,7 +305,7 @@ std::tuple<Tensor, std::vector<Tensor>> mse(const Tensor& embeddings, const Tens
   TORCH_CHECK_VALUE(p.n_outputs > 0, "a read-out is needed");
   TORCH_CHECK_VALUE(1 <= n_supervised && n_supervised <= window, "n_supervised = ", n_supervised,
                     "; 1 .. window = ", window, " is needed");
-  const GradientTensors grads(p, embeddings, positions, state, weights);
+  const GradientTensors grads(p, embeddings, positions, state, weights, wanted);
   Tensor error = at::full({}, NAN, embeddings.options().requires_grad(false));
   const float* ys = call.keep(targets, p.batch * p.n_x() * p.n_outputs);
   if (p.n_tokens() > 0) {
@@ -314,21 +329,21 @@ std::string unsupported(std::string precision) { return select_engine(precision)
 TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
   library.def(
       "cpu_loop_infer(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "int n_heads, int n_loops, int window, str injection, str precision) -> Tensor");
+      "int n_heads, SymInt n_loops, SymInt window, str injection, str precision) -> Tensor");
   library.def(
       "cpu_loop_forward(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "int n_heads, int n_loops, int window, str injection, str precision, bool recompute) "
-      "-> (Tensor outputs, Tensor activations, Tensor statistics, Tensor states, "
-      "Tensor start)");
+      "int n_heads, SymInt n_loops, SymInt window, str injection, str precision, "
+      "bool recompute) "
+      "-> (Tensor outputs, Tensor operands, Tensor floats, Tensor states, Tensor start)");
   library.def(
-      "cpu_loop_backward(Tensor grad, Tensor outputs, Tensor activations, Tensor statistics, "
-      "Tensor states, Tensor start, Tensor embeddings, Tensor positions, Tensor state, "
-      "Tensor[] weights, int n_heads, int n_loops, int window, str injection, str precision) "
+      "cpu_loop_backward(Tensor grad, Tensor operands, Tensor floats, Tensor states, "
+      "Tensor start, Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
+      "bool[] wanted, int n_heads, SymInt n_loops, SymInt window, str injection, str precision) "
       "-> Tensor[]");
   library.def(
       "cpu_loop_mse(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "Tensor targets, int n_supervised, int n_heads, int n_loops, int window, str injection, "
-      "str precision) -> (Tensor error, Tensor[] gradients)");
+      "Tensor targets, SymInt n_supervised, bool[] wanted, int n_heads, SymInt n_loops, "
+      "SymInt window, str injection, str precision) -> (Tensor error, Tensor[] gradients)");
   library.def(
       "cpu_loop_mse_backward(Tensor grad, Tensor[] gradients, Tensor[] inputs) -> Tensor[]");
   library.def("cpu_empty_cache() -> ()", free_recycled);

@@ -67,8 +67,12 @@ struct BlockSums {
         c_fc_t(arena, D, 4 * D),
         mlp_c_proj(arena, D, 4 * D) {}
 
-  void clear() const {
-    for (const TiledMatrix* m : {&c_attn_t, &attn_c_proj, &c_fc_t, &mlp_c_proj}) m->clear();
+  // Clears what is summed: matrices whose gradient is wanted.
+  void clear(const Block<float>& gradients) const {
+    if (gradients.c_attn_weight) c_attn_t.clear();
+    if (gradients.attn_c_proj_weight) attn_c_proj.clear();
+    if (gradients.c_fc_weight) c_fc_t.clear();
+    if (gradients.mlp_c_proj_weight) mlp_c_proj.clear();
   }
 };
 
@@ -126,11 +130,11 @@ struct ThreadSums {
     for (int64_t i = 0; i < p.n_layer; ++i) blocks.emplace_back(arena, p.n_embd);
   }
 
-  void clear() const {
+  void clear(const Gradients& gradients) const {
     vectors.clear();
     item_vectors.clear();
     std::fill_n(positions, n_positions, 0.f);
-    for (const BlockSums& block : blocks) block.clear();
+    for (size_t i = 0; i < blocks.size(); ++i) blocks[i].clear(gradients.blocks[i]);
   }
 
   void end_item() const {
@@ -165,17 +169,19 @@ inline void reduce_tile(const std::vector<const TiledMatrix*>& threads, int64_t 
   }
 }
 
-// This thread's share of summing `sums` of all threads into `gradients`.
+// This thread's share of summing `sums` of all threads into those gradients that are wanted.
 inline void reduce(const std::vector<ThreadSums>& sums, const LoopShape& shape,
                    const Gradients& gradients, int thread, int n_threads) {
   const auto reduce_matrix = [&](int64_t layer, TiledMatrix BlockSums::*matrix, bool transposed,
                                  float* grad) {
+    if (!grad) return;
     std::vector<const TiledMatrix*> threads;
     for (const ThreadSums& s : sums) threads.push_back(&(s.blocks[layer].*matrix));
     const Range tiles = split(threads[0]->n_tiles(), thread, n_threads);
     for (int64_t i = tiles.begin; i < tiles.end; ++i) reduce_tile(threads, i, transposed, grad);
   };
   const auto reduce_vector = [&](const float* first, int64_t n, float* grad) {
+    if (!grad) return;
     std::fill_n(grad, n, 0.f);
     const int64_t offset = first - sums[0].vectors.data;  // the same in every thread's memory
     for (const ThreadSums& s : sums) {

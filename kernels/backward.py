@@ -29,12 +29,12 @@ from .weight_gradients import (
     folded_gradients,
     steps_per_chunk,
     unfold,
+    wanted_products,
 )
 
 
 def loop_backward(
     grad: Tensor,
-    result: Tensor,
     saved: SavedActivations,
     embeddings: Tensor,
     positions: Tensor,
@@ -42,26 +42,28 @@ def loop_backward(
     weights: Sequence[Tensor],
     read_out: Sequence[Tensor],
     settings: LoopSettings,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of embeddings, positions, state, every weight and the read-out.
 
     Args:
-        grad: gradient of ``result``, [W, B, S, D] or [R, B, S, n_outputs] fp32.
-        result: what the forward returned: states, or with a read-out the predictions (errors) of
-            the last R steps.
-        saved: what the forward saved; activations that it did not save are recomputed.
+        grad: gradient of what the forward returned: of states [W, B, S, D], or with a read-out of
+            the predictions (errors) of the last R steps [R, B, S, n_outputs]; fp32.
+        saved: what the forward saved; activations that it did not save are recomputed. States are
+            needed for that, and for the injection ``mul``.
         embeddings, positions, state, weights, read_out, settings: as the forward took them.
+        wanted: which gradients are. Products for those of weights run only where they are wanted.
 
     Returns:
-        fp32, in the order of the arguments. Shape [0] for embeddings that are not injected, and for
-        a state that was None or lies before the window.
+        fp32, in the order of the arguments. Shape [0] where not wanted, for embeddings that are not
+        injected, and for a state that was None or lies before the window.
     """
     blocks, norm_weight, norm_bias = split_weights(weights)
     L, D = len(blocks), embeddings.shape[-1]
     n_heads, n_loops, window, injection, *_ = settings
-    states = saved.states if read_out else result
+    states = saved.states
     start = state if window == n_loops else saved.start
-    has_activations = saved.xhat1.numel() > 0
+    has_activations = len(saved.xhat1) > 0
     if has_activations:
         steps = steps_per_chunk(saved.xhat1, window)
     else:
@@ -72,7 +74,8 @@ def loop_backward(
         grad, states, start, embeddings, norm_weight, read_out, saved, outputs, injection, window
     )
     attend = PROVIDERS[settings.attention].backward
-    d_folded: list[Tensor] = []
+    d_folded: list[Tensor | None] = []
+    products = wanted_products(wanted[3:], L)
 
     for last in range(window, 0, -steps):
         first = max(0, last - steps)
@@ -100,10 +103,10 @@ def loop_backward(
                 )
                 ends = here
         rows.launch(chunk, first, ends, None)
-        d_chunk = folded_gradients(outputs, chunk)
-        d_folded = list(map(torch.add, d_folded, d_chunk)) if d_folded else d_chunk
+        d_chunk = folded_gradients(outputs, chunk, products)
+        d_folded = list(map(_add, d_folded, d_chunk)) if d_folded else d_chunk
 
-    grads = [
+    grads: list[Tensor | None] = [
         rows.embeddings_gradient(),
         rows.d_shift.sum(0),
         rows.dx if window == n_loops and state is not None else embeddings.new_empty(0),
@@ -116,9 +119,14 @@ def loop_backward(
     grads += [sums.d_norm[:, i].sum((0, 1)) for i in (0, 1)]
     if read_out:
         d_bias = grad.sum((0, 1, 2))  # [n_outputs]
-        products = sums.d_read_out.sum((0, 1))  # with z before the final LayerNorm's scale
-        grads += [products * norm_weight + d_bias[:, None] * norm_bias, d_bias]
-    return grads
+        by_xhat = sums.d_read_out.sum((0, 1))  # with z before the final LayerNorm's scale
+        grads += [by_xhat * norm_weight + d_bias[:, None] * norm_bias, d_bias]
+    pairs = zip(grads, wanted, strict=True)
+    return [g if g is not None and flag else embeddings.new_empty(0) for g, flag in pairs]
+
+
+def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    return None if x is None or y is None else x + y
 
 
 def _select_steps(saved: SavedActivations, n_layer: int, first: int, last: int) -> SavedActivations:

@@ -45,18 +45,41 @@ def empty_outputs(xhat1: Tensor, n_layer: int, steps: int) -> Outputs:
 def steps_per_chunk(xhat1: Tensor, window: int) -> int:
     """How many steps' ``Outputs`` fit in ``CHUNK_BYTES``, 1 .. window; ``xhat1``: [L W, N, D]."""
     step_bytes = sum(_WIDTHS) * xhat1.numel() // window * xhat1.element_size()
-    return max(1, min(CHUNK_BYTES // step_bytes, window))
+    return max(1, min(CHUNK_BYTES // max(1, step_bytes), window))
 
 
-def folded_gradients(outputs: Outputs, inputs: SavedActivations) -> list[Tensor]:
+def wanted_products(wanted: Sequence[bool], n_layer: int) -> list[bool]:
+    """Which of ``folded_gradients`` serve a gradient that is wanted; four per block.
+
+    ``wanted``: which gradients of the loop's weights are, twelve per block and more. The scale of a
+    LayerNorm needs the product of the weights that it folds into.
+    """
+    n = len(Block._fields)
+    blocks = [Block(*wanted[i * n : (i + 1) * n]) for i in range(n_layer)]
+    return [
+        flag
+        for b in blocks
+        for flag in (
+            b.c_attn_weight or b.ln_1_weight,
+            b.attn_c_proj_weight,
+            b.c_fc_weight or b.ln_2_weight,
+            b.mlp_c_proj_weight,
+        )
+    ]
+
+
+def folded_gradients(
+    outputs: Outputs, inputs: SavedActivations, products: Sequence[bool]
+) -> list[Tensor | None]:
     """Gradients of the folded weights, summed over some steps.
 
     Args:
         outputs: gradients of the products' results in those steps; may have room for more.
         inputs: activations in those steps, each [L, steps, N, ...].
+        products: which are wanted, of ``wanted_products``.
 
     Returns:
-        fp32, four per block: dWqkv', dWo, dWfc', dWproj.
+        fp32, four per block: dWqkv', dWo, dWfc', dWproj; None where not wanted.
     """
     steps = inputs.xhat1.shape[1]
     pairs = (
@@ -65,11 +88,11 @@ def folded_gradients(outputs: Outputs, inputs: SavedActivations) -> list[Tensor]
         (outputs.d_hidden, inputs.xhat2),
         (outputs.dx2, outputs.hidden),
     )
-    grads = []
-    for block in range(len(inputs.xhat1)):
-        for pair in pairs:
-            dy, x = (t[block, :steps].flatten(0, 1) for t in pair)  # [steps N, out], [.., in]
-            grads.append(_product(dy, x))
+    grads: list[Tensor | None] = []
+    for i, is_wanted in enumerate(products):
+        block, pair = i // len(pairs), pairs[i % len(pairs)]
+        dy, x = (t[block, :steps].flatten(0, 1) for t in pair)  # [steps N, out], [.., in]
+        grads.append(_product(dy, x) if is_wanted else None)
     return grads
 
 
@@ -82,7 +105,9 @@ def _product(dy: Tensor, x: Tensor) -> Tensor:
     return torch.mm(dy.T, x, out_dtype=torch.float32)
 
 
-def unfold(block: Block, d_weights: Sequence[Tensor], d_biases: Sequence[Tensor]) -> list[Tensor]:
+def unfold(
+    block: Block, d_weights: Sequence[Tensor | None], d_biases: Sequence[Tensor]
+) -> list[Tensor | None]:
     """Gradients of a block's parameters, in their order, given those of its folded weights.
 
         W' = W * scale, b' = b + W @ shift:   dW = dW' * scale + outer(db', shift)
@@ -90,14 +115,17 @@ def unfold(block: Block, d_weights: Sequence[Tensor], d_biases: Sequence[Tensor]
 
     Args:
         block: the parameters.
-        d_weights: dW', the block's four of ``folded_gradients``.
+        d_weights: dW', the block's four of ``folded_gradients``. Where one is None, so are the
+            gradients that need it.
         d_biases: db', in the same order.
     """
 
     def through(weight, scale, shift, d_weight, d_bias):
         column = d_bias[:, None]
-        d_scale, d_shift = (weight * d_weight).sum(0), (weight * column).sum(0)
-        return d_scale, d_shift, d_weight * scale + column * shift, d_bias
+        d_shift = (weight * column).sum(0)
+        if d_weight is None:
+            return None, d_shift, None, d_bias
+        return (weight * d_weight).sum(0), d_shift, d_weight * scale + column * shift, d_bias
 
     d_qkv, d_out, d_fc, d_proj = d_weights
     b_qkv, b_out, b_fc, b_proj = d_biases

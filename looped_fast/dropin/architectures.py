@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from looped_fast.ops.reference import interleave
+from looped_fast.ops.reference import interleave, is_autocast_enabled
 
 Model = Any  # an nn.Module of another code base, known by its attributes only
 
@@ -148,7 +148,7 @@ def _predict(model: Model, loop: Loop, embeddings: Tensor, settings: dict[str, A
 def _output_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that a Linear returns for ``tensor``, under autocast or not."""
     device = tensor.device.type
-    is_lowered = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
+    is_lowered = is_autocast_enabled(device) and tensor.dtype != torch.float64
     return torch.get_autocast_dtype(device) if is_lowered else tensor.dtype
 
 

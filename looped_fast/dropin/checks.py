@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from looped_fast.dropin import architectures
 from looped_fast.dropin.architectures import ARCHITECTURES, Architecture, Loop, Model
 from looped_fast.ops.modules import alteration, deviation, global_hooks
+from looped_fast.ops.reference import autocast
 
 _LINEARS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block
 
@@ -110,7 +111,7 @@ def unfit_parameters(stack: Model, loop: Loop) -> Iterator[str]:
         return
     embeddings = wpe.new_zeros(1, 1, wpe.shape[1])
     try:
-        with torch.no_grad(), torch.autocast(wpe.device.type, enabled=False):
+        with torch.no_grad(), autocast(wpe.device.type, "fp32"):
             loop(embeddings, n_loops=1, window=1, injection="none")
     except ValueError as error:
         yield str(error)

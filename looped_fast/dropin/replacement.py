@@ -24,7 +24,7 @@ from looped_fast.ops import backends
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.modules import Reasons, Watch
-from looped_fast.ops.reference import AUTOCAST_DTYPES
+from looped_fast.ops.reference import autocast
 
 MAX_VERIFIED = 8  # states of a model; a forward that counts its calls has one more at each
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -264,7 +264,4 @@ def replaced(model: nn.Module) -> FastForward | OwnSettings | None:
 
 def _autocast(device_type: str, precision: str | None) -> contextlib.AbstractContextManager:
     """Autocast to ``precision``, or the ambient autocast if it is None."""
-    if precision is None:
-        return contextlib.nullcontext()
-    dtype = AUTOCAST_DTYPES[precision]
-    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None)
+    return contextlib.nullcontext() if precision is None else autocast(device_type, precision)

@@ -6,7 +6,6 @@ Parameters carry the official state-dict names (``_read_in.weight``,
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from looped_fast.ops import backends, op, reference
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.modules import Reasons, Watch, global_hooks
-from looped_fast.ops.prompt import read_in
+from looped_fast.ops.prompt import check_finite, read_in
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
@@ -233,7 +232,7 @@ class LoopedTransformer(nn.Module):
         Returns:
             [..., n], or [..., n, 2] logits for classification, as in ``forward``.
         """
-        with _full_precision(states.device.type):
+        with reference.autocast(states.device.type, "fp32"):
             return self._squeeze(self._read_out(states)[..., ::2, :])
 
     def _loop_counts(self, n_loops: int | None, window: int | None) -> tuple[int, int]:
@@ -246,12 +245,15 @@ class LoopedTransformer(nn.Module):
     def _embed(self, xs: Tensor, ys: Tensor, by_modules: Reasons) -> Tensor:
         # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
         if by_modules:
+            dtype = next(self.parameters()).dtype
+            xs, ys = op.cast_in_autocast(xs, dtype), op.cast_in_autocast(ys, dtype)
             self._check_prompt(xs, ys, None)
-            with _full_precision(xs.device.type):
+            with reference.autocast(xs.device.type, "fp32"):
                 return self._read_in(reference.interleave(xs, ys))
         weight, bias = weights_and_biases(self._modules["_read_in"])
+        xs, ys = op.cast_in_autocast(xs, weight.dtype), op.cast_in_autocast(ys, weight.dtype)
         self._check_prompt(xs, ys, weight)
-        with _full_precision(xs.device.type):
+        with reference.autocast(xs.device.type, "fp32"):
             return read_in(xs, ys, weight, bias, backend=self.backend)
 
     def _predict(self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str) -> Tensor:
@@ -381,31 +383,16 @@ class LoopedTransformer(nn.Module):
                     f"{name} is {tensor.dtype} on {tensor.device}, the model is {weight.dtype} "
                     f"on {weight.device}; convert with {name}.to(device, dtype)"
                 )
-        if xs.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
-            for name, tensor in (("xs", xs), ("ys", ys)):
-                if len(where := (~tensor.isfinite()).nonzero()):
-                    first = where[0].tolist()
-                    raise ValueError(
-                        f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
-                        f"drop or impute such values"
-                    )
+        check_finite(xs, ys)
 
 
 def _deviations(model: LoopedTransformer) -> Reasons:
     return (*global_hooks(), *filter(None, (part.unfit() for part in model._parts())))
 
 
-def _full_precision(device_type: str) -> AbstractContextManager:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def ambient_precision(device_type: str) -> str:
     """The precision of the ambient ``torch.autocast``: bf16 or fp16; fp32 without one."""
-    if not torch.is_autocast_enabled(device_type):
+    if not reference.is_autocast_enabled(device_type):
         return "fp32"
     dtype = torch.get_autocast_dtype(device_type)
     for name in PRECISIONS:

@@ -20,6 +20,7 @@ from looped_fast.ops import (
     backend_times,
     compiled_backend,
     cpu_engine,
+    flops,
     loop_autograd,
     triton_backend,
 )
@@ -73,7 +74,7 @@ def _surroundings(device: str) -> tuple[Any, ...]:
     """State that a selection depends on besides the call, and that may change in a process."""
     surroundings = loop_autograd.unsupported(), torch.are_deterministic_algorithms_enabled()
     if device == "cpu":
-        return surroundings
+        return *surroundings, torch._C._get_mkldnn_enabled()
     return (
         *surroundings,
         operand_precision(torch.float32),
@@ -91,6 +92,7 @@ def explain(call: Call) -> Selection:
     """
     settings = call.settings
     obstacles = {name: unsupported(call) for name, unsupported in UNSUPPORTED.items()}
+    flops.register()  # now that backends are loaded
     if settings.backend == "auto":
         slower = _slower(call, [name for name, reason in obstacles.items() if reason is None])
         obstacles = {name: reason or slower.get(name) for name, reason in obstacles.items()}
@@ -104,7 +106,23 @@ def explain(call: Call) -> Selection:
             f"attention {settings.attention!r} needs the triton backend: "
             f"{selection.reasons['triton']}. Use attention='auto', or backend='triton'"
         )
+    if selection.chosen == "cpu" and settings.precision == "fp32" and _lowers_float32():
+        selection.reasons["reference"] += f", {_FULL_FLOAT32}"
     return selection
+
+
+_FULL_FLOAT32 = (
+    "and multiplies in full float32 although torch.set_float32_matmul_precision allows less; "
+    "precision='bf16' or torch.autocast is faster"
+)
+
+
+def _lowers_float32() -> bool:
+    """True if PyTorch may multiply float32 matrices on the CPU in bf16 or TF32."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since PyTorch 2.9
+    if matmul is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return matmul.fp32_precision in ("bf16", "tf32")
 
 
 def select_modules(wanted: str, reasons: Sequence[str]) -> Selection:

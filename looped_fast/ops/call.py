@@ -65,8 +65,11 @@ class LoopSettings(NamedTuple):
             )
 
 
-# The settings one by one for the schema of an op, which can't take a record.
-SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(LoopSettings).items())
+# The settings one by one for the schema of an op, which can't take a record. Loop counts may be
+# symbolic: torch.compile would make an op of its own for each value of an int.
+_SYMBOLIC = {"n_loops": "SymInt", "window": "SymInt"}
+_KINDS = {name: kind.__name__ for name, kind in get_type_hints(LoopSettings).items()}
+SCHEMA = ", ".join(f"{kind} {name}" for name, kind in (_KINDS | _SYMBOLIC).items())
 
 
 class Call(NamedTuple):

@@ -64,7 +64,15 @@ def unsupported(call: Call) -> str | None:
         return f"D = {call.n_embd} is not a multiple of 32 up to {MAX_WIDTH}"
     if call.head_dim % 8:
         return f"head_dim = {call.head_dim} is not a multiple of 8"
-    return loop_autograd.unsupported() or unsupported_precision(call.settings.precision)
+    precision = call.settings.precision
+    return loop_autograd.unsupported() or _switched_off(precision) or unsupported_precision(precision)
+
+
+def _switched_off(precision: str) -> str | None:
+    """Return why matrix products of ``precision`` do not run at the moment, or None."""
+    if precision == "bf16" and not torch._C._get_mkldnn_enabled():
+        return "oneDNN, which multiplies in bf16, is switched off by torch.backends.mkldnn"
+    return None
 
 
 def can_read_out(read_out: Sequence[Tensor]) -> bool:
@@ -84,11 +92,12 @@ def loop(
 
     ``read_out`` must satisfy ``can_read_out``.
     """
-    weights = [*weights, *read_out]
-    arguments = (embeddings, positions, state, weights, *settings[:N_SETTINGS])
-    if not loop_autograd.needs_grad((embeddings, positions, state, *weights)):
+    arguments = embeddings, positions, state, [*weights, *read_out], *settings[:N_SETTINGS]
+    trains_loop = loop_autograd.needs_grad((embeddings, positions, state, *weights))
+    if not trains_loop and not loop_autograd.needs_grad(read_out):
         return torch.ops.looped_fast.cpu_loop_infer(*arguments)
-    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(*arguments, settings.recompute)
+    save_states = settings.recompute or not trains_loop
+    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(*arguments, save_states)
     return outputs
 
 
@@ -103,8 +112,10 @@ def loop_mse(
     n_supervised: int,
 ) -> Tensor:
     """Run ``ops.loop_mse`` on the engine, which computes gradients along with the error."""
+    weights = [*weights, *read_out]
+    wanted = [t.requires_grad for t in (embeddings, positions, state, *weights)]
     error, _ = torch.ops.looped_fast.cpu_loop_mse(
-        embeddings, positions, state, [*weights, *read_out], targets, n_supervised,
+        embeddings, positions, state, weights, targets, n_supervised, wanted,
         *settings[:N_SETTINGS],
     )  # fmt: skip
     return error
@@ -128,8 +139,8 @@ def _infer_fake(embeddings, positions, state, weights, *settings):
 
 
 def _forward_fake(embeddings, positions, state, weights, *flat):
-    settings = LoopSettings(*flat)
-    save_states, save_activations = settings.recompute, not settings.recompute
+    *flat, save_states = flat
+    settings, save_activations = LoopSettings(*flat), not save_states
     B, S, D = embeddings.shape
     n_layer, n_last = divmod(len(weights), 12)
     reads_out, window = n_last == 4, settings.window
@@ -140,22 +151,21 @@ def _forward_fake(embeddings, positions, state, weights, *flat):
 
     return (
         empty(window, B, S, len(weights[-1]) if reads_out else D),
-        empty(window, 10 * n_layer, B, S, D, wanted=save_activations, dtype=operands),
-        empty(window, (settings.n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
+        empty(window, 10 * n_layer - 1, B, S, D, wanted=save_activations, dtype=operands),
+        empty(window, D + (settings.n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
         empty(window, B, S, D, wanted=save_states and reads_out),
         empty(B, S, D, wanted=window < settings.n_loops),
     )
 
 
 def _backward_fake(
-    grad, outputs, activations, statistics, states, start, embeddings, positions, state, weights,
-    *settings,
-):  # fmt: skip
-    return _empty_gradients(embeddings, positions, state, weights, LoopSettings(*settings))
+    grad, operands, floats, states, start, embeddings, positions, state, weights, wanted, *settings
+):
+    return _empty_gradients(embeddings, positions, state, weights, wanted, *settings)
 
 
-def _mse_fake(embeddings, positions, state, weights, targets, n_supervised, *settings):
-    grads = _empty_gradients(embeddings, positions, state, weights, LoopSettings(*settings))
+def _mse_fake(embeddings, positions, state, weights, targets, n_supervised, wanted, *settings):
+    grads = _empty_gradients(embeddings, positions, state, weights, wanted, *settings)
     return embeddings.new_empty(()), grads
 
 
@@ -163,16 +173,16 @@ def _mse_backward_fake(grad, gradients, inputs):
     return [torch.empty_like(g) for g in gradients]
 
 
-def _empty_gradients(embeddings, positions, state, weights, settings: LoopSettings):
-    grads = [embeddings, positions, state, *weights]
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads]
-    if settings.window < settings.n_loops:
-        grads[2] = state.new_empty((0,))
-    return grads
+def _empty_gradients(embeddings, positions, state, weights, wanted, n_heads, n_loops, window, *_):
+    wanted = [*wanted[:2], wanted[2] and window == n_loops, *wanted[3:]]
+    tensors = zip((embeddings, positions, state, *weights), wanted, strict=True)
+    return [like.new_empty(like.shape if flag else (0,)) for like, flag in tensors]
 
 
-def _gradients(grad, outputs, saved, inputs, settings):
-    return torch.ops.looped_fast.cpu_loop_backward(grad, outputs, *saved, *inputs, *settings)
+def _gradients(grad, saved, inputs, wanted, settings):
+    if reason := _switched_off(LoopSettings(*settings).precision):
+        raise RuntimeError(f"backend 'cpu' can't run this backward: {reason}")
+    return torch.ops.looped_fast.cpu_loop_backward(grad, *saved, *inputs, wanted, *settings)
 
 
 def _register() -> None:
@@ -180,6 +190,6 @@ def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)
-    loop_autograd.register("cpu", _gradients, N_SETTINGS)
+    loop_autograd.register("cpu", _gradients, N_SETTINGS, states=2)
     torch.library.register_fake("looped_fast::cpu_loop_mse_backward")(_mse_backward_fake)
     loop_autograd.register_mse()

@@ -1,19 +1,24 @@
 """Autograd of the fast backends' ops: first derivatives in reverse mode only.
 
 A fast backend refuses any other derivative, and never gives a wrong one; the reference has them.
+Gradients of frozen tensors are neither computed nor allocated. If nothing but the read-out is
+trained, the backward is a product with the states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# (grad, outputs, saved, [e, p, z, weights], settings) -> gradients of e, p, z, *weights
-Gradients = Callable[[Tensor, Tensor, list[Tensor], list[Any], list[Any]], list[Tensor]]
+from looped_fast.ops import flops
+
+# (grad, saved, [e, p, z, weights], wanted, settings) -> gradients of e, p, z, *weights; any
+# tensor where not wanted.
+Gradients = Callable[[Tensor, list[Tensor], list[Any], list[bool], list[Any]], list[Tensor]]
 
 
 def unsupported() -> str | None:
@@ -34,43 +39,56 @@ def register(
     backend: str,
     gradients: Gradients,
     n_settings: int,
+    states: int,
     lib: torch.library.Library | None = None,
 ) -> None:
     """Make ``looped_fast::{backend}_loop_forward`` differentiable, once.
 
     Args:
         backend: name of the backend. Its op takes the tensors of ``ops.loop``, settings that begin
-            with n_heads, n_loops, window and injection, and arguments that no backward needs.
-        gradients: calls ``looped_fast::{backend}_loop_backward``. ``saved`` is what the forward
-            returned after its first output.
+            with n_heads, n_loops, window and injection, and arguments that no backward needs, of
+            which the last is true if the backward needs the states. It returns its result, then
+            what it saved.
+        gradients: calls ``looped_fast::{backend}_loop_backward``.
         n_settings: number of settings that the op takes.
+        states: index, in what the op saved, of the states; empty where they are the result.
         lib: the library that defines the ops; None where the extension does.
     """
 
     def setup_context(ctx, inputs, output) -> None:
         embeddings, positions, state, weights, *others = inputs
-        ctx.n_outputs, ctx.n_others, ctx.settings = len(output), len(others), others[:n_settings]
-        ctx.save_for_backward(*output, embeddings, positions, state, *weights)
+        result, *saved = output
+        reads_out, needs_states = len(weights) % 12 == 4, others[-1]
+        # A result is saved only if it has to be, so that callers may change it in place.
+        if needs_states and not reads_out:
+            saved[states] = result
+        ctx.n_saved, ctx.n_others, ctx.settings = len(saved), len(others), others[:n_settings]
+        ctx.has_read_out_states = needs_states and reads_out
+        ctx.save_for_backward(*saved, embeddings, positions, state, *weights)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad, *_):
-        outputs, *saved = ctx.saved_tensors[: ctx.n_outputs]
-        embeddings, positions, state, *weights = ctx.saved_tensors[ctx.n_outputs :]
-        of_others = (None,) * ctx.n_others
-        if grad is None:
-            return None, None, None, [None] * len(weights), *of_others
-        inputs = [embeddings, positions, state, weights]
-        grads = gradients(grad, outputs, saved, inputs, ctx.settings)
+        tensors = ctx.saved_tensors  # unpacked once: torch.utils.checkpoint allows no second time
+        saved = list(tensors[: ctx.n_saved])
+        embeddings, positions, state, *weights = tensors[ctx.n_saved :]
         _, n_loops, window, injection, *_ = ctx.settings
-        reaches_state = window == n_loops and state is not None
-        return *_of_inputs(grads, reaches_state, injection), *of_others
+        wanted = _wanted(ctx.needs_input_grad, window == n_loops, injection)
+        if grad is None:
+            grads = [None] * len(wanted)
+        elif ctx.has_read_out_states and not any(wanted[:-2]):
+            grads = [*[None] * (len(wanted) - 2), *_of_read_out(grad, saved[states])]
+        else:
+            inputs = [embeddings, positions, state, weights]
+            flops.register()  # with a counter that counts the backward only
+            grads = gradients(grad, saved, inputs, wanted, ctx.settings)
+        return *_of_inputs(grads, wanted), *(None,) * ctx.n_others
 
     name = f"looped_fast::{backend}_loop"
     torch.library.register_autograd(
         f"{name}_forward", backward, setup_context=setup_context, lib=lib
     )
-    torch.library.register_autograd(f"{name}_backward", _refuse_second(backend), lib=lib)
+    _register_backward(f"{name}_backward", backend, lib)
 
 
 def register_mse() -> None:
@@ -86,31 +104,81 @@ def register_mse() -> None:
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad, _):
-        n = len(ctx.saved_tensors) // 2
-        gradients, inputs = list(ctx.saved_tensors[:n]), list(ctx.saved_tensors[n:])
-        of_others = (None,) * ctx.n_others
-        if grad is None:
-            return None, None, None, [None] * (n - 3), *of_others
-        # The op does not read inputs; it takes them so that a second derivative is refused.
-        grads = torch.ops.looped_fast.cpu_loop_mse_backward(grad, gradients, inputs)
-        return *_of_inputs(grads, *ctx.settings), *of_others
+        tensors = ctx.saved_tensors  # unpacked once, as above
+        wanted = _wanted(ctx.needs_input_grad, *ctx.settings)
+        gradients, inputs = list(tensors[: len(wanted)]), list(tensors[len(wanted) :])
+        grads: Sequence[Tensor | None] = [None] * len(wanted)
+        if grad is not None:
+            # The op does not read inputs; it takes them so that a second derivative is refused.
+            grads = torch.ops.looped_fast.cpu_loop_mse_backward(grad, gradients, inputs)
+        return *_of_inputs(grads, wanted), *(None,) * ctx.n_others
 
     name = "looped_fast::cpu_loop_mse"
     torch.library.register_autograd(name, backward, setup_context=setup_context)
-    torch.library.register_autograd(f"{name}_backward", _refuse_second("cpu"))
+    _register_backward(f"{name}_backward", "cpu")
 
 
-def _of_inputs(grads: list[Tensor], reaches_state: bool, injection: str) -> tuple:
-    """Gradients of embeddings, positions, state and weights, None where nothing flows."""
-    d_embeddings = None if injection == "none" else grads[0]
-    return d_embeddings, grads[1], grads[2] if reaches_state else None, grads[3:]
+def _wanted(needs_input_grad, reaches_state: bool, injection: str) -> list[bool]:
+    """Whether gradients of e, p, z and each weight are wanted, and anything flows there."""
+    embeddings, positions, state, weights, *_ = needs_input_grad
+    return [embeddings and injection != "none", positions, state and reaches_state, *weights]
 
 
-def _refuse_second(backend: str) -> Callable[..., Any]:
+def _of_inputs(grads: Sequence[Tensor | None], wanted: list[bool]) -> tuple:
+    """Gradients in the structure of the op's first arguments, None where not wanted."""
+    grads = [grad if flag else None for grad, flag in zip(grads, wanted, strict=True)]
+    return *grads[:3], grads[3:]
+
+
+def _of_read_out(grad: Tensor, states: Tensor) -> list[Tensor]:
+    """Gradients of the read-out's weight and bias.
+
+    grad: of the last R steps' predictions, [R, B, S, n_outputs]; states: [W, B, S, D].
+    """
+    grad, states = grad.flatten(0, 2), states[-len(grad) :].flatten(0, 2)
+    with torch.autocast(grad.device.type, enabled=False):  # the backward's, not the forward's
+        return [grad.T @ states, grad.sum(0)]
+
+
+def _register_backward(name: str, backend: str, lib: torch.library.Library | None = None) -> None:
+    """Make a backward's op run under vmap, sample by sample, and refuse second derivatives."""
+    op = getattr(torch.ops.looped_fast, name.removeprefix("looped_fast::"))
+
+    def under_vmap(info, in_dims, *arguments):
+        pairs = list(zip(arguments, in_dims, strict=True))
+        samples = ([_select(*pair, i) for pair in pairs] for i in range(info.batch_size))
+        grads = _stack(op(*sample) for sample in samples)
+        return grads, [0] * len(grads)
+
+    def under_is_grads_batched(grad, *others):  # no other argument is batched
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        batch = torch._remove_batch_dim(grad, level, 0, 0)
+        grads = _stack(op(sample, *others) for sample in batch)
+        return [torch._add_batch_dim(grad, 0, level) for grad in grads]
+
     def second_backward(ctx, *_):
         raise NotImplementedError(
             f"the {backend} backend has no second derivatives; use backend='reference', inside "
             f"torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
 
-    return second_backward
+    torch.library.register_vmap(name, under_vmap, lib=lib)
+    (lib or _vmap_library).impl(name, under_is_grads_batched, "Batched")
+    torch.library.register_autograd(name, second_backward, lib=lib)
+
+
+# For rules of the vmap of torch.autograd.grad(is_grads_batched=True), which is not torch.func's.
+_vmap_library = torch.library.Library("looped_fast", "FRAGMENT")
+
+
+def _stack(samples: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Stack each of several tensors over samples."""
+    return [torch.stack(of_samples) for of_samples in zip(*samples, strict=True)]
+
+
+def _select(argument: Any, dim: Any, index: int) -> Any:
+    """An op's argument, or list of them, at an index of the batch."""
+    if isinstance(dim, (list, tuple)):
+        return [_select(*pair, index) for pair in zip(argument, dim, strict=True)]
+    return argument if dim is None else argument.select(dim, index)

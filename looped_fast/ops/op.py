@@ -29,7 +29,7 @@ from looped_fast.ops.call import SCHEMA, Call, LoopSettings, LoopTensors, is_rep
 _library = torch.library.Library("looped_fast", "DEF")
 _TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
 _library.define(f"loop({_TENSORS}, {SCHEMA}) -> Tensor")
-_library.define(f"loop_mse({_TENSORS}, Tensor targets, int n_supervised, {SCHEMA}) -> Tensor")
+_library.define(f"loop_mse({_TENSORS}, Tensor targets, SymInt n_supervised, {SCHEMA}) -> Tensor")
 
 
 def loop(
@@ -112,7 +112,7 @@ def loop_mse(
 
 def run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:
     """Run ``loop`` with its arguments in records."""
-    _check(tensors, settings)
+    tensors = _check(tensors, settings)
     if torch.compiler.is_compiling():  # otherwise the dispatcher would only cost time
         return torch.ops.looped_fast.loop(*tensors, *settings)
     return _run(tensors, settings)
@@ -122,12 +122,13 @@ def run_mse(
     tensors: LoopTensors, settings: LoopSettings, targets: Tensor, n_supervised: int | None = None
 ) -> Tensor:
     """Run ``loop_mse`` with its arguments in records."""
-    _check(tensors, settings)
+    tensors = _check(tensors, settings)
     if not tensors.read_out:
         raise ValueError("loop_mse needs a read_out: errors are those of predictions")
     n_supervised = check_supervised(n_supervised, settings.window)
     B, S, _ = tensors.embeddings.shape
     shape = (B, (S + 1) // 2, len(tensors.read_out[1]))
+    targets = cast_in_autocast(targets, tensors.embeddings.dtype)
     _check_tensor("targets", targets, shape, tensors.embeddings)
     if torch.compiler.is_compiling():
         return torch.ops.looped_fast.loop_mse(*tensors, targets, n_supervised, *settings)
@@ -162,8 +163,8 @@ def _run_mse(
         if chosen == "triton":
             errors = triton_backend.loop(embeddings, *arguments)
             return errors.square().sum() / (n_supervised * targets.numel())  # 0 at odd tokens
-        recorded = [embeddings, positions, *([] if state is None else [state]), *weights, *read_out]
-        if loop_autograd.needs_grad(recorded):
+        # If only the read-out is trained, predictions keep what little its gradient needs.
+        if loop_autograd.needs_grad([embeddings, positions, state, *weights]):
             return backend.loop_mse(embeddings, *arguments)
     predictions = _run_on(chosen, tensors, settings)
     return (predictions[-n_supervised:] - targets).square().mean()
@@ -185,7 +186,7 @@ def _run_on(chosen: str, tensors: LoopTensors, settings: LoopSettings) -> Tensor
     else:
         outputs = backend.loop(*tensors[:4], settings)
         if read_out:
-            with torch.autocast(outputs.device.type, enabled=False):  # 0.1 % of the work
+            with reference.autocast(outputs.device.type, "fp32"):  # 0.1 % of the work
                 outputs = F.linear(outputs, *read_out)
     return outputs[:, :, ::2] if read_out else outputs
 
@@ -216,8 +217,9 @@ def _impl_mse(*flat: Any) -> Tensor:
     return _run_mse(LoopTensors(*flat[:5]), LoopSettings(*flat[7:]), *flat[5:7])
 
 
-# One function for both keys: below autograd it only computes, at Autograd it is differentiated.
-for _key in ("CompositeExplicitAutograd", "Autograd"):
+# One function for all keys: below autograd it only computes, at Autograd it is differentiated, at
+# FuncTorchBatched (a vmap inside torch.compile) each of the reference's ops has a batching rule.
+for _key in ("CompositeExplicitAutograd", "Autograd", "FuncTorchBatched"):
     _library.impl("loop", _impl, _key)
     _library.impl("loop_mse", _impl_mse, _key)
 
@@ -235,8 +237,23 @@ def _fake_mse(embeddings, *_):
     return embeddings.new_empty(())
 
 
-def _check(tensors: LoopTensors, settings: LoopSettings) -> None:
+def cast_in_autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype`` if autocast around the call casts it for a Linear, else unchanged."""
+    if tensor.dtype == dtype or tensor.dtype not in _CAST_BY_AUTOCAST:
+        return tensor
+    return tensor.to(dtype) if reference.is_autocast_enabled(tensor.device.type) else tensor
+
+
+_CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
+    """Return the tensors, as autocast casts them. Raises ValueError: see ``loop``."""
     embeddings, positions, state, weights, read_out = tensors
+    if embeddings.dtype != positions.dtype or state is not None:
+        embeddings = cast_in_autocast(embeddings, positions.dtype)
+        state = None if state is None else cast_in_autocast(state, positions.dtype)
+        tensors = tensors._replace(embeddings=embeddings, state=state)
     settings.check(embeddings.dtype)
     if embeddings.dim() != 3:
         raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; [B, S, D] is needed")
@@ -264,6 +281,7 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> None:
         names = [*names, "positions", "state"]
         for name, tensor, shape in zip(names, given, shapes, strict=False):
             _check_tensor(name, tensor, shape, embeddings)
+    return tensors
 
 
 @functools.lru_cache

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _get_dispatch_mode,
+    _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
+)
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from looped_fast.config import BACKENDS
 from looped_fast.errors import check_name
@@ -42,6 +49,39 @@ def read_in(
     return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
 
 
+def check_finite(xs: Tensor, ys: Tensor) -> None:
+    """Raise ValueError at the first NaN or Inf in a prompt on the CPU, if there are values yet.
+
+    On a GPU the check would stall the stream. Inside ``vmap`` it covers the prompts of all samples.
+    """
+    if xs.device.type != "cpu" or torch.compiler.is_compiling() or _is_symbolic(xs, ys):
+        return
+    xs, ys = _unwrap(xs), _unwrap(ys)
+    if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
+        for name, tensor in (("xs", xs), ("ys", ys)):
+            if len(where := (~tensor.isfinite()).nonzero()):
+                first = where[0].tolist()
+                raise ValueError(
+                    f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
+                    f"drop or impute such values"
+                )
+
+
+def _is_symbolic(xs: Tensor, ys: Tensor) -> bool:
+    """True if a tensor is fake, or a tracer records what is computed from it."""
+    if type(xs) is type(ys) is Tensor and not _len_torch_dispatch_stack():
+        return False
+    modes = _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY
+    return is_fake(xs) or is_fake(ys) or any(_get_dispatch_mode(mode) for mode in modes)
+
+
+def _unwrap(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrappers of ``torch.func`` transforms."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
 def _run(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
     selection = backends.select_read_in(xs.device.type, xs.dtype, len(weight), backend)
     if selection.chosen != "triton":
@@ -72,7 +112,7 @@ def _backward(ctx, grad):
         return d_xs, d_ys, d_weight, grad.sum((0, 1)), None
 
 
-for _key in ("CPU", "CUDA"):
+for _key in ("CPU", "CUDA", "FuncTorchBatched"):
     _library.impl("read_in", _run, _key)
 torch.library.register_fake("looped_fast::read_in", _fake, lib=_library)
 torch.library.register_autograd(

@@ -11,18 +11,39 @@ arXiv 2311.12424, section 4; the block is GPT-2's (official ``scripts/nano_gpt.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from looped_fast.config import LAYER_NORM_EPS
+from looped_fast.ops import loop_autograd
 from looped_fast.ops.call import LoopSettings
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """True inside ``torch.autocast`` for such a device; a meta device, say, has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast(device_type: str, precision: str) -> AbstractContextManager:
+    """``torch.autocast`` to ``precision``, or none for ``fp32`` and on devices that have none.
+
+    It keeps no cache, as in the official code: a cached cast sums the steps' gradients in low
+    precision.
+    """
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    dtype = AUTOCAST_DTYPES[precision]
+    if dtype is None and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 class Block(NamedTuple):
@@ -55,6 +76,14 @@ def interleave(xs: Tensor, ys: Tensor) -> Tensor:
 def read_in(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The embedded prompt e, [B, 2n, D]. xs: [B, n, d], ys: [B, n], weight: [D, d]."""
     return F.linear(interleave(xs, ys), weight, bias)
+
+
+def derivable() -> AbstractContextManager:
+    """Attention written out inside ``torch.func`` transforms and ``forward_ad``.
+
+    PyTorch's fused attention has neither forward nor second derivatives, and no batching rule.
+    """
+    return nullcontext() if loop_autograd.unsupported() is None else sdpa_kernel(SDPBackend.MATH)
 
 
 def split_weights(weights: Sequence[Tensor]) -> tuple[list[Block], Tensor, Tensor]:
@@ -158,14 +187,13 @@ def iterate(
 ) -> Tensor:
     """Repeat ``state = run_step(state, *arguments)`` as ``settings`` say: the window's states."""
     n_loops, window = settings.n_loops, settings.window
-    dtype = AUTOCAST_DTYPES[settings.precision]
-    device = state.device.type
     states = []
-    # No cache, as in the official code: a cached cast sums the steps' gradients in low precision.
-    with torch.autocast(device, dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+    # Inside torch.func transforms, which have no hooks on saved tensors, nothing is recomputed.
+    recompute = settings.recompute and loop_autograd.unsupported() is None
+    with autocast(state.device.type, settings.precision), derivable():
         for i in range(n_loops):
             with torch.no_grad() if i < n_loops - window else nullcontext():
-                if settings.recompute:
+                if recompute:
                     # A step draws no random numbers, and a capture can't read the RNG state.
                     state = torch.utils.checkpoint.checkpoint(
                         run_step, state, *arguments, use_reentrant=False, preserve_rng_state=False

@@ -140,10 +140,11 @@ def loop(
     Returns:
         States [W, B, S, D], or with a read-out predictions [W, B, S, n_outputs].
     """
-    tensors = [embeddings, positions, *weights, *read_out, *([] if state is None else [state])]
-    recorded = loop_autograd.needs_grad(tensors)
-    save = recorded and not settings.recompute
-    save_states = recorded and (settings.recompute or settings.injection == "mul")
+    tensors = [embeddings, positions, *weights, *([] if state is None else [state])]
+    trains_loop = loop_autograd.needs_grad(tensors)
+    save = trains_loop and not settings.recompute
+    save_states = trains_loop and (settings.recompute or settings.injection == "mul")
+    save_states = save_states or (not trains_loop and loop_autograd.needs_grad(read_out))
     result, *_ = torch.ops.looped_fast.triton_loop_forward(
         embeddings, positions, state, [*weights, *read_out], *settings, targets, n_supervised, save,
         save_states,
@@ -214,18 +215,19 @@ def _forward_fake(embeddings, positions, state, weights, *others):
     return embeddings.new_empty(shape), *saved
 
 
-def _backward_op(grad, result, saved, embeddings, positions, state, weights, *flat):
+def _backward_op(grad, saved, embeddings, positions, state, weights, wanted, *flat):
     from looped_fast.kernels.ahead import compile_ahead
     from looped_fast.kernels.backward import loop_backward
 
     settings = LoopSettings(*flat)
     tensors = (
-        grad.contiguous(), result, SavedActivations(*saved), embeddings.contiguous(),
-        positions.contiguous(), _contiguous(state), *_split([w.contiguous() for w in weights]),
+        grad.contiguous(), SavedActivations(*(tensor.contiguous() for tensor in saved)),
+        embeddings.contiguous(), positions.contiguous(), _contiguous(state),
+        *_split([w.contiguous() for w in weights]),
     )  # fmt: skip
 
     def run() -> list[Tensor]:
-        return loop_backward(*tensors, settings)
+        return loop_backward(*tensors, settings, wanted)
 
     kind = (
         "backward", embeddings.shape, grad.shape, state is None, len(weights), settings,
@@ -237,31 +239,29 @@ def _backward_op(grad, result, saved, embeddings, positions, state, weights, *fl
         return run()
 
 
-def _backward_fake(grad, result, saved, embeddings, positions, state, weights, *flat):
+def _backward_fake(grad, saved, embeddings, positions, state, weights, wanted, *flat):
     settings = LoopSettings(*flat)
 
-    def empty(like: Tensor, wanted: bool = True) -> Tensor:
-        return embeddings.new_empty(like.shape if wanted else (0,))
-
-    of_state = settings.window == settings.n_loops and state is not None
-    takes_embeddings = settings.injection != "none"
-    grads = [empty(embeddings, takes_embeddings), empty(positions), empty(embeddings, of_state)]
-    return [*grads, *(empty(w) for w in weights)]
+    of_embeddings = wanted[0] and settings.injection != "none"
+    of_state = wanted[2] and settings.window == settings.n_loops and state is not None
+    wanted = [of_embeddings, wanted[1], of_state, *wanted[3:]]
+    shapes = [t.shape for t in (embeddings, positions, embeddings, *weights)]
+    return [embeddings.new_empty(s if flag else (0,)) for s, flag in zip(shapes, wanted)]
 
 
-def _gradients(grad, result, saved, inputs, settings):
-    return torch.ops.looped_fast.triton_loop_backward(grad, result, saved, *inputs, *settings)
+def _gradients(grad, saved, inputs, wanted, settings):
+    return torch.ops.looped_fast.triton_loop_backward(grad, saved, *inputs, wanted, *settings)
 
 
 _TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights"
 _OUTPUTS = ", ".join(["Tensor"] * (1 + len(SavedActivations._fields)))
 _library = torch.library.Library("looped_fast", "FRAGMENT")
 _library.define(
-    f"triton_loop_forward({_TENSORS}, {SCHEMA}, Tensor? targets, int? n_supervised, "
+    f"triton_loop_forward({_TENSORS}, {SCHEMA}, Tensor? targets, SymInt? n_supervised, "
     f"bool save_activations, bool save_states) -> ({_OUTPUTS})"
 )
 _library.define(
-    f"triton_loop_backward(Tensor grad, Tensor result, Tensor[] saved, {_TENSORS}, {SCHEMA}) "
+    f"triton_loop_backward(Tensor grad, Tensor[] saved, {_TENSORS}, bool[] wanted, {SCHEMA}) "
     f"-> Tensor[]"
 )
 for _key in ("CPU", "CUDA"):
@@ -270,4 +270,10 @@ for _key in ("CPU", "CUDA"):
 _name = "looped_fast::triton_loop"
 torch.library.register_fake(f"{_name}_forward", _forward_fake, lib=_library)
 torch.library.register_fake(f"{_name}_backward", _backward_fake, lib=_library)
-loop_autograd.register("triton", _gradients, len(LoopSettings._fields), _library)
+loop_autograd.register(
+    "triton",
+    _gradients,
+    len(LoopSettings._fields),
+    SavedActivations._fields.index("states"),
+    _library,
+)

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from looped_fast.evaluation import model_errors
+from looped_fast.ops.flops import loop_flops
 from looped_fast.training import backend_autotune, checkpoint, distributed
 from looped_fast.training.config import TrainConfig
 from looped_fast.training.curriculum import Stage
@@ -282,6 +283,7 @@ class Trainer(Stepper):
 
 def step_flops(config: TrainConfig, stage: Stage) -> float:
     """Floating-point operations in the blocks of one training step at ``stage``."""
-    D, S = config.n_embd, 2 * stage.n_points
-    passes = stage.n_loops + 2 * min(config.window, stage.n_loops)  # backward counts twice
-    return config.batch_size * passes * config.n_layer * S * (24 * D * D + 2 * S * D)
+    S, window = 2 * stage.n_points, min(config.window, stage.n_loops)
+    return loop_flops(
+        config.batch_size, S, config.n_embd, config.n_layer, stage.n_loops, window, (S + 1) / 2
+    )

@@ -30,7 +30,8 @@ def recorded(injection, precision, recompute, attention):
     )
     with Recorder() as recorder, recording(execute=False) as launches:
         predictions, saved = loop_forward(*tensors, settings, keep, True, True)
-        loop_backward(torch.empty_like(predictions), predictions, saved, *tensors, settings)
+        wanted = [True] * (3 + len(inputs["weights"]) + len(read_out))
+        loop_backward(torch.empty_like(predictions), saved, *tensors, settings, wanted)
     return recorder.shapes(), launches
 
 

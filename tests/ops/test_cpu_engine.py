@@ -241,10 +241,14 @@ def test_the_ops_pass_opcheck(precision, window, n_outputs, recompute, two_threa
     arguments = op_arguments(precision, grad=False, **kind)
     torch.library.opcheck(torch.ops.looped_fast.cpu_loop_infer.default, arguments[:-1])
     outputs, *saved = forward(*arguments)
-    torch.library.opcheck(
-        torch.ops.looped_fast.cpu_loop_backward.default,
-        (torch.randn_like(outputs), outputs, *saved, *arguments[:-1]),
-    )
+    tensors, settings = arguments[:4], arguments[4:-1]
+    if recompute and not n_outputs:
+        saved[2] = outputs  # the states
+    for wanted in ([True] * (3 + len(tensors[3])), [i % 3 > 0 for i in range(3 + len(tensors[3]))]):
+        torch.library.opcheck(
+            torch.ops.looped_fast.cpu_loop_backward.default,
+            (torch.randn_like(outputs), *saved, *tensors, wanted, *settings),
+        )
 
 
 def test_a_compiled_step_on_the_engine_is_one_graph_with_the_same_numbers():
@@ -317,7 +321,7 @@ def test_activations_are_saved_only_for_a_gradient(monkeypatch):
         ops.loop(**inputs, **arguments)
     ops.loop(**inputs, **arguments, recompute=True)
     ops.loop(**inputs, **arguments)
-    assert saved == [None, None, 0, 2 * 10 * 4 * 32]
+    assert saved == [None, None, 0, 2 * 9 * 4 * 32]  # operands of the products: 9 D a token
 
 
 def test_nan_in_the_input_is_nan_in_the_output():

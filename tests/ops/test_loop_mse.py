@@ -185,7 +185,8 @@ def test_the_engines_op_passes_opcheck(precision):
     inputs = require_grad(loop_inputs(2, 5, 32, 1, torch.float32, n_outputs=2))
     weights = [*inputs["weights"], *inputs["read_out"]]
     tensors = (inputs["embeddings"], inputs["positions"], inputs["state"], weights)
-    arguments = (*tensors, targets_of(inputs), 1, 2, 3, 2, "mul", precision)
+    wanted = [True] * (3 + len(weights))
+    arguments = (*tensors, targets_of(inputs), 1, wanted, 2, 3, 2, "mul", precision)
     torch.library.opcheck(torch.ops.looped_fast.cpu_loop_mse.default, arguments)
 
 

@@ -10,6 +10,7 @@ from test_cpu_engine import golden_results, golden_truth
 from torch.torch_version import TorchVersion
 
 from looped_fast import LoopedTransformer, ModelConfig, ops
+from looped_fast.kernels.saved_activations import SavedActivations
 from looped_fast.ops import triton_backend
 
 if triton_backend.load_error():
@@ -71,11 +72,14 @@ def test_the_ops_pass_opcheck(n_loops, n_outputs):
     others = (targets, None, True, n_loops > 1)
     forward = torch.ops.looped_fast.triton_loop_forward.default
     result, *saved = forward(*inputs.values(), *settings, *others)
-    grad = torch.randn_like(result)
-    torch.library.opcheck(
-        torch.ops.looped_fast.triton_loop_backward.default,
-        (grad, result, saved, *inputs.values(), *settings),
-    )
+    grad, n_gradients = torch.randn_like(result), 3 + len(inputs["weights"])
+    if not n_outputs:
+        saved[SavedActivations._fields.index("states")] = result
+    for wanted in ([True] * n_gradients, [i % 3 > 0 for i in range(n_gradients)]):
+        torch.library.opcheck(
+            torch.ops.looped_fast.triton_loop_backward.default,
+            (grad, saved, *inputs.values(), wanted, *settings),
+        )
     for tensor in (inputs["embeddings"], inputs["positions"], *inputs["weights"]):
         tensor.requires_grad_()
     torch.library.opcheck(forward, (*inputs.values(), *settings, *others))

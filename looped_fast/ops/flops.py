@@ -1,0 +1,167 @@
+"""Floating-point operations of the loop: one count for benchmarks, trainer and FlopCounterMode.
+
+Counted are matrix products, 2 operations for a multiplication and an addition, by the convention
+of ``torch.utils.flop_counter``: attention multiplies all S keys of a query, also those that the
+causal mask hides, and its backward computes the scores again, 5 products to the forward's 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+# Matrices of a block, in D x D: one number for each weight and bias in ``reference.Block``.
+_C_ATTN = 3
+_WIDTHS = (0, _C_ATTN, 1, 0, 4, 4)  # ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj
+
+Arguments = dict[str, Any]  # of an op by name, with shapes for tensors
+
+
+def loop_flops(
+    batch: int,
+    seq_len: int,
+    n_embd: int,
+    n_layer: int,
+    forward: int,
+    backward: int = 0,
+    keys: float | None = None,
+) -> float:
+    """Count the operations in the blocks of a loop whose parameters are all trained.
+
+    Args:
+        batch: B.
+        seq_len: S.
+        n_embd: D.
+        n_layer: blocks in a loop step.
+        forward: loop steps forward, and those that a backward recomputes.
+        backward: loop steps backward.
+        keys: keys that a query meets, on average; S by default, as PyTorch counts. Kernels that
+            skip what the causal mask hides compute (S + 1) / 2.
+    """
+    keys = seq_len if keys is None else keys
+    matrices, attention = 2 * sum(_WIDTHS) * n_embd**2, 2 * n_embd * keys  # of a token
+    steps = forward * (matrices + 2 * attention) + backward * (2 * matrices + 5 * attention)
+    return batch * seq_len * n_layer * steps
+
+
+def register() -> None:
+    """Register the ops of this package with FlopCounterMode, if that is imported.
+
+    Counters that are counting already get the formulas too. Importing this package does not import
+    ``torch.utils.flop_counter``, which takes 0.2 s where Triton is installed. PyTorch has no formula
+    for its own attention on CPUs, and gets that of its attention on GPUs.
+    """
+    counter: Any = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    registry = counter.flop_registry
+    for name, formula in _FORMULAS.items():
+        packet = getattr(torch.ops.looped_fast, name, None)  # the engine's ops come with it
+        if packet is not None and packet not in registry:
+            counter.register_flop_formula(packet)(_by_name(packet, formula))
+    for packet, like in _ATTENTION_ON_CPU.items():
+        if packet not in registry:
+            counter.register_flop_formula(packet, get_raw=True)(registry[like])
+    for mode in _get_current_dispatch_mode_stack():
+        active = getattr(mode, "counter", mode)
+        if isinstance(active, counter.FlopCounterMode):
+            active.flop_registry = {**registry, **active.flop_registry}
+
+
+_aten = torch.ops.aten
+_ATTENTION_ON_CPU = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
+def _by_name(packet: Any, formula: Callable[[Arguments], int]) -> Callable[..., int]:
+    """A formula for FlopCounterMode, which passes arguments in the order of the schema."""
+    names = [argument.name for argument in packet.default._schema.arguments]
+
+    def count(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return formula({**dict(zip(names, args, strict=False)), **kwargs})
+
+    return count
+
+
+def _forward(call: Arguments) -> int:
+    """The loop and the read-out, of all tokens, as the reference computes it."""
+    B, S, D = call["embeddings"]
+    n_layer, n_last = divmod(len(call["weights"]), _N_FIELDS)
+    read_out = call.get("read_out") or (call["weights"][-2:] if n_last == 4 else [])
+    n_outputs = read_out[0][0] if read_out else 0
+    loop = loop_flops(B, S, D, n_layer, call["n_loops"])
+    return int(loop) + 2 * call["window"] * B * S * D * n_outputs
+
+
+def _backward(call: Arguments) -> int:
+    """Gradients that are wanted, and those of inputs that they flow through."""
+    B, S, D = call["embeddings"]
+    n_layer, n_last = divmod(len(call["weights"]), _N_FIELDS)
+    window, injection = call["window"], call["injection"]
+    of_embeddings, of_positions, of_state, *of_weights = call["wanted"]
+    of_loop, of_read_out = of_weights[: n_layer * _N_FIELDS + 2], of_weights[-2:]
+    of_state = of_state and window == call["n_loops"]
+    flows = (of_embeddings and injection != "none") or of_positions or of_state
+    first, flows = _step_backward(flows, of_loop, S, D)
+    others, _ = _step_backward(flows, of_loop, S, D)
+    n_outputs = call["weights"][-1][0] if n_last == 4 else 0
+    read_out = 2 * D * n_outputs * (flows + of_read_out[0])
+    return B * S * (first + (window - 1) * others + window * read_out)
+
+
+def _step_backward(flows: bool, wanted: Sequence[bool], S: int, D: int) -> tuple[int, bool]:
+    """A token's operations in a step backward.
+
+    Args:
+        flows: whether a gradient flows into the step's input.
+        wanted: whether that of each weight of the blocks and of the final LayerNorm is.
+        S: tokens.
+        D: width.
+
+    Returns:
+        The operations, and whether a gradient flows into the step's result.
+    """
+    flops = 0
+    n_layer = len(wanted) // _N_FIELDS
+    for width, weight, bias in zip((*_WIDTHS * n_layer, 0), wanted[::2], wanted[1::2], strict=True):
+        flops += 2 * width * D * D * (flows + weight)
+        flows = flows or weight or bias
+        if width == _C_ATTN:
+            flops += 10 * D * S * flows
+    return flops, flows
+
+
+def _recomputing_backward(call: Arguments) -> int:
+    """The backward of activations, or of states that they are recomputed from."""
+    recomputes = call["recompute"] if "recompute" in call else call["operands"][0] == 0
+    B, S, D = call["embeddings"]
+    n_layer = len(call["weights"]) // _N_FIELDS
+    again = loop_flops(B, S, D, n_layer, call["window"]) if recomputes else 0
+    return int(again) + _backward(call)
+
+
+def _read_in(call: Arguments) -> int:
+    (B, n, d), D = call["xs"], call["bias"][0]
+    return 2 * B * 2 * n * d * D
+
+
+_N_FIELDS = 2 * len(_WIDTHS)
+_FORMULAS: dict[str, Callable[[Arguments], int]] = {
+    "loop": _forward,
+    "loop_mse": _forward,
+    "read_in": _read_in,
+    "cpu_loop_infer": _forward,
+    "cpu_loop_forward": _forward,
+    "cpu_loop_backward": _recomputing_backward,
+    "cpu_loop_mse": lambda call: _forward(call) + _backward(call),
+    "triton_loop_forward": _forward,
+    "triton_loop_backward": _recomputing_backward,
+}
