@@ -19,6 +19,7 @@ from looped_fast.ops import loop_autograd
 from looped_fast.ops.call import Call, LoopSettings
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
+WIDTH_UNIT = 32  # D is a multiple of it
 N_SETTINGS = 5  # its ops take the first ones of ``LoopSettings``: n_heads to precision
 _MAX_OUTPUTS = 8  # outputs of a fused read-out; PyTorch computes wider ones
 
@@ -60,8 +61,8 @@ def unsupported(call: Call) -> str | None:
         return f"tensors are on {call.device.type}"
     if call.dtype != torch.float32:
         return f"it takes float32 tensors, not {call.dtype}"
-    if call.n_embd % 32 or call.n_embd > MAX_WIDTH:
-        return f"D = {call.n_embd} is not a multiple of 32 up to {MAX_WIDTH}"
+    if call.n_embd % WIDTH_UNIT or call.n_embd > MAX_WIDTH:
+        return f"D = {call.n_embd} is not a multiple of {WIDTH_UNIT} up to {MAX_WIDTH}"
     if call.head_dim % 8:
         return f"head_dim = {call.head_dim} is not a multiple of 8"
     precision = call.settings.precision

@@ -1,4 +1,4 @@
-"""The read-in, which embeds a prompt; one kernel launch on the triton backend."""
+"""The read-in, which embeds a prompt: one kernel on the triton backend and on the CPU engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from looped_fast.config import BACKENDS
 from looped_fast.errors import check_name
-from looped_fast.ops import backends, reference
+from looped_fast.ops import backends, cpu_engine, loop_autograd, reference
+
+_DENSE = {Tensor, torch.nn.Parameter}
 
 _library = torch.library.Library("looped_fast", "FRAGMENT")
 _library.define("read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias, str backend) -> Tensor")
@@ -30,7 +32,8 @@ def read_in(
         ys: [B, n].
         weight: of the read-in, [D, d].
         bias: [D].
-        backend: as in ``loop``; a single kernel on ``triton``, plain PyTorch on the others.
+        backend: as in ``loop``; a single kernel on ``triton`` and on ``cpu``, which gives a prompt
+            the same bits in any batch; plain PyTorch on the others.
 
     Returns:
         e, [B, 2n, D]; differentiable in all four.
@@ -41,12 +44,42 @@ def read_in(
     if backend != "triton" and not (backend == "auto" and xs.is_cuda):
         if backend != "auto":
             check_name("backend", backend, ("auto", *BACKENDS))
+        if backend in ("auto", "cpu") and _is_for_engine(xs, ys, weight, bias):
+            if loop_autograd.needs_grad((xs, ys, weight, bias)):
+                return _OnEngine.apply(xs, ys, weight, bias)
+            return torch.ops.looped_fast.cpu_read_in(xs, ys, weight, bias)
         return reference.read_in(xs, ys, weight, bias)
     if not torch.compiler.is_compiling():  # tracing can't select; the op does
         selection = backends.select_read_in(xs.device.type, xs.dtype, len(weight), backend)
         if selection.chosen != "triton":
             return reference.read_in(xs, ys, weight, bias)
     return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
+
+
+def _is_for_engine(*tensors: Tensor) -> bool:
+    """True if the CPU engine embeds these: dense float32, with nothing that records operations."""
+    return (
+        all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not _len_torch_dispatch_stack()
+        and {type(t) for t in tensors} <= _DENSE
+        and len(tensors[2]) % cpu_engine.WIDTH_UNIT == 0
+        and not loop_autograd.unsupported()
+        and not cpu_engine.unsupported_precision("fp32")
+    )
+
+
+class _OnEngine(torch.autograd.Function):
+    """``read_in`` on the CPU engine: less to set up than an op with autograd of torch.library."""
+
+    @staticmethod
+    def forward(ctx, xs, ys, weight, bias):
+        ctx.save_for_backward(xs, ys, weight)
+        return torch.ops.looped_fast.cpu_read_in(xs, ys, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad)[:4]
 
 
 def check_finite(xs: Tensor, ys: Tensor) -> None:
@@ -101,15 +134,17 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad):
     xs, ys, weight = ctx.saved_tensors
-    of_x, of_y = grad[:, ::2], grad[:, 1::2]  # gradients of tokens, [B, n, D]
+    needs_xs, needs_ys, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     with torch.autocast(grad.device.type, enabled=False):
-        d_weight = torch.einsum("bno,bni->oi", of_x, xs)
-        d_first = torch.einsum("bno,bn->o", of_y, ys)  # y is in coordinate 0
-        d_weight = torch.cat([d_weight[:, :1] + d_first[:, None], d_weight[:, 1:]], dim=1)
-        needs_xs, needs_ys, *_ = ctx.needs_input_grad  # prompts seldom need one
-        d_xs = of_x @ weight if needs_xs else None
-        d_ys = of_y @ weight[:, 0] if needs_ys else None
-        return d_xs, d_ys, d_weight, grad.sum((0, 1)), None
+        d_xs = grad[:, ::2] @ weight if needs_xs else None  # prompts seldom need one
+        d_ys = grad[:, 1::2] @ weight[:, 0] if needs_ys else None  # y is in coordinate 0
+        d_weight = d_bias = None
+        if needs_weight:
+            tokens = reference.interleave(xs, ys)
+            d_weight = grad.flatten(0, 1).mT @ tokens.flatten(0, 1)
+        if needs_bias:
+            d_bias = grad.sum((0, 1))
+        return d_xs, d_ys, d_weight, d_bias, None
 
 
 for _key in ("CPU", "CUDA", "FuncTorchBatched"):
