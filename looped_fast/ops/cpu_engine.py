@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from looped_fast.ops import loop_autograd
+from looped_fast.ops import forks, loop_autograd
 from looped_fast.ops.call import Call, LoopSettings
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
@@ -113,6 +114,7 @@ def loop_mse(
     n_supervised: int,
 ) -> Tensor:
     """Run ``ops.loop_mse`` on the engine, which computes gradients along with the error."""
+    forks.keep_to_one_thread()
     weights = [*weights, *read_out]
     wanted = [t.requires_grad for t in (embeddings, positions, state, *weights)]
     error, _ = torch.ops.looped_fast.cpu_loop_mse(
@@ -120,6 +122,17 @@ def loop_mse(
         *settings[:N_SETTINGS],
     )  # fmt: skip
     return error
+
+
+def thread_limit() -> str | None:
+    """Say why the engine uses fewer threads than ``torch.get_num_threads()``, or None."""
+    n_threads, wanted = torch.ops.looped_fast.cpu_threads(), torch.get_num_threads()
+    if n_threads == wanted:
+        return None
+    return (
+        f"on {n_threads} of {wanted} threads (torch.get_num_threads()), since the affinity and the "
+        f"control groups (cgroup) of this process leave it no more CPUs"
+    )
 
 
 def empty_cache() -> None:
@@ -132,7 +145,8 @@ def empty_cache() -> None:
         >>> looped_fast.empty_cache()
     """
     if hasattr(torch.ops.looped_fast, "cpu_empty_cache"):  # else the extension is not loaded
-        torch.ops.looped_fast.cpu_empty_cache()
+        with _disable_current_modes():  # fake tensors, say: a model may die at any place
+            torch.ops.looped_fast.cpu_empty_cache()
 
 
 def _infer_fake(embeddings, positions, state, weights, *settings):

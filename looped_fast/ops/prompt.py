@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from looped_fast.config import BACKENDS
 from looped_fast.errors import check_name
-from looped_fast.ops import backends, cpu_engine, loop_autograd, reference
+from looped_fast.ops import backends, cpu_engine, forks, loop_autograd, reference
 
 _DENSE = {Tensor, torch.nn.Parameter}
 
@@ -89,6 +89,7 @@ def check_finite(xs: Tensor, ys: Tensor) -> None:
     """
     if xs.device.type != "cpu" or torch.compiler.is_compiling() or _is_symbolic(xs, ys):
         return
+    forks.keep_to_one_thread()
     xs, ys = _unwrap(xs), _unwrap(ys)
     if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
         for name, tensor in (("xs", xs), ("ys", ys)):
