@@ -142,7 +142,8 @@ def _backward(ctx, grad):
         d_weight = d_bias = None
         if needs_weight:
             tokens = reference.interleave(xs, ys)
-            d_weight = grad.flatten(0, 1).mT @ tokens.flatten(0, 1)
+            # reshape, since flatten has no rule for batched gradients
+            d_weight = grad.reshape(-1, len(weight)).mT @ tokens.reshape(-1, xs.shape[-1])
         if needs_bias:
             d_bias = grad.sum((0, 1))
         return d_xs, d_ys, d_weight, d_bias, None
