@@ -127,12 +127,13 @@ void Barrier::wait(int n_threads) {
     wake_all();
     return;
   }
-  constexpr int kSpins = 1000;  // some 50 microseconds
+  const int limit = spins_.load(std::memory_order_relaxed);
   for (int spins = 0; !is_over(generation); ++spins) {
-    if (spins < kSpins) {
+    if (spins < limit) {
       __builtin_ia32_pause();
       continue;
     }
+    if (spins == limit) spins_.store(limit / 2, std::memory_order_relaxed);
 #if defined(__linux__)
     n_asleep_.fetch_add(1);  // wake_all looks here after the generation changed, the kernel before
     syscall(SYS_futex, &generation_, FUTEX_WAIT_PRIVATE, generation, nullptr, nullptr, 0);

@@ -19,8 +19,8 @@ inline Range split(int64_t n, int64_t index, int64_t n_parts, int64_t unit = 1) 
   return {begin < n ? begin : n, end < n ? end : n};
 }
 
-// Most waits take a few microseconds, so a thread spins first. Then it sleeps: an awaited thread
-// whose core is busy can only run on this one.
+// Most waits take a few microseconds, so a thread spins first, for half as long after each time that
+// this was in vain. Then it sleeps: an awaited thread whose core is busy can only run on this one.
 class Barrier {
  public:
   // Throws after abort(): a thread that failed will not arrive.
@@ -34,6 +34,7 @@ class Barrier {
   std::atomic<int> arrived_{0};
   std::atomic<int> generation_{0};
   std::atomic<int> n_asleep_{0};
+  std::atomic<int> spins_{4000};  // some 200 microseconds
   std::atomic<bool> aborted_{false};
 };
 

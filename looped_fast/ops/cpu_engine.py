@@ -67,7 +67,9 @@ def unsupported(call: Call) -> str | None:
     if call.head_dim % 8:
         return f"head_dim = {call.head_dim} is not a multiple of 8"
     precision = call.settings.precision
-    return loop_autograd.unsupported() or _switched_off(precision) or unsupported_precision(precision)
+    return (
+        loop_autograd.unsupported() or _switched_off(precision) or unsupported_precision(precision)
+    )
 
 
 def _switched_off(precision: str) -> str | None:

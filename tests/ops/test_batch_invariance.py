@@ -104,10 +104,14 @@ def test_a_row_of_the_read_in_does_not_depend_on_the_others(d, D, threads):
         for B in (1, 2, 3, 64, 299):
             assert torch.equal(ops.read_in(xs[:B], ys[:B], weight, bias), together[:B])
         for n in range(1, 9):
-            assert torch.equal(ops.read_in(xs[:, :n], ys[:, :n], weight, bias), together[:, : 2 * n])
+            assert torch.equal(
+                ops.read_in(xs[:, :n], ys[:, :n], weight, bias), together[:, : 2 * n]
+            )
 
 
-@pytest.mark.parametrize(("B", "n", "d"), [(1, 1, 1), (3, 7, 5), (64, 41, 20), (2, 3, 500), (0, 3, 4)])
+@pytest.mark.parametrize(
+    ("B", "n", "d"), [(1, 1, 1), (3, 7, 5), (64, 41, 20), (2, 3, 500), (0, 3, 4)]
+)
 def test_the_read_in_is_as_accurate_as_plain_pytorch_with_its_gradients(B, n, d):
     leaves = [torch.randn(B, n, d), torch.randn(B, n), torch.randn(64, d), torch.randn(64)]
     grad = torch.randn(B, 2 * n, 64)
