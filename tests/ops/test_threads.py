@@ -37,7 +37,7 @@ def model():
     return small_model(n_embd=64, n_head=4, n_loops=6, window=3)
 
 
-# How many times as long as on one thread a small inference and a small training step take on two, in
+# How many times as long as on one thread a small inference and a small training step take on two;
 # the best of eight turns, since other processes come and go.
 TIMES = """
     import os, statistics, time, torch
