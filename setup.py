@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-SOURCES = ["ops.cpp", "memory.cpp", "threads.cpp"]
+SOURCES = ["ops.cpp", "cpus.cpp", "memory.cpp", "threads.cpp"]
 # Kernels are compiled once per instruction set; -march=native would tie a wheel to one machine.
 AVX512_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS = {

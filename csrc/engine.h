@@ -95,9 +95,23 @@ struct Gradients {
   float* read_out_bias;        // [n_outputs]
 };
 
+// Prompts of n_points points in all, to be embedded.
+struct ReadIn {
+  const float* xs;      // [n_points, n_dims]
+  const float* ys;      // [n_points]
+  const float* weight;  // [D, n_dims]
+  const float* bias;    // [D]
+  float* weight_t;      // [n_dims, D], scratch
+  float* embeddings;    // [2 n_points, D], output
+  int64_t n_points;
+  int64_t n_dims;  // d
+  int64_t n_embd;  // D, a multiple of 32
+};
+
 // Kernels for one instruction set and operand type. `workspace` is 64-byte aligned memory, of the
 // size in bytes that the matching *_workspace function returns.
 struct Engine {
+  void (*read_in)(const ReadIn&, int n_threads);
   size_t (*forward_workspace)(const LoopShape&, int n_threads);
   void (*forward)(const LoopShape&, const Inputs&, const ForwardOutputs&, void* workspace,
                   int n_threads);

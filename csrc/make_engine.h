@@ -4,6 +4,7 @@
 
 #include "loop.h"
 #include "loop_mse.h"
+#include "read_in.h"
 
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
@@ -11,6 +12,7 @@ inline namespace CPU_CAPABILITY {
 template <class T>
 constexpr Engine make_engine() {
   return {
+      read_in,
       [](const LoopShape& shape, int n_threads) {
         Arena arena(nullptr);
         ForwardPlan<T>(arena, shape, n_threads);

@@ -4,10 +4,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <deque>
 #include <mutex>
+#include <numeric>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -20,6 +22,8 @@ namespace {
 // Buffers of a training step: states if requested, activations, statistics, and the workspaces of
 // the forward and the backward.
 constexpr size_t kKept = 5;
+// With activations for autograd of the paper's training step they are 880 MB.
+constexpr size_t kKeptBytes = size_t{1} << 30;
 
 class Recycler {
  public:
@@ -46,11 +50,15 @@ class Recycler {
   }
 
   void give(c10::DataPtr data, size_t n_bytes) {
-    c10::DataPtr oldest;  // freed after the lock is released
+    std::deque<Buffer> freed;  // after the lock is released
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.push_back({std::move(data), n_bytes});
-    if (free_.size() > kKept) {
-      oldest = std::move(free_.front().data);
+    const auto total = [this] {
+      return std::accumulate(free_.begin(), free_.end(), size_t{0},
+                             [](size_t sum, const Buffer& b) { return sum + b.n_bytes; });
+    };
+    while (free_.size() > kKept || total() > kKeptBytes) {
+      freed.push_back(std::move(free_.front()));
       free_.pop_front();
     }
   }
@@ -60,6 +68,10 @@ class Recycler {
     const std::lock_guard<std::mutex> lock(mutex_);
     freed.swap(free_);
   }
+
+  // A fork while another thread holds the lock would leave it locked in the child.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   struct Buffer {
@@ -84,6 +96,9 @@ Recycler& recycler() {
   static auto* instance = new Recycler;  // never destroyed: tensors may outlive statics
   return *instance;
 }
+
+const int fork_handlers = pthread_atfork([] { recycler().lock(); }, [] { recycler().unlock(); },
+                                         [] { recycler().unlock(); });
 
 }  // namespace
 

@@ -9,8 +9,8 @@
 namespace looped_fast {
 
 // An uninitialised CPU tensor (filled with NaN if torch is set to fill such memory). When it dies
-// its memory is kept for the next one of as many bytes. A few are kept, each until another size
-// near its own is requested.
+// its memory is kept for the next one of as many bytes. A few are kept, 1 GiB at most, each until
+// another size near its own is requested.
 at::Tensor empty_recycled(at::IntArrayRef sizes, at::ScalarType dtype);
 
 // Frees the memory that is kept.

@@ -9,6 +9,7 @@
 #include <ATen/ops/full.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <exception>
@@ -16,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpus.h"
 #include "engine.h"
 #include "memory.h"
 #include "schedule.h"
@@ -86,9 +88,26 @@ Injection parse_injection(const std::string& name) {
   TORCH_CHECK_VALUE(false, "unknown injection ", name);
 }
 
-// Contiguous tensors of a call, and the plain structs that point to them. weights: twelve of each
-// block, two of the final LayerNorm, and two of the read-out if there is one.
-class Call {
+// Contiguous tensors of a call.
+class FloatTensors {
+ public:
+  // The data of a tensor, which this keeps alive.
+  const float* keep(const Tensor& tensor, int64_t numel) {
+    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat,
+                      "float32 tensors on the CPU are needed");
+    TORCH_CHECK_VALUE(tensor.numel() == numel, "a tensor has shape ", tensor.sizes(), "; ", numel,
+                      " elements are needed");
+    tensors_.push_back(tensor.contiguous());
+    return tensors_.back().const_data_ptr<float>();
+  }
+
+ private:
+  std::vector<Tensor> tensors_;
+};
+
+// The tensors of a call of the loop, and the plain structs that point to them. weights: twelve of
+// each block, two of the final LayerNorm, and two of the read-out if there is one.
+class Call : public FloatTensors {
  public:
   Call(const Tensor& embeddings, const Tensor& positions, const Tensor& state,
        at::TensorList weights, int64_t n_heads, int64_t n_loops, int64_t window,
@@ -134,21 +153,10 @@ class Call {
   const LoopShape& shape() const { return shape_; }
   const Inputs& inputs() const { return inputs_; }
 
-  // The data of a float tensor, which this call keeps alive.
-  const float* keep(const Tensor& tensor, int64_t numel) {
-    TORCH_CHECK_VALUE(tensor.device().is_cpu() && tensor.scalar_type() == at::kFloat,
-                      "float32 tensors on the CPU are needed");
-    TORCH_CHECK_VALUE(tensor.numel() == numel, "a tensor has shape ", tensor.sizes(), "; ", numel,
-                      " elements are needed");
-    tensors_.push_back(tensor.contiguous());
-    return tensors_.back().const_data_ptr<float>();
-  }
-
  private:
   LoopShape shape_;
   Inputs inputs_;
   std::vector<Block<const float>> blocks_;
-  std::vector<Tensor> tensors_;
 };
 
 float* data_or_null(const Tensor& tensor) {
@@ -321,11 +329,39 @@ std::vector<Tensor> mse_backward(const Tensor& grad, at::TensorList gradients,
   return at::_foreach_mul(gradients, grad);
 }
 
+// The embedded prompt, [B, 2 n, D].
+Tensor embed_prompt(const Tensor& xs, const Tensor& ys, const Tensor& weight, const Tensor& bias) {
+  TORCH_CHECK_VALUE(xs.dim() == 3 && weight.dim() == 2, "xs and weight have shapes ", xs.sizes(),
+                    " and ", weight.sizes(), "; [B, n, d] and [D, d] are needed");
+  const int64_t B = xs.size(0), n = xs.size(1), d = xs.size(2), D = weight.size(0);
+  TORCH_CHECK_VALUE(d > 0 && D % 32 == 0, "d = ", d, " and D = ", D,
+                    "; a coordinate and a multiple of 32 are needed");
+  Tensor embeddings = at::empty({B, 2 * n, D}, xs.options().requires_grad(false));
+  if (B * n == 0) return embeddings;
+  const Tensor weight_t = at::empty({d, D}, embeddings.options());
+  FloatTensors inputs;
+  const ReadIn arguments{inputs.keep(xs, B * n * d),
+                         inputs.keep(ys, B * n),
+                         inputs.keep(weight, D * d),
+                         inputs.keep(bias, D),
+                         weight_t.data_ptr<float>(),
+                         embeddings.data_ptr<float>(),
+                         B * n,
+                         d,
+                         D};
+  constexpr int64_t kWorkPerThread = 1 << 18;  // multiply-adds: some 20 microseconds
+  const int64_t useful = 1 + B * n * d * D / kWorkPerThread;
+  const int64_t n_threads = useful == 1 ? 1 : std::min<int64_t>(useful, available_threads());
+  engine_for("fp32").read_in(arguments, static_cast<int>(n_threads));
+  return embeddings;
+}
+
 std::string unsupported(std::string precision) { return select_engine(precision).unsupported; }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
+  library.def("cpu_read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias) -> Tensor");
   library.def(
       "cpu_loop_infer(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
       "int n_heads, SymInt n_loops, SymInt window, str injection, str precision) -> Tensor");
@@ -347,9 +383,12 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
       "cpu_loop_mse_backward(Tensor grad, Tensor[] gradients, Tensor[] inputs) -> Tensor[]");
   library.def("cpu_empty_cache() -> ()", free_recycled);
   library.def("cpu_unsupported(str precision) -> str", unsupported);
+  library.def("cpu_threads() -> int", [] { return int64_t{available_threads()}; });
+  library.def("cpu_quota(str root) -> float", [](std::string root) { return cgroup_quota(root); });
 }
 
 TORCH_LIBRARY_IMPL(looped_fast, CPU, library) {
+  library.impl("cpu_read_in", embed_prompt);
   library.impl("cpu_loop_infer", infer);
   library.impl("cpu_loop_forward", forward);
   library.impl("cpu_loop_backward", backward);

@@ -19,17 +19,22 @@ inline Range split(int64_t n, int64_t index, int64_t n_parts, int64_t unit = 1) 
   return {begin < n ? begin : n, end < n ? end : n};
 }
 
-// Spinning barrier, as most waits take a few microseconds. Long waits yield: spinning for a whole
-// time slice could keep the awaited thread from its core.
+// Most waits take a few microseconds, so a thread spins first, for half as long after each time that
+// this was in vain. Then it sleeps: an awaited thread whose core is busy can only run on this one.
 class Barrier {
  public:
   // Throws after abort(): a thread that failed will not arrive.
   void wait(int n_threads);
-  void abort() { aborted_.store(true, std::memory_order_relaxed); }
+  void abort();
 
  private:
+  bool is_over(int generation) const;
+  void wake_all();
+
   std::atomic<int> arrived_{0};
   std::atomic<int> generation_{0};
+  std::atomic<int> n_asleep_{0};
+  std::atomic<int> spins_{4000};  // some 200 microseconds
   std::atomic<bool> aborted_{false};
 };
 
@@ -63,8 +68,8 @@ void parallel(int n_threads, F&& f) {
       &f);
 }
 
-// Number of threads the engine may use: torch.get_num_threads(); 1 in a forked child, where the
-// OpenMP pool that the parent may have started is gone and waiting for it would hang.
+// Number of threads the engine may use: torch.get_num_threads(), at most as many as there are CPUs
+// for this process; 1 inside a parallel region of torch.
 int available_threads();
 
 // Names a phase in the torch profiler. Only the calling thread's share is recorded, as the

@@ -16,9 +16,10 @@ from looped_fast.dropin import (  # noqa: E402
     restore,
 )
 from looped_fast.model import LoopedTransformer  # noqa: E402
+from looped_fast.ops.cpu_engine import empty_cache  # noqa: E402
 from looped_fast.pretrained import from_pretrained  # noqa: E402
 
 __all__ = [
     "LoopedTransformer", "ModelConfig", "UnsupportedModel", "__version__", "accelerate",
-    "explain_backend", "from_pretrained", "restore"
+    "empty_cache", "explain_backend", "from_pretrained", "restore"
 ]  # fmt: skip

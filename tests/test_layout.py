@@ -15,7 +15,7 @@ PACKAGE = ROOT / "looped_fast"
 # modules have moved to evaluation/ and pretrained/, and still import from here (moved/).
 PUBLIC = {
     "looped_fast": "LoopedTransformer ModelConfig UnsupportedModel __version__ accelerate "
-    "explain_backend from_pretrained restore",
+    "empty_cache explain_backend from_pretrained restore",
     "looped_fast.config": "ModelConfig",
     "looped_fast.model": "LoopedTransformer",
     "looped_fast.ops": "LoopSettings loop loop_mse read_in",

@@ -20,7 +20,7 @@ from looped_fast.dropin.architectures import Architecture, Model
 from looped_fast.dropin.checks import UnsupportedModel
 from looped_fast.errors import check_name
 from looped_fast.model import LoopedTransformer, ambient_precision
-from looped_fast.ops import backends
+from looped_fast.ops import backends, forks
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.modules import Reasons, Watch, constant_in_graphs
@@ -147,6 +147,8 @@ class FastForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model's own forward does. Raises ValueError: see ``accelerate``."""
+        if not torch.compiler.is_compiling():
+            forks.keep_to_one_thread()
         by_modules = self.deviations()
         with _autocast(next(self.model.parameters()).device.type, self.precision):
             if not by_modules:

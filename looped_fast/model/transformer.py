@@ -243,18 +243,18 @@ class LoopedTransformer(nn.Module):
         return n_loops, window
 
     def _embed(self, xs: Tensor, ys: Tensor, by_modules: Reasons) -> Tensor:
+        for name, value in (("xs", xs), ("ys", ys)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is needed")
+        weights = None if by_modules else weights_and_biases(self._modules["_read_in"])
+        dtype = (weights[0] if weights else next(self.parameters())).dtype
+        xs, ys = op.cast_in_autocast(xs, dtype), op.cast_in_autocast(ys, dtype)
+        self._check_prompt(xs, ys, weights[0] if weights else None)
         # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
-        if by_modules:
-            dtype = next(self.parameters()).dtype
-            xs, ys = op.cast_in_autocast(xs, dtype), op.cast_in_autocast(ys, dtype)
-            self._check_prompt(xs, ys, None)
-            with reference.autocast(xs.device.type, "fp32"):
-                return self._read_in(reference.interleave(xs, ys))
-        weight, bias = weights_and_biases(self._modules["_read_in"])
-        xs, ys = op.cast_in_autocast(xs, weight.dtype), op.cast_in_autocast(ys, weight.dtype)
-        self._check_prompt(xs, ys, weight)
         with reference.autocast(xs.device.type, "fp32"):
-            return read_in(xs, ys, weight, bias, backend=self.backend)
+            if weights is None:
+                return self._read_in(reference.interleave(xs, ys))
+            return read_in(xs, ys, *weights, backend=self.backend)
 
     def _predict(self, xs: Tensor, ys: Tensor, n_loops: int, window: int, injection: str) -> Tensor:
         check_window(n_loops, window)
@@ -359,9 +359,6 @@ class LoopedTransformer(nn.Module):
 
     def _check_prompt(self, xs: Tensor, ys: Tensor, weight: Tensor | None) -> None:
         config = self.config
-        for name, value in (("xs", xs), ("ys", ys)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is needed")
         if xs.dim() != 3 or xs.shape[-1] != config.n_dims:
             raise ValueError(
                 f"xs has shape {tuple(xs.shape)}; [B, n, {config.n_dims}] is needed (n_dims)"

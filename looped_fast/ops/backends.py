@@ -97,6 +97,8 @@ def explain(call: Call) -> Selection:
         slower = _slower(call, [name for name, reason in obstacles.items() if reason is None])
         obstacles = {name: reason or slower.get(name) for name, reason in obstacles.items()}
     selection = select_by("backend", settings.backend, obstacles)
+    if selection.chosen == "cpu":
+        selection = dataclasses.replace(selection, limit=cpu_engine.thread_limit())
     if selection.chosen == "triton":
         from looped_fast.kernels import providers  # needs Triton
 

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from looped_fast.ops import loop_autograd
+from looped_fast.ops import forks, loop_autograd
 from looped_fast.ops.call import Call, LoopSettings
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
+WIDTH_UNIT = 32  # D is a multiple of it
 N_SETTINGS = 5  # its ops take the first ones of ``LoopSettings``: n_heads to precision
 _MAX_OUTPUTS = 8  # outputs of a fused read-out; PyTorch computes wider ones
 
@@ -60,13 +62,14 @@ def unsupported(call: Call) -> str | None:
         return f"tensors are on {call.device.type}"
     if call.dtype != torch.float32:
         return f"it takes float32 tensors, not {call.dtype}"
-    if call.n_embd % 32 or call.n_embd > MAX_WIDTH:
-        return f"D = {call.n_embd} is not a multiple of 32 up to {MAX_WIDTH}"
+    if call.n_embd % WIDTH_UNIT or call.n_embd > MAX_WIDTH:
+        return f"D = {call.n_embd} is not a multiple of {WIDTH_UNIT} up to {MAX_WIDTH}"
     if call.head_dim % 8:
         return f"head_dim = {call.head_dim} is not a multiple of 8"
-    if reason := loop_autograd.unsupported() or _switched_off(call.settings.precision):
-        return reason
-    return unsupported_precision(call.settings.precision)
+    precision = call.settings.precision
+    return (
+        loop_autograd.unsupported() or _switched_off(precision) or unsupported_precision(precision)
+    )
 
 
 def _switched_off(precision: str) -> str | None:
@@ -113,6 +116,7 @@ def loop_mse(
     n_supervised: int,
 ) -> Tensor:
     """Run ``ops.loop_mse`` on the engine, which computes gradients along with the error."""
+    forks.keep_to_one_thread()
     weights = [*weights, *read_out]
     wanted = [t.requires_grad for t in (embeddings, positions, state, *weights)]
     error, _ = torch.ops.looped_fast.cpu_loop_mse(
@@ -122,10 +126,29 @@ def loop_mse(
     return error
 
 
+def thread_limit() -> str | None:
+    """Say why the engine uses fewer threads than ``torch.get_num_threads()``, or None."""
+    n_threads, wanted = torch.ops.looped_fast.cpu_threads(), torch.get_num_threads()
+    if n_threads == wanted:
+        return None
+    return (
+        f"on {n_threads} of {wanted} threads (torch.get_num_threads()), since the affinity and the "
+        f"control groups (cgroup) of this process leave it no more CPUs"
+    )
+
+
 def empty_cache() -> None:
-    """Free the memory that the engine keeps between calls, if the extension loads."""
-    if load_error() is None:
-        torch.ops.looped_fast.cpu_empty_cache()
+    """Free the memory that the CPU engine keeps for its next call; 1 GiB at most.
+
+    The next call takes as much again, which slows it by a few percent. Memory is also freed when a
+    model dies. Compiled steps and CUDA graphs stay: they die with their shapes and models.
+
+        >>> import looped_fast
+        >>> looped_fast.empty_cache()
+    """
+    if hasattr(torch.ops.looped_fast, "cpu_empty_cache"):  # else the extension is not loaded
+        with _disable_current_modes():  # fake tensors, say: a model may die at any place
+            torch.ops.looped_fast.cpu_empty_cache()
 
 
 def _infer_fake(embeddings, positions, state, weights, *settings):

@@ -6,6 +6,7 @@ weights); ``graphs.Graphs`` captures and replays by that key.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from looped_fast.errors import check_name
 from looped_fast.kernels.candidates import operand_precision
-from looped_fast.ops import loop_autograd, op
+from looped_fast.ops import cpu_engine, loop_autograd, op
 from looped_fast.ops.call import LoopSettings, LoopTensors
 from looped_fast.ops.graphs import MODES, Graphs, graphs_on
 
@@ -40,6 +41,8 @@ class GraphedLoop:
         check_name("cuda_graphs", mode, MODES)
         self.mode = mode
         self._graphs: dict[torch.device, Graphs] = {}
+        # It dies with its model, whose buffers the CPU engine then need not keep.
+        weakref.finalize(self, cpu_engine.empty_cache).atexit = False
 
     def __reduce__(self) -> tuple[type[GraphedLoop], tuple[str]]:
         return GraphedLoop, (self.mode,)

@@ -1,4 +1,4 @@
-"""The read-in, which embeds a prompt; one kernel launch on the triton backend."""
+"""The read-in, which embeds a prompt: one kernel on the triton backend and on the CPU engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 from looped_fast.config import BACKENDS
 from looped_fast.errors import check_name
-from looped_fast.ops import backends, loop_autograd, reference
+from looped_fast.ops import backends, cpu_engine, forks, loop_autograd, reference
+
+_DENSE = {Tensor, torch.nn.Parameter}
 
 _library = torch.library.Library("looped_fast", "FRAGMENT")
 _library.define("read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias, str backend) -> Tensor")
@@ -30,7 +32,8 @@ def read_in(
         ys: [B, n].
         weight: of the read-in, [D, d].
         bias: [D].
-        backend: as in ``loop``; a single kernel on ``triton``, plain PyTorch on the others.
+        backend: as in ``loop``; a single kernel on ``triton`` and on ``cpu``, which gives a prompt
+            the same bits in any batch; plain PyTorch on the others.
 
     Returns:
         e, [B, 2n, D]; differentiable in all four.
@@ -41,14 +44,34 @@ def read_in(
     if backend != "triton" and not (backend == "auto" and xs.is_cuda):
         if backend != "auto":
             check_name("backend", backend, ("auto", *BACKENDS))
-        if backend in ("auto", "cpu") and _is_trained(xs, ys, weight, bias):
-            return _ReadIn.apply(xs, ys, weight, bias)
-        return reference.read_in(xs, ys, weight, bias)
+        if backend not in ("auto", "cpu"):
+            return reference.read_in(xs, ys, weight, bias)
+        read = _ReadIn.apply if _is_trained(xs, ys, weight, bias) else _read_in_on_cpu
+        return read(xs, ys, weight, bias)
     if not torch.compiler.is_compiling():  # tracing can't select; the op does
         selection = backends.select_read_in(xs.device.type, xs.dtype, len(weight), backend)
         if selection.chosen != "triton":
             return reference.read_in(xs, ys, weight, bias)
     return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
+
+
+def _is_for_engine(*tensors: Tensor) -> bool:
+    """True if the CPU engine embeds these: dense float32, with nothing that records operations."""
+    return (
+        all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not _len_torch_dispatch_stack()
+        and {type(t) for t in tensors} <= _DENSE
+        and len(tensors[2]) % cpu_engine.WIDTH_UNIT == 0
+        and not loop_autograd.unsupported()
+        and not cpu_engine.unsupported_precision("fp32")
+    )
+
+
+def _read_in_on_cpu(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if _is_for_engine(xs, ys, weight, bias):
+        return torch.ops.looped_fast.cpu_read_in(xs, ys, weight, bias)
+    return reference.read_in(xs, ys, weight, bias)
 
 
 def check_finite(xs: Tensor, ys: Tensor) -> None:
@@ -58,6 +81,7 @@ def check_finite(xs: Tensor, ys: Tensor) -> None:
     """
     if xs.device.type != "cpu" or torch.compiler.is_compiling() or _is_symbolic(xs, ys):
         return
+    forks.keep_to_one_thread()
     xs, ys = _unwrap(xs), _unwrap(ys)
     if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
         for name, tensor in (("xs", xs), ("ys", ys)):
@@ -87,8 +111,6 @@ def _unwrap(tensor: Tensor) -> Tensor:
 def _is_trained(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """True if autograd records a call on a CPU, outside of all that the op does not run in."""
     if torch.compiler.is_compiling() or xs.device.type != "cpu":
-        return False
-    if xs.is_inference() or ys.is_inference():  # could not be saved for the backward
         return False
     return loop_autograd.needs_grad((xs, ys, weight, bias)) and not loop_autograd.unsupported()
 
@@ -121,7 +143,7 @@ def _backward(ctx, grad):
             d_weight = grad.reshape(-1, D).transpose(0, 1) @ tokens.reshape(-1, d)
         if needs_bias:
             d_bias = grad.sum((0, 1))
-        if needs_xs:
+        if needs_xs:  # prompts seldom need one
             d_xs = grad[:, ::2] @ weight
         if needs_ys:
             d_ys = grad[:, 1::2] @ weight[:, 0]  # y is in coordinate 0
@@ -129,12 +151,14 @@ def _backward(ctx, grad):
 
 
 class _ReadIn(torch.autograd.Function):
-    """``reference.read_in`` with the op's backward, at a third of the op's overhead."""
+    """``read_in`` on a CPU with the op's backward, at a third of the op's overhead."""
 
     @staticmethod
     def forward(ctx, xs, ys, weight, bias):
+        # A tensor made in inference mode can't be saved.
+        xs, ys = (t.clone() if t.is_inference() else t for t in (xs, ys))
         ctx.save_for_backward(xs, ys, weight)
-        return reference.read_in(xs, ys, weight, bias)
+        return _read_in_on_cpu(xs, ys, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):

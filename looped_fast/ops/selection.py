@@ -17,15 +17,17 @@ class Selection:
         chosen: name of the implementation that runs.
         reasons: name of each other implementation -> why it does not run.
         attention: the selection of attention, if the triton backend was chosen.
+        limit: what keeps the chosen one from its full speed here, if anything does.
     """
 
     kind: str
     chosen: str
     reasons: dict[str, str]
     attention: Selection | None = None
+    limit: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.kind}: {self.chosen}"]
+        lines = [f"{self.kind}: {self.chosen}" + (f", {self.limit}" if self.limit else "")]
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
         lines += [] if self.attention is None else [str(self.attention)]
         return "\n".join(lines)

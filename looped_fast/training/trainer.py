@@ -7,7 +7,9 @@ import math
 import reprlib
 import signal
 import sys
+import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +137,7 @@ class Trainer(Stepper):
         return backend_autotune.measure(call, count * stride, self.model, works, milliseconds)
 
     def fit(self) -> None:
-        """Train to ``config.steps``, with a progress bar.
+        """Train to ``config.steps``, with a progress bar. Only the main thread handles signals.
 
         Raises:
             NonFiniteError: the loss, the gradient or the weights are NaN or Inf; that state is not
@@ -161,7 +163,7 @@ class Trainer(Stepper):
             log = None
             if self.processes.is_main:
                 log = MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = self._install_handlers()
         try:
             # A terminal shows a live bar; a log file gets a line every half minute.
             interval = 0.1 if sys.stderr.isatty() else 30
@@ -329,6 +331,17 @@ class Trainer(Stepper):
             "steps_per_s": steps_per_s,
             "tokens_per_s": steps_per_s * tokens,
         }
+
+    def _install_handlers(self) -> dict[int, Any]:
+        """Handle SIGINT and SIGTERM, and return the handlers before. Only the main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn(
+                "training outside of the main thread, where Python handles no signals: SIGINT and "
+                "SIGTERM end it without a checkpoint of its last step",
+                stacklevel=3,
+            )
+            return {}
+        return {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signal = signum

@@ -18,8 +18,7 @@ import torch
 from conftest import CALL, cast, changed, leaves, loop_inputs, needs_engine, require_grad
 from torch.utils.data import DataLoader, Dataset
 
-from looped_fast import explain_backend, ops
-from looped_fast import LoopedTransformer, ModelConfig
+from looped_fast import LoopedTransformer, ModelConfig, explain_backend, ops
 from looped_fast.ops import backends, cpu_engine, triton_backend
 
 ROOT = Path(__file__).parents[2]
