@@ -61,7 +61,7 @@ def register() -> None:
     registry = counter.flop_registry
     for name, formula in _FORMULAS.items():
         packet = getattr(torch.ops.looped_fast, name, None)  # the engine's ops come with it
-        if packet is not None and packet not in registry:
+        if isinstance(packet, torch._ops.OpOverloadPacket) and packet not in registry:
             counter.register_flop_formula(packet)(_by_name(packet, formula))
     for packet, like in _ATTENTION_ON_CPU.items():
         if packet not in registry:
