@@ -158,6 +158,7 @@ _FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "loop": _forward,
     "loop_mse": _forward,
     "read_in": _read_in,
+    "cpu_read_in": _read_in,
     "cpu_loop_infer": _forward,
     "cpu_loop_forward": _forward,
     "cpu_loop_backward": _recomputing_backward,

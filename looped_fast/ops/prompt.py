@@ -56,11 +56,11 @@ def read_in(
 
 
 def _is_for_engine(*tensors: Tensor) -> bool:
-    """True if the CPU engine embeds these: dense float32, with nothing that records operations."""
+    """True if the CPU engine embeds these: dense float32 with values."""
     return (
         all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
         and not torch.compiler.is_compiling()
-        and not _len_torch_dispatch_stack()
+        and not _is_symbolic(*tensors[:2])
         and {type(t) for t in tensors} <= _DENSE
         and len(tensors[2]) % cpu_engine.WIDTH_UNIT == 0
         and not loop_autograd.unsupported()

@@ -189,8 +189,10 @@ def test_verifying_changes_neither_random_numbers_nor_output_nor_attributes(caps
 
 def test_own_model_takes_backend_and_precision_and_gives_them_back():
     model = build(own_model)
+    model.backend = "reference"
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(*PROMPT)
+    model.backend = "auto"
     accelerate(model, backend="reference", precision="bf16")
     accelerate(model, backend="reference", precision="bf16")
     assert model.backend == "reference"

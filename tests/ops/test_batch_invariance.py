@@ -159,7 +159,7 @@ def test_prompts_may_have_any_strides():
     assert torch.equal(ops.read_in(xs, ys, weight, bias), ops.read_in(*dense))
 
 
-def test_under_vmap_a_flop_counter_and_in_float64_plain_pytorch_reads_in():
+def test_the_read_in_under_vmap_with_a_flop_counter_and_in_float64():
     xs, ys = prompt(4, 3, 5)
     weight, bias = torch.randn(32, 5), torch.randn(32)
     expected = ops.read_in(xs, ys, weight, bias)
