@@ -25,6 +25,7 @@ from looped_fast.evaluation.tree_baselines import (
     in_processes,
     needs_extra,
 )
+from looped_fast.ops import forks
 from looped_fast.tasks import (
     DecisionTree,
     NoisyLinearRegression,
@@ -35,6 +36,12 @@ from looped_fast.tasks import (
 
 Baseline = Callable[..., Tensor]  # (xs, ys, queries=None) -> predictions
 _NETWORKS = 192  # trained at once: their weights, gradients and moments take 7 MB of cache
+
+
+def _asked(xs: Tensor, queries: Tensor | None) -> Tensor:
+    """The queries, xs unless given. Baselines begin with it, in forked processes too."""
+    forks.keep_to_one_thread()
+    return xs if queries is None else queries
 
 
 def zero(xs: Tensor, ys: Tensor, queries: Tensor | None = None) -> Tensor:
@@ -48,7 +55,7 @@ def least_squares(xs: Tensor, ys: Tensor, queries: Tensor | None = None) -> Tens
     gelsd (an SVD) also solves the rank-deficient systems of the first positions and of
     truncated prompts; the GPU's solver does not.
     """
-    queries = xs if queries is None else queries
+    queries = _asked(xs, queries)
     xs64, ys64, queries64 = xs.cpu().double(), ys.cpu().double(), queries.cpu().double()
     predictions = torch.zeros_like(ys64)
     for i in range(1, xs.shape[1]):
@@ -68,7 +75,7 @@ def ridge(xs: Tensor, ys: Tensor, queries: Tensor | None = None, alpha: float = 
     """
     if not alpha > 0:
         raise ValueError(f"alpha = {alpha}: more than 0 is needed; without it, least_squares")
-    queries = xs if queries is None else queries
+    queries = _asked(xs, queries)
     xs64, ys64, queries64 = xs.double(), ys.double(), queries.double()
     B, n, d = xs.shape
     gram = alpha * torch.eye(d, dtype=torch.float64, device=xs.device).repeat(B, 1, 1)
@@ -85,7 +92,7 @@ def ridge(xs: Tensor, ys: Tensor, queries: Tensor | None = None, alpha: float = 
 
 def averaging(xs: Tensor, ys: Tensor, queries: Tensor | None = None) -> Tensor:
     """x·w with w the mean of y_j x_j over the points seen."""
-    queries = xs if queries is None else queries
+    queries = _asked(xs, queries)
     sums = (xs * ys[..., None]).double().cumsum(1)  # [B, n, d]
     seen = torch.arange(1, xs.shape[1], device=xs.device)
     predictions = torch.zeros_like(ys)
@@ -95,7 +102,7 @@ def averaging(xs: Tensor, ys: Tensor, queries: Tensor | None = None) -> Tensor:
 
 def nearest_neighbours(xs: Tensor, ys: Tensor, queries: Tensor | None = None, k: int = 3) -> Tensor:
     """The mean y of the k nearest earlier points (of all of them, while fewer than k)."""
-    queries = xs if queries is None else queries
+    queries = _asked(xs, queries)
     n = xs.shape[1]
     later = torch.ones(n, n, dtype=torch.bool, device=xs.device).triu()
     distances = torch.cdist(queries, xs).masked_fill(later, torch.inf)  # [B, n, n]
@@ -188,7 +195,7 @@ def two_layer_network(
     Raises:
         RuntimeError: joblib is not installed.
     """
-    queries = xs if queries is None else queries
+    queries = _asked(xs, queries)
     B, n, d = xs.shape
 
     def predict(i: int, *arrays: np.ndarray) -> Tensor:
