@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils.module_tracker import ModuleTracker
 
 Reasons = tuple[str, ...]
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = [getattr(_globals, f"_global{kind}") for kind in _HOOKS]
@@ -30,7 +31,7 @@ _DENSE = {Tensor, nn.Parameter, type(None)}
 _WITHOUT_SETTINGS = {nn.Linear, nn.ModuleList, nn.ModuleDict}  # their attributes decide nothing
 
 
-def constant_in_graphs(function: Callable[..., Reasons]) -> Callable[..., Reasons]:
+def constant_in_graphs(function: AnyFunction) -> AnyFunction:
     """Mark a function that torch.compile calls while it traces, for a constant.
 
     As ``torch.compiler.assume_constant_result``, which imports the compiler: two seconds, and

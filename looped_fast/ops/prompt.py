@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from looped_fast.config import BACKENDS
 from looped_fast.errors import check_name
-from looped_fast.ops import backends, cpu_engine, forks, loop_autograd, reference
+from looped_fast.ops import backends, cpu_engine, flops, forks, loop_autograd, reference
+from looped_fast.ops.modules import constant_in_graphs
 
 _DENSE = {Tensor, torch.nn.Parameter}
 
@@ -46,6 +47,8 @@ def read_in(
             check_name("backend", backend, ("auto", *BACKENDS))
         if backend not in ("auto", "cpu"):
             return reference.read_in(xs, ys, weight, bias)
+        if torch.compiler.is_compiling() and not _is_transformed():  # the same bits in a graph
+            return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
         read = _ReadIn.apply if _is_trained(xs, ys, weight, bias) else _read_in_on_cpu
         return read(xs, ys, weight, bias)
     if not torch.compiler.is_compiling():  # tracing can't select; the op does
@@ -53,6 +56,12 @@ def read_in(
         if selection.chosen != "triton":
             return reference.read_in(xs, ys, weight, bias)
     return torch.ops.looped_fast.read_in(xs, ys, weight, bias, backend)
+
+
+@constant_in_graphs
+def _is_transformed() -> bool:
+    """True inside a transform of torch.func, also while torch.compile traces it."""
+    return loop_autograd.unsupported() is not None
 
 
 def _is_for_engine(*tensors: Tensor) -> bool:
@@ -70,6 +79,8 @@ def _is_for_engine(*tensors: Tensor) -> bool:
 
 def _read_in_on_cpu(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if _is_for_engine(xs, ys, weight, bias):
+        if _len_torch_dispatch_stack():
+            flops.register()  # one of them may be a counter, of which this is the first call
         return torch.ops.looped_fast.cpu_read_in(xs, ys, weight, bias)
     return reference.read_in(xs, ys, weight, bias)
 
@@ -109,8 +120,8 @@ def _unwrap(tensor: Tensor) -> Tensor:
 
 
 def _is_trained(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """True if autograd records a call on a CPU, outside of all that the op does not run in."""
-    if torch.compiler.is_compiling() or xs.device.type != "cpu":
+    """True if autograd records a call on a CPU, outside of transforms."""
+    if xs.device.type != "cpu":
         return False
     return loop_autograd.needs_grad((xs, ys, weight, bias)) and not loop_autograd.unsupported()
 
@@ -118,7 +129,7 @@ def _is_trained(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> bool:
 def _run(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
     selection = backends.select_read_in(xs.device.type, xs.dtype, len(weight), backend)
     if selection.chosen != "triton":
-        return reference.read_in(xs, ys, weight, bias)
+        return _read_in_on_cpu(xs, ys, weight, bias)
     from looped_fast.kernels import read_in as kernel  # needs Triton
 
     return kernel.read_in(*(t.contiguous() for t in (xs, ys, weight, bias)))
