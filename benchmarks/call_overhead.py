@@ -11,7 +11,6 @@ import timeit
 import torch
 
 from looped_fast import LoopedTransformer, ModelConfig
-from looped_fast.ops import reference
 
 ROUNDS, CALLS = 300, 100
 
@@ -27,7 +26,7 @@ def main() -> None:
 
     def by_hand() -> torch.Tensor:
         assert (xs.sum() + ys.sum()).isfinite()
-        e = reference.read_in(xs, ys, *model._read_in.parameters())
+        e = torch.ops.looped_fast.cpu_read_in(xs, ys, *model._read_in.parameters())
         infer = torch.ops.looped_fast.cpu_loop_infer
         return infer(e, positions, torch.zeros_like(e), weights, *settings)[:, :, ::2].squeeze(-1)
 
