@@ -117,7 +117,7 @@ class FastForward:
         self.attention = attention
         self.precision = precision
         self.graphed = graphed
-        self.watch = Watch(self._judge)
+        self.watch = Watch(self._judge, of_model=True)
         self._n_verified = 0
 
     def verify(self) -> None:

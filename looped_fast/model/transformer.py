@@ -79,7 +79,7 @@ class LoopedTransformer(nn.Module):
         self.attention = attention
         self.precision: str | None = None  # set by ``accelerate``; None follows autocast
         self.graphed = GraphedLoop(cuda_graphs)
-        self.watch = Watch(_deviations)
+        self.watch = Watch(_deviations, of_model=False)
         self._read_in = nn.Linear(config.n_dims, config.n_embd)
         self._backbone = Backbone(config)
         self._read_out = nn.Linear(config.n_embd, config.n_outputs)

@@ -28,6 +28,7 @@ _GLOBAL_HOOKS = [getattr(_globals, f"_global{kind}") for kind in _HOOKS]
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, *_FUNCTIONS)
 _DENSE = {Tensor, nn.Parameter, type(None)}
+_KEPT = 32  # verdicts
 _WITHOUT_SETTINGS = {nn.Linear, nn.ModuleList, nn.ModuleDict}  # their attributes decide nothing
 
 
@@ -49,10 +50,12 @@ class Watch:
     Args:
         judge: model -> reasons why the op would not compute what the modules do; empty if it
             would. Runs when the modules are in a state that has no verdict.
+        of_model: attributes of the model itself count, too, as its forward may decide by them.
     """
 
-    def __init__(self, judge: Callable[[Any], Reasons]) -> None:
+    def __init__(self, judge: Callable[[Any], Reasons], of_model: bool) -> None:
         self._judge = judge
+        self._first = 0 if of_model else 1
         self._verdicts: dict[Hashable, Reasons] = {}
         self._snapshot: _Snapshot | None = None
         self._current: Reasons = ()
@@ -64,16 +67,18 @@ class Watch:
     def __call__(self, model: nn.Module) -> Reasons:
         """Return the verdict. Hooks of ``model`` itself do not count, as its caller runs them."""
         if self._snapshot is None or not self._snapshot.holds():
-            snapshot, state = _Snapshot(model), _fingerprint(model)
+            snapshot, state = _Snapshot(model, self._first), _fingerprint(model, self._first)
             if state not in self._verdicts:
                 self._verdicts[state] = self._judge(model)
+                if len(self._verdicts) > _KEPT:
+                    del self._verdicts[next(iter(self._verdicts))]
             self._snapshot, self._current = snapshot, self._verdicts[state]
         return self._current
 
     def overlook_changes(self, model: nn.Module) -> None:
         """Keep the verdict although the model's own forward may have set attributes."""
         if self._snapshot is None or not self._snapshot.holds():
-            self._snapshot = _Snapshot(model)
+            self._snapshot = _Snapshot(model, self._first)
 
     def say_once(self, message: str) -> None:
         """Warn with ``message`` and the current reasons, unless that was done before."""
@@ -83,14 +88,17 @@ class Watch:
 
 
 class _Snapshot:
-    """What the modules of a model are, with references to compare them by."""
+    """What the modules of a model are, with references to compare them by.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes count from the module ``first`` on; the model itself is module 0.
+    """
+
+    def __init__(self, model: nn.Module, first: int) -> None:
         modules = list(model.modules())
         states = [vars(module) for module in modules]
-        deciding = [vars(module) for module in modules if type(module) not in _WITHOUT_SETTINGS]
+        deciding = _deciding(modules[first:])
         watched = [(state, names) for state in _with_records(deciding) if (names := _plain(state))]
-        self._modules, self._states = modules, states
+        self._modules, self._states = modules, states[1:]
         self._children = [state["_modules"] for state in states if state["_modules"]]
         self._parameters = [state["_parameters"] for state in states if state["_parameters"]]
         self._buffers = [state["_buffers"] for state in states if state["_buffers"]]
@@ -119,6 +127,10 @@ class _Snapshot:
         ]
 
 
+def _deciding(modules: list[nn.Module]) -> list[dict[str, Any]]:
+    return [vars(module) for module in modules if type(module) not in _WITHOUT_SETTINGS]
+
+
 def _plain(state: dict[str, Any]) -> list[str]:
     """Names of attributes that a forward may decide by, and that can be compared."""
     return [name for name, value in state.items() if _is_plain(value)]
@@ -145,11 +157,11 @@ def _version(buffer: Tensor | None) -> int | None:
     return None if buffer is None or buffer.is_inference() else buffer._version
 
 
-def _fingerprint(model: nn.Module) -> Hashable:
+def _fingerprint(model: nn.Module, first: int) -> Hashable:
     """What ``_Snapshot`` looks at, by values: equal for a copy of the model."""
     modules = list(model.modules())
     states = [vars(module) for module in modules]
-    deciding = [vars(module) for module in modules if type(module) not in _WITHOUT_SETTINGS]
+    deciding = _deciding(modules[first:])
     return (
         tuple((name, type(module)) for name, module in model.named_modules()),
         tuple(tuple(state) for state in states[1:]),

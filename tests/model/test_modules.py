@@ -396,6 +396,22 @@ def test_subclassed_parameters_run_in_their_modules(prompt):
     torch.testing.assert_close(outputs.a, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_subclass_that_counts_its_calls_is_looked_at_in_full_once(prompt):
+    class Counting(LoopedTransformer):
+        calls = 0
+
+        def forward(self, *args):
+            self.calls += 1
+            return super().forward(*args)
+
+    model, judged = Counting(CONFIG), []
+    model.watch._judge = lambda model: judged.append(model) or ()
+    for _ in range(5):
+        model(*prompt)
+    assert model.calls == 5
+    assert len(judged) == 1
+
+
 def test_the_look_at_the_modules_costs_at_most_20_microseconds():
     model = LoopedTransformer(ModelConfig())
     assert model.watch(model) == ()
