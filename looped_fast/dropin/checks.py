@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from looped_fast.dropin import architectures
-from looped_fast.dropin.architectures import ARCHITECTURES, Architecture, Loop, Model
+from looped_fast.dropin.architectures import ARCHITECTURES, Architecture, Loop, Model, has
 from looped_fast.ops.modules import alteration, deviation, global_hooks
 from looped_fast.ops.reference import autocast
 
@@ -51,34 +51,38 @@ def recognise(model: nn.Module, is_accelerated: bool) -> Architecture:
     if architecture is None:
         known = ", ".join(a.name for a in ARCHITECTURES)
         raise UnsupportedModel(name, [f"it has the structure of none of: {known}"])
-    if reasons := list(_missing(model, architecture)):
+    if reasons := list(missing(model, architecture)):
         raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
     return architecture
 
 
-def _missing(model: Model, architecture: Architecture) -> Iterator[str]:
+def missing(model: Model, architecture: Architecture) -> Iterator[str]:
     """Attributes that the fast forward reads and ``model`` lacks."""
     block_paths = ("ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight", "attn.n_head",
                    "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # fmt: skip
-    for path in architecture.needs:
-        if not architectures.has(model, path):
-            yield f"it has no {path}"
+    absent = [p for p in (*architecture.markers, *architecture.needs) if not has(model, p)]
+    yield from (f"it has no {path}" for path in absent)
+    if not set(absent).isdisjoint(architecture.markers):
+        return  # there is no stack to look at
     stack = architecture.stack(model)
     for path in ("wpe.weight", "h", "ln_f.weight"):
-        if not architectures.has(stack, path):
+        if not has(stack, path):
             yield f"its stack has no {path}"
     blocks = list(getattr(stack, "h", []))
     if not blocks:
         yield "its stack h holds no blocks"
     for i, block in enumerate(blocks):
         for path in block_paths:
-            if not architectures.has(block, path):
+            if not has(block, path):
                 yield f"h.{i} has no {path}"
 
 
 def deviations(model: Model, architecture: Architecture) -> Iterator[str]:
     """What would not run, or not be the same, in the fast forward: hooks, adapters, dropout."""
     yield from global_hooks()
+    if absent := list(missing(model, architecture)):
+        yield from absent
+        return
     stack = architecture.stack(model)
     linears = [block.get_submodule(path) for block in stack.h for path in _LINEARS]
     linears += [module for name, module in model.named_children() if name == "_read_in"]

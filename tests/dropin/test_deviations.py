@@ -49,6 +49,17 @@ def unwrap(model):
     block_of(model).mlp.c_fc = block_of(model).mlp.c_fc.base
 
 
+class Other(nn.Module):
+    """A module of another structure, in place of one that is known."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x, add_inputs_embeds=False):
+        return self.linear(x)
+
+
 def set_norm(model):
     model._backbone.transformer.ln_f = nn.RMSNorm(32)
 
@@ -84,6 +95,10 @@ FLAGS = {
     "activation": lambda m: setattr(block_of(m).mlp, "gelu", "none"),
     "eps": lambda m: setattr(m._backbone.transformer.ln_f, "eps", 1e-3),
     "norm": set_norm,
+    "mlp": lambda m: setattr(block_of(m), "mlp", Other()),
+    "attention": lambda m: setattr(block_of(m), "attn", Other()),
+    "block": lambda m: m._backbone.transformer.h.__setitem__(0, Other()),
+    "backbone": lambda m: setattr(m, "_backbone", Other()),
     "heads of one block": lambda m: setattr(m._backbone.transformer.h[1].attn, "n_head", 8),
 }
 

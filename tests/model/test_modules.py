@@ -272,6 +272,32 @@ def test_explain_backend_names_the_changed_module(change):
     assert "it does not call modules, and _" in selection.reasons["cpu"]
 
 
+class Constant(nn.Module):
+    """Takes the place of any module inside; what it returns tells which calls came through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(32))
+
+    def forward(self, x, *_):
+        return self.value.expand_as(x)
+
+
+@pytest.mark.filterwarnings("ignore:LoopedTransformer runs module by module")
+@pytest.mark.parametrize("name", ["_backbone", BLOCK, f"{BLOCK}.attn", f"{BLOCK}.mlp"])
+def test_a_part_of_another_structure_runs_in_its_place(name, prompt):
+    model = build()
+    was = model(*prompt)
+    model.set_submodule(name, Constant())
+    predictions = model(*prompt)
+    assert not torch.allclose(predictions, was)
+    predictions.sum().backward()
+    assert model.get_submodule(name).value.grad.any()
+    assert f"{name} is a {__name__}.Constant, not looped_fast.model" in str(
+        explain_backend(model, 2, 8)
+    )
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_dynamically_quantized_copy_runs_its_quantized_modules(prompt):
