@@ -124,6 +124,8 @@ BUSY = """
         assert torch.equal(model(xs, ys), expected)
         assert os.waitpid(child, 0)[1] == 0
     stop.set()
+    for thread in threads:  # Python ends its threads inside of C++ otherwise, which aborts
+        thread.join()
 """
 
 

@@ -56,10 +56,10 @@ def test_a_hostile_file_is_refused_by_name_in_under_a_second(tmp_path, load, cas
     text, message = HOSTILE[case]
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    started = time.perf_counter()
+    started = time.process_time()  # other tests run beside this one
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load(path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert str(path) in str(caught.value)
     assert len(str(caught.value)) < 1000
 
