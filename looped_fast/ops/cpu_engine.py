@@ -128,6 +128,8 @@ def loop_mse(
 
 def thread_limit() -> str | None:
     """Say why the engine uses fewer threads than ``torch.get_num_threads()``, or None."""
+    if load_error() is not None:
+        return None
     n_threads, wanted = torch.ops.looped_fast.cpu_threads(), torch.get_num_threads()
     if n_threads == wanted:
         return None

@@ -28,20 +28,18 @@ AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_autocast_enabled(device_type: str) -> bool:
-    """True inside ``torch.autocast`` for such a device; a meta device, say, has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """True inside ``torch.autocast`` for such a device; a meta device has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager:
-    """``torch.autocast`` to ``precision``, or none for ``fp32`` and on devices that have none.
+    """``torch.autocast`` to ``precision``, or none for ``fp32`` and on meta devices.
 
     It keeps no cache, as in the official code: a cached cast sums the steps' gradients in low
     precision.
     """
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
     dtype = AUTOCAST_DTYPES[precision]
-    if dtype is None and not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or (dtype is None and not is_autocast_enabled(device_type)):
         return nullcontext()
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
