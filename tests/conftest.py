@@ -116,6 +116,15 @@ def fixed_seed() -> None:
 
 
 @pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let PyTorch use two threads, where other tests use one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the plot at the end of a training run, which takes longer than a tiny run."""
     monkeypatch.setattr("looped_fast.train.plot", lambda *_: None)

@@ -29,14 +29,6 @@ PRECISIONS = [p for p in ("fp32", "bf16") if cpu_engine.unsupported_precision(p)
 INJECTIONS = ["add", "mul", "none", "every_block"]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def evaluate(inputs, grad, backend, dtype, **arguments):
     """Name -> outputs and the gradient of every tensor, for ``(outputs * grad).sum()``."""
     inputs = require_grad(cast(inputs, dtype))

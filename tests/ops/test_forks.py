@@ -172,14 +172,6 @@ class Predictions(Dataset):
             return self.model(self.xs[[index]], self.ys[[index]])[:, 0]
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_of_a_data_loader_predict_without_a_warning(method, two_threads):
     model, (xs, ys) = small_model(n_embd=32, n_head=4), prompt(6, 8)
