@@ -202,3 +202,19 @@ class GPT(nn.Module):
         if targets is None:
             return logits[:, -1:], None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class Lora(nn.Module):
+    """A low-rank term beside a Linear, with ``weight`` and ``bias`` of its base."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features) / 4)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2) / 4)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T

@@ -8,7 +8,7 @@ import warnings
 import foreign_models as foreign
 import pytest
 import torch
-from foreign_models import Settings
+from foreign_models import Lora, Settings
 from test_dropin import PROMPT, TOKENS, build
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -21,19 +21,6 @@ BLOCK = "_backbone.transformer.h.0"
 
 def block_of(model):
     return model._backbone.transformer.h[0]
-
-
-class Lora(nn.Module):
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.down = base, nn.Parameter(torch.randn(2, base.in_features) / 4)
-        self.up = nn.Parameter(torch.randn(base.out_features, 2) / 4)
-
-    weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
-
-    def forward(self, x):
-        return self.base(x) + x @ self.down.T @ self.up.T
 
 
 class Halved(nn.Module):

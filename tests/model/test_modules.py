@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from foreign_models import Lora
 from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -42,22 +43,6 @@ def prompt():
 
 def block_of(model):
     return model._backbone.transformer["h"][0]
-
-
-class Lora(nn.Module):
-    """A low-rank term beside a Linear, with ``weight`` and ``bias`` of its base."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.down = nn.Parameter(torch.randn(2, base.in_features) / 4)
-        self.up = nn.Parameter(torch.randn(base.out_features, 2) / 4)
-
-    weight = property(lambda self: self.base.weight)
-    bias = property(lambda self: self.base.bias)
-
-    def forward(self, x):
-        return self.base(x) + x @ self.down.T @ self.up.T
 
 
 class Doubled(nn.Module):
@@ -263,7 +248,7 @@ def test_explain_backend_names_the_changed_module(change):
     assert selection.chosen == "reference"
     changed = {
         dropping_out: f"{BLOCK}.mlp.c_proj is a torch.nn.Sequential, not torch.nn.Linear",
-        lora: rf"{BLOCK}.mlp.c_fc is a {__name__}.Lora, not torch.nn.Linear",
+        lora: rf"{BLOCK}.mlp.c_fc is a foreign_models.Lora, not torch.nn.Linear",
         narrower: f"{BLOCK}.mlp.c_fc has a weight of shape (48, 32), not (128, 32)",
         other_eps: "_backbone.transformer.ln_f has eps 0.1, not 1e-05",
         without_bias: f"{BLOCK}.attn.c_proj has no bias",
