@@ -18,9 +18,8 @@ OTHER_TESTS ?= tests/kernels $(wildcard tests/ops/test_triton_*.py) $(addprefix 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OTHER_READY := $(OTHER_VENV)/.ready
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: train test bench gpu-check test-versions lint clean
+.PHONY: train test bench gpu-check test-versions lint dist clean
 
 train: $(READY)  ## train the tiny preset of TASK, ten minutes at most
 	$(BIN)/python -m looped_fast.train --task $(TASK) --preset tiny --amp bf16 $(ARGS)
@@ -45,10 +44,13 @@ lint: $(READY)  ## style, types, and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-$(READY): $(SOURCES)
+dist:  ## sdist and wheels into dist/, each installed in a fresh environment and checked there
+	$(PYTHON) tests/install/dist.py "$(TORCH)"
+
+$(READY): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" numpy "setuptools>=77" wheel
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[dev]"
+	-$(BIN)/python -m looped_fast.build
 	touch $@
 
 # The package runs from the source tree, without its extras, as on a machine with a GPU.

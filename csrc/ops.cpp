@@ -383,6 +383,7 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
       "cpu_loop_mse_backward(Tensor grad, Tensor[] gradients, Tensor[] inputs) -> Tensor[]");
   library.def("cpu_empty_cache() -> ()", free_recycled);
   library.def("cpu_unsupported(str precision) -> str", unsupported);
+  library.def("cpu_torch() -> str", [] { return std::string(LOOPED_FAST_TORCH); });
   library.def("cpu_threads() -> int", [] { return int64_t{available_threads()}; });
   library.def("cpu_quota(str root) -> float", [](std::string root) { return cgroup_quota(root); });
 }

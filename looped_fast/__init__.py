@@ -4,7 +4,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 __path__.append(str(_HERE / "moved"))  # old names of modules that have moved
-if (_HERE.parent / "csrc").is_dir():  # a source tree, where kernels/ lies beside this folder
+if not (_HERE / "kernels").is_dir():  # a source tree: kernels/ and csrc/ lie beside this folder
     __path__.append(str(_HERE.parent))
 
 from looped_fast.config import VERSION as __version__  # noqa: E402

@@ -91,7 +91,12 @@ def explain(call: Call) -> Selection:
             forces it; the message gives the reason.
     """
     settings = call.settings
-    obstacles = {name: unsupported(call) for name, unsupported in UNSUPPORTED.items()}
+    # The engine may have to be compiled first, which must not happen if another one is forced.
+    unasked = () if settings.backend in ("auto", "cpu") else ("cpu",)
+    obstacles = {
+        name: None if name in unasked else unsupported(call)
+        for name, unsupported in UNSUPPORTED.items()
+    }
     flops.register()  # now that backends are loaded
     if settings.backend == "auto":
         slower = _slower(call, [name for name, reason in obstacles.items() if reason is None])

@@ -1,22 +1,23 @@
 """The CPU backend: the fused C++ engine of ``csrc/``, as differentiable ops.
 
-The extension ``looped_fast.ops._C`` defines ``looped_fast::cpu_loop_infer``, ``cpu_loop_forward``,
-``cpu_loop_backward`` and ``cpu_loop_mse``; this module adds shapes for torch.compile, and autograd.
+The engine defines ``looped_fast::cpu_loop_infer``, ``cpu_loop_forward``, ``cpu_loop_backward`` and
+``cpu_loop_mse``; this module loads it, and adds shapes for torch.compile, and autograd.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
+import warnings
 from collections.abc import Sequence
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from looped_fast.ops import forks, loop_autograd
+from looped_fast.ops import engine_file, forks, loop_autograd
 from looped_fast.ops.call import Call, LoopSettings
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
@@ -28,26 +29,34 @@ _loading = threading.Lock()  # functools.cache may call the function in two thre
 
 
 def load_error() -> str | None:
-    """Load the extension once; return why it can't be loaded, or None."""
+    """Load the engine once, compiling it if there is none; return why it can't be used, or None."""
     with _loading:
-        return _load()
+        return _load()[1]
+
+
+def file() -> Path | None:
+    """The engine's file, which is loaded first as in ``load_error``; None if it can't be."""
+    with _loading:
+        return _load()[0]
 
 
 @functools.cache
-def _load() -> str | None:
-    # Search beside this file only: an editable install could find another copy's extension.
-    spec = PathFinder.find_spec("looped_fast.ops._C", [str(Path(__file__).parent)])
-    if spec is None or spec.origin is None:
-        return (
-            "the C++ extension was not built; with torch and a C++ compiler installed, run "
-            "pip install --no-build-isolation ."
-        )
+def _load() -> tuple[Path | None, str | None]:
+    if os.environ.get("LOOPED_FAST_NO_ENGINE", "0") not in ("", "0"):
+        return None, "LOOPED_FAST_NO_ENGINE is set"
+    if reason := engine_file.unsupported():
+        return None, reason
     try:
-        torch.ops.load_library(spec.origin)
-    except OSError as error:
-        return f"the C++ extension does not load, rebuild it for this torch: {error}"
+        loaded = engine_file.load()
+    except engine_file.BuildError as error:
+        warnings.warn(
+            f"looped_fast runs plain PyTorch on this CPU, which is slower, for want of its engine: "
+            f"{error}. LOOPED_FAST_NO_ENGINE=1 silences this",
+            stacklevel=2,
+        )
+        return None, str(error)
     _register()
-    return None
+    return loaded, None
 
 
 @functools.cache
@@ -148,7 +157,7 @@ def empty_cache() -> None:
         >>> import looped_fast
         >>> looped_fast.empty_cache()
     """
-    if hasattr(torch.ops.looped_fast, "cpu_empty_cache"):  # else the extension is not loaded
+    if hasattr(torch.ops.looped_fast, "cpu_empty_cache"):  # else it is not loaded
         with _disable_current_modes():  # fake tensors, say: a model may die at any place
             torch.ops.looped_fast.cpu_empty_cache()
 

@@ -1,11 +1,10 @@
-"""The CPU engine among threads, processes, instruction sets and builds."""
+"""The CPU engine among threads, processes and instruction sets."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -252,25 +251,6 @@ def test_without_avx2_the_reference_runs_and_says_why():
     assert "not cpu: it needs AVX2" in text
 
 
-def test_without_the_extension_the_reference_runs_and_says_why(tmp_path):
-    """A build without a compiler leaves no extension."""
-    package = tmp_path / "looped_fast"
-    for source, target in (
-        (ROOT / "looped_fast", package),
-        (ROOT / "kernels", package / "kernels"),
-    ):
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__py*"))
-    code = """
-        import torch
-        from looped_fast import LoopedTransformer, ModelConfig, explain_backend
-        model = LoopedTransformer(ModelConfig(n_dims=3, n_positions=4, n_embd=32, n_head=2))
-        print(explain_backend(model, 2, 4), model(torch.randn(2, 4, 3), torch.randn(2, 4)).shape)
-    """
-    text = run_python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert "backend: reference" in text
-    assert "not cpu: the C++ extension was not built" in text
-
-
 def call(**changes):
     return changed(CALL, **{"batch": 2, "seq_len": 10, "n_embd": 64, "n_heads": 4, **changes})
 
@@ -413,31 +393,3 @@ def test_a_training_step_uses_the_memory_of_the_last_one():
     """
     states = 16 * 64 * 40 * 256 * 4  # bytes, which the backward reads
     assert int(run_python(code)) < states / 4096 / 2
-
-
-def test_a_build_compiles_what_is_up_to_date_with_its_sources(tmp_path, monkeypatch):
-    """The extension may have been built for another torch, which timestamps do not show."""
-    setuptools = pytest.importorskip("setuptools")
-    arguments, compiled = {}, []
-    monkeypatch.setattr(setuptools, "setup", arguments.update)
-    monkeypatch.chdir(ROOT)
-    runpy.run_path("setup.py")
-    if "ext_modules" not in arguments:
-        pytest.skip("no engine is built here")
-    build = arguments["cmdclass"]["build_ext"](
-        setuptools.Distribution({"ext_modules": arguments["ext_modules"]})
-    )
-    build.build_lib = build.build_temp = str(tmp_path)
-    build.ensure_finalized()
-    built = Path(build.get_ext_fullpath("looped_fast.ops._C"))
-    built.parent.mkdir(parents=True)
-    built.touch()
-
-    def compile_nothing(sources, **_):
-        compiled.extend(sources)
-        raise RuntimeError("a test")
-
-    monkeypatch.setattr(build, "_check_openmp", lambda: None)
-    monkeypatch.setattr(build, "_compile", compile_nothing)
-    build.run()
-    assert "csrc/ops.cpp" in compiled
