@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from looped_fast import LoopedTransformer, ModelConfig
-from looped_fast.ops import backends, cpu_engine
+from looped_fast.ops import backends, cpu_engine, triton_backend
 from looped_fast.ops.call import Call, LoopSettings
 from looped_fast.training.lock import hold
 
@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tensors are tiny here, so threads only cost time
-    if INTERPRETING and find_spec("triton"):
+    if INTERPRETING and triton_backend.load_error() is None:
         import interpreted_kernels
 
         interpreted_kernels.make_fast()
