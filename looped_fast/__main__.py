@@ -35,17 +35,25 @@ def main(args: list[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"looped_fast {VERSION}")
         return 0
-    name = args[0].replace("_", "-")  # modules are spelt with underscores
-    if name not in COMMANDS:
-        return errors.report(errors.unknown_name("command", args[0], COMMANDS))
-    status: int = importlib.import_module(_module(name)).main(args[1:])
+    try:
+        module = _module(args[0])
+    except ValueError as error:
+        return errors.report(error)
+    status: int = importlib.import_module(module).main(args[1:])
     return status
 
 
-def _module(name: str) -> str:
-    if name == "pretrained":  # a package
+def _module(command: str) -> str:
+    """The module of ``command``, which may be spelt with dashes or, as modules, underscores."""
+    if command.startswith("-"):
+        raise ValueError(
+            f"unknown flag {command}; the command comes first: looped-fast COMMAND {command} ..."
+        )
+    if command.replace("_", "-") not in COMMANDS:
+        raise errors.unknown_name("command", command, COMMANDS)
+    if command == "pretrained":  # a package
         return "looped_fast.pretrained.__main__"
-    return f"looped_fast.{name.replace('-', '_')}"
+    return f"looped_fast.{command.replace('-', '_')}"
 
 
 def _usage() -> str:
