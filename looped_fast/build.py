@@ -4,12 +4,12 @@ import sys
 
 from looped_fast.errors import EXPECTED, report
 from looped_fast.ops import engine_file
-from looped_fast.training.command_line import Parser
+from looped_fast.training.command_line import Parser, program
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status: 1 if there can be no engine."""
-    Parser("python -m looped_fast.build", description=__doc__).parse_args(args)
+    Parser(program("build"), description=__doc__).parse_args(args)
     try:
         if reason := engine_file.unsupported():
             raise engine_file.BuildError(f"there is no CPU engine for this machine: {reason}")

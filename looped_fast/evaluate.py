@@ -37,7 +37,7 @@ from looped_fast.evaluation.shifts import SHIFTS, shifted_prompts
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import Batch, DecisionTree, Task
-from looped_fast.training.command_line import parse
+from looped_fast.training.command_line import parse, program
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Command:
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
-        evaluate(parse(Command, args, "python -m looped_fast.evaluate"))
+        evaluate(parse(Command, args, program("evaluate")))
     except errors.EXPECTED as error:
         return errors.report(error)
     return 0

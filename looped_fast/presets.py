@@ -1,8 +1,10 @@
 """Print the presets: ``python -m looped_fast.presets``."""
 
+import sys
+
 from looped_fast.training.presets import main, preset_config
 
 __all__ = ["main", "preset_config"]
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

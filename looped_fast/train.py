@@ -30,6 +30,7 @@ from looped_fast.evaluation.report import error_table, plot
 from looped_fast.pretrained import load_start
 from looped_fast.training import checkpoint, distributed, lock
 from looped_fast.training.command_line import parse as parse_flags
+from looped_fast.training.command_line import program
 from looped_fast.training.config import TrainConfig, config_from_dict, saved_config
 from looped_fast.training.distributed import resolve_device
 from looped_fast.training.log import METRICS_FILE, read_metrics
@@ -116,7 +117,7 @@ def parse(
             if chosen.preset is None:
                 origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"
     default = Command(base, chosen.config, chosen.resume)
-    command = parse_flags(Command, args, "python -m looped_fast.train", default)
+    command = parse_flags(Command, args, program("train"), default)
     if resumed is not None and before is not None:
         changes = changed_settings(before.to_dict(), command.settings.to_dict())
         n_before = resumed.meta.get("processes", 1)

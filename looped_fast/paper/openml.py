@@ -38,7 +38,7 @@ from looped_fast.paper.tabular_data import (
 )
 from looped_fast.pretrained.provenance import versions, weights_sha256
 from looped_fast.training import checkpoint, lock
-from looped_fast.training.command_line import parse
+from looped_fast.training.command_line import parse, program
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Interrupted, Trainer
@@ -186,7 +186,7 @@ class Command:
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
-        command = parse(Command, args, "python -m looped_fast.openml")
+        command = parse(Command, args, program("openml"))
         out = command.out or Path("openml") / f"{command.data}-{command.preset}"
         results = run(command, load_sets(command.data), out)
         write(command, results, out)

@@ -36,7 +36,7 @@ from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import sample_batch
 from looped_fast.training import checkpoint
-from looped_fast.training.command_line import parse
+from looped_fast.training.command_line import parse, program
 from looped_fast.training.distributed import resolve_device, single_process
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import step_flops
@@ -82,7 +82,7 @@ class Missing(Exception):
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status: 3 if anything is missing."""
     try:
-        command = parse(Command, args, "python -m looped_fast.reproduce")
+        command = parse(Command, args, program("reproduce"))
         single_process()  # several processes would each do all the work
         for name in command.figures:
             check_name("figure", name, FIGURES)

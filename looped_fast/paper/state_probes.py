@@ -34,7 +34,7 @@ from looped_fast.ops import reference
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
 from looped_fast.tasks import Batch, LinearRegression, sample_batch
-from looped_fast.training.command_line import parse
+from looped_fast.training.command_line import parse, program
 
 HIDDEN = 64  # units of a probe, as in the official code
 
@@ -246,7 +246,7 @@ def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
         default = Command((), Settings())
-        command = parse(Command, args, "python -m looped_fast.state_probes", default)
+        command = parse(Command, args, program("state_probes"), default)
         if not command.runs:
             raise ValueError("no run to probe; give the folder of one, such as runs/lr-looped-...")
         results = {}

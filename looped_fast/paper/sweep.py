@@ -29,7 +29,7 @@ from looped_fast.paper.ablations import SWEEPS
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.pretrained.provenance import versions, weights_sha256
 from looped_fast.training import lock
-from looped_fast.training.command_line import parse
+from looped_fast.training.command_line import parse, program
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Interrupted, Trainer
@@ -64,7 +64,7 @@ class Command:
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
-        command = parse(Command, args, "python -m looped_fast.sweep")
+        command = parse(Command, args, program("sweep"))
         out = command.out or Path("sweeps") / f"{command.name}-{command.task}-{command.preset}"
         runs = sweep_runs(
             command.name, command.task, command.preset, steps=command.steps, seed=command.seed

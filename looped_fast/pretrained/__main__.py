@@ -20,7 +20,7 @@ from looped_fast import errors, pretrained
 from looped_fast.evaluation import model_errors
 from looped_fast.model import LoopedTransformer
 from looped_fast.training import checkpoint
-from looped_fast.training.command_line import Parser
+from looped_fast.training.command_line import Parser, program
 from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import preset_config
@@ -30,7 +30,7 @@ _PROMPTS = 1280  # held out for the evaluation, as in the paper
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = Parser("python -m looped_fast.pretrained", description=__doc__)
+    parser = Parser(program("pretrained"), description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--cpu-minutes", type=float, required=True, help="processor time it took")
     parser.add_argument("--how", required=True, help="machine, threads, sittings: in sentences")

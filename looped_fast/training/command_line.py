@@ -8,6 +8,7 @@ import itertools
 import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -17,6 +18,13 @@ from looped_fast.training.config import KNOWN_AS
 
 T = TypeVar("T")
 Flags = Mapping[str, Collection[str]]  # flag -> its choices, or none if it takes any value
+
+
+def program(command: str) -> str:
+    """Name a command as this process was started: ``looped-fast train``, or by its module."""
+    if Path(sys.argv[0]).stem == "looped-fast":
+        return f"looped-fast {command.replace('_', '-')}"
+    return f"python -m looped_fast.{command}"
 
 
 def parse(command: type[T], args: Sequence[str] | None, prog: str, default: T | None = None) -> T:

@@ -108,7 +108,7 @@ def check_wheel(file: Path, engines: int) -> None:
     kept = run("git", "ls-files", "looped_fast", "kernels", "csrc", cwd=ROOT).splitlines()
     kept = {f"looped_fast/{re.sub('^looped_fast/', '', name)}" for name in kept}
     assert kept <= held, f"missing: {sorted(kept - held)}"
-    others = {name for name in held - kept if ".dist-info/" not in name}
+    others = {n for n in held - kept if ".dist-info/" not in n and not n.endswith("/")}
     assert len(others) == engines, others
     assert all(re.fullmatch(r"looped_fast/ops/engine-torch[\w.-]+\.so", name) for name in others)
     assert any(name.endswith("licenses/LICENSE") for name in held)

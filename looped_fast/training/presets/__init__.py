@@ -14,7 +14,7 @@ import yaml
 
 from looped_fast.errors import check_name, naming, unknown_name
 from looped_fast.tasks import TASKS
-from looped_fast.training.command_line import Parser
+from looped_fast.training.command_line import Parser, program
 from looped_fast.training.config import MODELS, TrainConfig, config_from_dict
 from looped_fast.training.yaml_file import read_yaml
 
@@ -87,9 +87,9 @@ def describe(config: TrainConfig) -> str:
     return yaml.safe_dump(without_none(config.to_dict()), sort_keys=False)
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> int:
     """Print presets: all, or those named, for every task of the looped model."""
-    parser = Parser("python -m looped_fast.presets", description=main.__doc__)
+    parser = Parser(program("presets"), description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="preset", help=", ".join(NAMES))
     names = parser.parse_args(args).names
     if unknown := [name for name in names if name not in NAMES]:
@@ -97,3 +97,4 @@ def main(args: list[str] | None = None) -> None:
     for preset in names or NAMES:
         for task in TASKS:
             print(f"# --preset {preset} --task {task}\n{describe(preset_config(preset, task))}")
+    return 0
