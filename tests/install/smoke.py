@@ -33,7 +33,7 @@ def check_package(source):
         looped_fast.from_pretrained(name)
     assert (folder / "py.typed").is_file()
     for command in ["looped-fast"], [sys.executable, "-m", "looped_fast"]:
-        command[0] = str(Path(sys.executable).with_name(command[0]))
+        command[0] = str(Path(sys.executable).parent / command[0])
         shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert looped_fast.__version__ in shown.stdout
 
