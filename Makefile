@@ -7,6 +7,8 @@ ARGS ?=
 # What gpu-check runs with, and which parts of benchmarks/gpu (all but paper).
 GPU_PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
 PARTS ?=
+# Pairs of Python and PyTorch: the lowest PyTorch, that of `make test`, and the latest.
+PAIRS ?= 3.10:2.8.0 3.11:2.13.0 3.12:2.11.0 3.13:2.14.1
 # What test-versions runs with. Triton 3.6's interpreter fails with NumPy 2.4 and later.
 OTHER_PYTHON ?= $(lastword python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3))
 OTHER_VENV ?= .venv-versions
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OTHER_READY := $(OTHER_VENV)/.ready
 
-.PHONY: train test bench gpu-check test-versions lint dist clean
+.PHONY: train test bench gpu-check test-versions test-pythons lint dist clean
 
 train: $(READY)  ## train the tiny preset of TASK, ten minutes at most
 	$(BIN)/python -m looped_fast.train --task $(TASK) --preset tiny --amp bf16 $(ARGS)
@@ -37,6 +39,9 @@ gpu-check:  ## test and measure on a GPU: with the Python at hand, no installati
 test-versions: $(OTHER_READY)  ## kernel tests with the other supported PyTorch and Triton
 	$(OTHER_VENV)/bin/python -m pytest -n auto --dist loadfile -p no:cacheprovider \
 		$(OTHER_TESTS) $(ARGS)
+
+test-pythons:  ## install, train and test the op with each of PAIRS, in fresh environments
+	$(PYTHON) tests/install/versions.py $(PAIRS)
 
 lint: $(READY)  ## style, types, and the order of imports
 	$(BIN)/ruff check .

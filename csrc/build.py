@@ -69,13 +69,13 @@ def torch_tag() -> str:
     """The PyTorch versions that an engine built here loads into, as part of its file's name.
 
     Patch releases and variants (``+cpu``, ``+cu130``) of a release share the C++ interface of their
-    minor version, if their C++ library's strings are alike; a pre-release shares it with none.
+    minor version; a pre-release shares it with none.
     """
     import torch
 
     release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+(cpu|cu\d+|rocm[\d.]+|xpu))?", torch.__version__)
     version = release[1] if release else re.sub(r"[^\w.+]", "_", torch.__version__)
-    return f"torch{version}" + ("" if torch.compiled_with_cxx11_abi() else "-cxx98")
+    return f"torch{version}"
 
 
 def file_name() -> str:

@@ -34,6 +34,10 @@ needs_engine = pytest.mark.skipif(
     reason=f"no CPU engine: {cpu_engine.unsupported_precision('fp32')}",
 )
 
+needs_triton = pytest.mark.skipif(
+    triton_backend.load_error() is not None, reason=str(triton_backend.load_error())
+)
+
 # A call of the paper's model, to select a backend for.
 CALL = Call(
     LoopSettings(n_heads=8, n_loops=30, window=15),

@@ -256,7 +256,7 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
     if embeddings.dtype != positions.dtype or state is not None:
         embeddings = cast_in_autocast(embeddings, positions.dtype)
         state = None if state is None else cast_in_autocast(state, positions.dtype)
-        tensors = tensors._replace(embeddings=embeddings, state=state)
+        tensors = LoopTensors(embeddings, positions, state, weights, read_out)
     settings.check(embeddings.dtype)
     if embeddings.dim() != 3:
         raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; [B, S, D] is needed")
@@ -278,9 +278,9 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
     given, shapes = [*weights, *read_out, positions], [*shapes, (S, D)]
     if state is not None:
         given, shapes = [*given, state], [*shapes, (B, S, D)]
-    dtype, device = embeddings.dtype, embeddings.device
-    n_fit = min([t.dtype for t in given].count(dtype), [t.device for t in given].count(device))
-    if n_fit < len(given) or [t.shape for t in given] != shapes:
+    dtypes, devices = [embeddings.dtype] * len(given), [embeddings.device] * len(given)
+    fit = [t.dtype for t in given] == dtypes and [t.device for t in given] == devices
+    if not fit or [t.shape for t in given] != shapes:
         names = [*names, "positions", "state"]
         for name, tensor, shape in zip(names, given, shapes, strict=False):
             _check_tensor(name, tensor, shape, embeddings)

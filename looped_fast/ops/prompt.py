@@ -97,7 +97,7 @@ def check_finite(xs: Tensor, ys: Tensor) -> None:
     if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
         for name, tensor in (("xs", xs), ("ys", ys)):
             if len(where := (~tensor.isfinite()).nonzero()):
-                first = where[0].tolist()
+                first = [int(i) for i in where[0]]  # not tolist(): it may be inside a transform
                 raise ValueError(
                     f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
                     f"drop or impute such values"

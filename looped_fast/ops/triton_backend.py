@@ -25,7 +25,6 @@ MIN_TRITON = "3.6"
 WIDTHS = (64, 128, 256, 512)
 HEAD_DIMS = (16, 32, 64)
 MIN_CAPABILITY = (8, 0)
-MIN_TORCH = "2.8"  # multiplies bf16 and fp16 matrices to a result in fp32
 MAX_ELEMENTS = 2**31  # kernels index with 32 bits
 MAX_OUTPUTS = 8  # outputs of a read-out in the kernels; PyTorch computes wider ones
 
@@ -79,8 +78,6 @@ def unsupported_tensors(device: str, dtype: torch.dtype, width: int) -> str | No
         capability = torch.cuda.get_device_capability()
         if capability < MIN_CAPABILITY:
             return f"it needs compute capability {MIN_CAPABILITY}, this GPU has {capability}"
-    if device == "cuda" and torch.__version__ < MIN_TORCH:
-        return f"it needs PyTorch {MIN_TORCH} or later, not {torch.__version__}"
     if dtype != torch.float32:
         return f"it takes float32 tensors, not {dtype}"
     if width not in WIDTHS:

@@ -65,7 +65,7 @@ def check_training(folder):
     out = folder / "run"
     status = train(["--task", "lr", "--preset", "tiny", "--steps", "10", "--out", str(out)])
     assert status == 0
-    looped_fast.from_pretrained(str(out))
+    looped_fast.pretrained.load_run(str(out))
 
 
 parser = argparse.ArgumentParser(description=__doc__)

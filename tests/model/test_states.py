@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import naive_loop, needs_engine, relative_error, small_model
+from conftest import naive_loop, needs_engine, needs_triton, relative_error, small_model
 
 from looped_fast import LoopedTransformer, ModelConfig, explain_backend
 
 CONFIG = ModelConfig(n_dims=4, n_positions=8, n_embd=64, n_head=4, n_loops=5, window=2)
-BACKENDS = ["reference", "compiled", "triton", pytest.param("cpu", marks=needs_engine), "modules"]
+BACKENDS = [
+    "reference",
+    "compiled",
+    pytest.param("triton", marks=needs_triton),
+    pytest.param("cpu", marks=needs_engine),
+    "modules",
+]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoopedTransformer runs module by module"),

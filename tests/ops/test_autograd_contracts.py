@@ -6,15 +6,11 @@ import threading
 
 import pytest
 import torch
-from conftest import loop_inputs, needs_engine, require_grad, small_model
+from conftest import loop_inputs, needs_engine, needs_triton, require_grad, small_model
 from torch.utils.checkpoint import checkpoint
 
 from looped_fast import LoopedTransformer, ops
-from looped_fast.ops import triton_backend
 
-needs_triton = pytest.mark.skipif(
-    triton_backend.load_error() is not None, reason=str(triton_backend.load_error())
-)
 BACKENDS = [
     pytest.param("cpu", marks=needs_engine),
     pytest.param("triton", marks=needs_triton),

@@ -12,6 +12,7 @@ from conftest import (
     leaves,
     loop_inputs,
     needs_engine,
+    needs_triton,
     relative_error,
     require_grad,
     small_model,
@@ -21,9 +22,6 @@ from looped_fast import ops
 from looped_fast.ops import cpu_engine, triton_backend
 from looped_fast.ops.reference import Block
 
-needs_triton = pytest.mark.skipif(
-    triton_backend.load_error() is not None, reason=str(triton_backend.load_error())
-)
 FAST = [
     pytest.param("cpu", marks=needs_engine),
     pytest.param("triton", marks=needs_triton),

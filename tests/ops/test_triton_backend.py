@@ -8,7 +8,6 @@ from conftest import FP32_EPS, cast, leaves, loop_inputs, relative_error, requir
 from golden_cases import MODEL_CASES, assert_as_good_as_plain, load_tensors, with_prefix
 from looped_fast.kernels.saved_activations import SavedActivations
 from test_cpu_engine import golden_results, golden_truth
-from torch.torch_version import TorchVersion
 
 from looped_fast import LoopedTransformer, ModelConfig, ops
 from looped_fast.ops import triton_backend
@@ -192,12 +191,3 @@ def test_an_empty_batch_is_no_error():
     assert states.shape == (2, 0, 4, 64)
     states.sum().backward()
     assert all(w.grad.abs().sum() == 0 for w in inputs["weights"])
-
-
-def test_a_pytorch_without_the_products_it_needs_is_a_reason(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert triton_backend.unsupported_tensors("cuda", torch.float32, 64) is None
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1"))
-    reason = triton_backend.unsupported_tensors("cuda", torch.float32, 64)
-    assert reason == "it needs PyTorch 2.8 or later, not 2.7.1"

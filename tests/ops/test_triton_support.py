@@ -11,7 +11,7 @@ from pathlib import Path
 import foreign_models as foreign
 import pytest
 import torch
-from conftest import CALL, changed, prompt, relative_error, small_model
+from conftest import CALL, changed, needs_triton, prompt, relative_error, small_model
 from foreign_models import Settings
 
 import looped_fast
@@ -19,9 +19,6 @@ from looped_fast import LoopedTransformer, explain_backend
 from looped_fast.ops import backends, triton_backend
 
 ROOT = Path(__file__).parents[2]
-needs_triton = pytest.mark.skipif(
-    triton_backend.load_error() is not None, reason=str(triton_backend.load_error())
-)
 WIDE = {"n_embd": 64, "n_head": 4}  # the smallest model that the kernels take
 
 WITHOUT_TRITON = """
@@ -108,6 +105,7 @@ def test_the_widest_fp32_needs_a_gpu_with_much_shared_memory(
     assert reason is None if runs else "fp32 at D = 512 does not fit in the 99 KiB" in reason
 
 
+@needs_triton
 def test_interpreted_kernels_run_only_when_asked_for():
     explanation = backends.select(CALL)
     assert explanation.chosen != "triton"

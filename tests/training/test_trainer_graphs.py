@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import needs_engine
+from conftest import needs_engine, needs_triton
 from fake_graphs import FakeGraph, Recorder
 
 from looped_fast import LoopedTransformer
@@ -216,8 +216,8 @@ def test_settings_of_the_optimizer_are_those_of_this_run(tmp_path):
     assert group["betas"] == (0.9, 0.5)
 
 
+@needs_triton
 def test_steps_of_the_triton_backend_can_be_replayed(tmp_path):
-    pytest.importorskip("triton")
     changes = {
         "backend": "triton", "amp": "bf16", "n_embd": 64, "n_head": 4, "batch_size": 1,
         "n_points": 2, "n_loops": 1, "window": 1, "curriculum": DIMS_ALONE,

@@ -1,0 +1,53 @@
+"""Installs and tests the package with each supported Python: ``make test-pythons``.
+
+Every pair of Python and PyTorch gets a fresh environment, of up to 6 GB for the time of its tests:
+PyPI's PyTorch for Linux brings CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from environment import ROOT, Environment, run, say
+
+TESTS = ("tests/ops", "tests/model", "tests/dropin", "tests/test_model.py")
+
+
+def interpreter(version: str) -> str:
+    """The path of a Python of this minor version, on the PATH or of pyenv."""
+    versions = Path.home() / ".pyenv" / "versions"
+    for python in f"python{version}", *versions.glob(f"{version}.*/bin/python"):
+        if shutil.which(python) and not subprocess.call([python, "-c", ""], stderr=-3):
+            return str(python)
+    sys.exit(f"no python{version} on the PATH or in {versions}; install it, or name other pairs")
+
+
+def main(*pairs: str) -> None:
+    """Test pairs such as ``3.10:2.8.0``; exit with what failed."""
+    rows = []
+    for python, torch in (pair.split(":") for pair in pairs):
+        with tempfile.TemporaryDirectory(prefix="looped_fast-versions-") as folder:
+            packages = [f"torch=={torch}", "pytest", "pytest-xdist", "hypothesis"]
+            fresh = Environment(Path(folder), *packages, python=interpreter(python))
+            fresh.pip("install", ROOT)
+            fresh.smoke("cpu")
+            say(f"Python {python}, PyTorch {torch}: installed, ten steps trained")
+            done = run(
+                fresh.bin / "python", "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile",
+                "-p", "no:cacheprovider", *TESTS, cwd=ROOT,
+                env={"XDG_CACHE_HOME": str(fresh.folder / "cache"), "OMP_WAIT_POLICY": "passive"},
+            )  # fmt: skip
+            counts = re.findall(r"\d+ (?:passed|skipped)", done.splitlines()[-1])
+            say(f"Python {python}, PyTorch {torch}: {', '.join(counts)}")
+            rows.append(f"| {python} | {torch} | {', '.join(counts)} |")
+    print("| Python | PyTorch | tests |", "|---|---|---|", *rows, sep=os.linesep)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
