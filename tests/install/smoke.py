@@ -25,7 +25,7 @@ CONFIG = ModelConfig(n_dims=5, n_positions=21, n_embd=64, n_head=4, n_loops=6, w
 def check_package(source):
     """The package is the installed one, and has what is no Python."""
     folder = Path(looped_fast.__file__).parent
-    assert (source in folder.parents) == ("site-packages" not in folder.parts), folder
+    assert source in folder.parents if source else "site-packages" in folder.parts, folder
     assert importlib.metadata.version("looped_fast") == looped_fast.__version__
     for room, file in {"csrc": "ops.cpp", "kernels": "candidates.json"}.items():
         assert importlib.resources.files(f"looped_fast.{room}").joinpath(file).is_file(), file
@@ -68,12 +68,18 @@ def check_training(folder):
     looped_fast.pretrained.load_run(str(out))
 
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--backend", required=True, help="the backend that must be chosen on the CPU")
-parser.add_argument("--source", type=Path, default=Path("/none"), help="an editable installation's")
-options = parser.parse_args()
-check_package(options.source)
-check_numbers(options.backend)
-with tempfile.TemporaryDirectory() as temporary:
-    check_training(Path(temporary))
-print(f"smoke test passed: {options.backend}, engine {cpu_engine.file()}")
+def main():
+    """Run every check; the first that fails raises."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", required=True, help="that must be chosen on the CPU")
+    parser.add_argument("--source", type=Path, help="the folder of an editable installation")
+    options = parser.parse_args()
+    check_package(options.source)
+    check_numbers(options.backend)
+    with tempfile.TemporaryDirectory() as folder:
+        check_training(Path(folder))
+    print(f"smoke test passed: {options.backend}, engine {cpu_engine.file()}")
+
+
+if __name__ == "__main__":
+    main()
