@@ -68,7 +68,7 @@ def _load_error(file: Path) -> str | None:
     try:
         torch.ops.load_library(str(file))
     except OSError as error:  # the file is for a later C or C++ library, say
-        return str(error)
+        return str(error.__cause__ or error)
     return None
 
 
