@@ -106,7 +106,7 @@ def evaluate(command: Command) -> dict[str, Any]:
         if looped and command.max_loops:
             results["loops"] = evaluate_loops(command, looped, n_points)
     path = command.out / ("ood.json" if command.ood else "evaluation.json")
-    path.write_text(json.dumps(results, indent=1))
+    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(f"\nnumbers and figures: {command.out}")
     return results
 
@@ -262,7 +262,7 @@ def evaluate_shifts(command: Command, runs: list[Run], n_points: int) -> dict[st
 
 def write_csv(path: Path, unit: str, counts: Sequence[int], curves: Mapping[str, Curve]) -> None:
     """Write mean, low and high of each predictor, one line per count of ``unit``."""
-    with path.open("w", newline="") as stream:
+    with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("predictor", unit, "mean", "low", "high"))
         for name, curve in curves.items():

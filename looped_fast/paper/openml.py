@@ -258,8 +258,8 @@ def write(command: Command, results: dict[str, Any], out: Path) -> None:
     """Write ``openml.json``, ``openml.csv`` and ``openml.png`` to ``out``."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(command).items()}
     document = {"settings": settings, "versions": versions(), "sets": results}
-    (out / RESULTS_FILE).write_text(json.dumps(document))
-    with (out / "openml.csv").open("w", newline="") as file:
+    (out / RESULTS_FILE).write_text(json.dumps(document), encoding="utf-8")
+    with (out / "openml.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["set", "predictor", "accuracy", "standard deviation over seeds"])
         for name, row in results.items():

@@ -104,7 +104,7 @@ def make(name: str, command: Command) -> bool:
     for how in missing:
         print(f"{name}: missing; make it with: {how}")
     document = json.dumps(_rounded({**numbers, "missing": missing}))
-    numbers_file(command.out, name).write_text(document)
+    numbers_file(command.out, name).write_text(document, encoding="utf-8")
     draw(name, command.out)
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     return not missing
@@ -383,7 +383,7 @@ def _step_seconds(task: str, model: str, device: torch.device) -> float:
 def _cpu_name() -> str:
     """The processor's name from the kernel, or else from ``platform``."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -263,7 +263,7 @@ def main(args: list[str] | None = None) -> int:
         return errors.report(error)
     settings = dataclasses.asdict(command.settings)
     document = {"settings": settings, "versions": versions(), "runs": results}
-    (command.out / "probes.json").write_text(json.dumps(document))
+    (command.out / "probes.json").write_text(json.dumps(document), encoding="utf-8")
     plot(command.out / "probes.png", results)
     print(f"\n{results_table(results)}\n\nplot: {command.out / 'probes.png'}")
     return 0

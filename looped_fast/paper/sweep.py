@@ -156,8 +156,8 @@ def _evaluate(trainer: Trainer, n_prompts: int) -> dict[str, Any]:
 def write(description: dict[str, Any], results: dict[str, Any], out: Path) -> None:
     """Write ``sweep.json``, ``sweep.csv`` (all points of all curves) and ``sweep.png``."""
     document = {**description, "versions": versions(), "runs": results}
-    (out / RESULTS_FILE).write_text(json.dumps(document))
-    with (out / "sweep.csv").open("w", newline="") as file:
+    (out / RESULTS_FILE).write_text(json.dumps(document), encoding="utf-8")
+    with (out / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["run", "curve", "at", "error"])
         for label, result in results.items():

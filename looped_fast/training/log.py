@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from looped_fast.errors import read_file
-from looped_fast.training.checkpoint import write_durably
+from looped_fast.training.durable import when_free, write_durably
 
 METRICS_FILE = "metrics.jsonl"
 _MAX_BYTES = 2**32
@@ -46,7 +46,7 @@ class MetricsLog:
         path, rewritten = run_dir / METRICS_FILE, run_dir / f".{METRICS_FILE}"
         earlier = [text for text, line in _read_lines(path) if line["step"] <= first_step]
         write_durably(rewritten, b"".join(text + b"\n" for text in earlier))
-        rewritten.replace(path)  # atomically: a kill loses no line
+        when_free(os.replace, rewritten, path)  # atomically: a kill loses no line
         self._file = path.open("ab", buffering=0)  # after an error, nothing is left for close()
         self._path, self._made = path, path.stat()
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
