@@ -54,6 +54,23 @@ def check_name(kind: str, name: object, valid: Collection[str]) -> None:
         raise unknown_name(kind, name, valid)
 
 
+def pip_install(extra: str) -> str:
+    """The command that installs an extra; Windows' command prompt knows no single quotes."""
+    return f'pip install "looped_fast[{extra}]"'
+
+
+def needs_extra(what: str, package: str, extra: str) -> RuntimeError:
+    """Make the error where a package of an extra is missing.
+
+    >>> raise needs_extra("greedy trees need", "scikit-learn", "eval")
+    Traceback (most recent call last):
+    ...
+    RuntimeError: greedy trees need scikit-learn, which is not installed: \
+pip install "looped_fast[eval]"
+    """
+    return RuntimeError(f"{what} {package}, which is not installed: {pip_install(extra)}")
+
+
 @contextlib.contextmanager
 def naming(file: str | Path) -> Iterator[None]:
     """Start the message of a ValueError with the file whose content is wrong."""

@@ -311,7 +311,7 @@ def test_a_missing_package_is_an_error_with_the_command_that_installs_it(
     run = make_run(tmp_path / "tree", task="dt", depth=2)
     monkeypatch.setitem(sys.modules, "sklearn.tree", None)
     assert evaluate(run, "--prompts", 20, out=out) == 1
-    assert "pip install 'looped_fast[eval]'" in capsys.readouterr().err
+    assert 'pip install "looped_fast[eval]"' in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(run, tmp_path, capsys):

@@ -283,7 +283,7 @@ def test_a_missing_package_is_an_error_with_the_command_that_installs_it(
     package, name, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails
-    with pytest.raises(RuntimeError, match=r"pip install 'looped_fast\[eval\]'"):
+    with pytest.raises(RuntimeError, match=r'pip install "looped_fast\[eval\]"'):
         BASELINES[name](*noisy_prompts(B=1, n=3))
 
 

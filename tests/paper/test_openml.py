@@ -176,7 +176,7 @@ def test_a_missing_package_is_an_error_with_the_command_that_installs_it(
     monkeypatch.setattr(socket, "getaddrinfo", None)
     monkeypatch.setitem(sys.modules, package, None)
     assert openml.main(["--data", collection, "--out", str(tmp_path / "out")]) == 1
-    assert "pip install 'looped_fast[eval]'" in capsys.readouterr().err
+    assert 'pip install "looped_fast[eval]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

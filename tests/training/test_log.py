@@ -75,7 +75,7 @@ def test_tensorboard_gets_numbers_and_summaries_of_errors(tmp_path):
 
 def test_wandb_that_is_not_installed_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RuntimeError, match=r"--wandb needs .* pip install 'looped_fast\[wandb\]'"):
+    with pytest.raises(RuntimeError, match=r'--wandb needs .* pip install "looped_fast\[wandb\]"'):
         MetricsLog(tmp_path, 0, wandb_project="p")
 
 
