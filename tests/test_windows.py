@@ -14,8 +14,6 @@ from pathlib import Path, PureWindowsPath
 import pytest
 from fake_windows import forbidden
 
-from looped_fast.evaluate import write_csv
-from looped_fast.evaluation import Curve
 from looped_fast.ops import compiled_backend
 from looped_fast.paper import reproduce
 from looped_fast.training import durable
@@ -280,6 +278,8 @@ def files_in_git() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this is no git repository")
     entries = [entry.split("\t") for entry in done.stdout.decode().split("\0") if entry]
+    if not entries:
+        pytest.skip("this is a copy within another git repository")
     return {path: facts.split()[0] for facts, path in entries}
 
 
@@ -366,8 +366,3 @@ def test_text_files_name_their_encoding(folder):
         if isinstance(node, ast.Call) and is_without_encoding(node)
     ]
     assert found == []
-
-
-def test_a_curve_is_written_with_any_name(tmp_path):
-    write_csv(tmp_path / "a.csv", "loops", [1], {"学习": Curve([1.0], [0.5], [2.0])})
-    assert (tmp_path / "a.csv").read_bytes().decode("utf-8").splitlines()[1] == "学习,1,1.0,0.5,2.0"
