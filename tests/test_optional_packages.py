@@ -43,7 +43,7 @@ def no_report(none_left_out, monkeypatch):
 @pytest.fixture
 def run(tmp_path):
     """The folder of a run that was saved before any training."""
-    config = TrainConfig(**SMALL, steps=5)
+    config = TrainConfig(**SMALL, n_dims=3, steps=5)
     model = LoopedTransformer(config.model_config())
     optimizer = torch.optim.Adam(model.parameters())
     folder = tmp_path / "runs" / "lr-looped-tiny"
@@ -178,26 +178,24 @@ def test_probes_write_their_numbers(run, tmp_path, caplog, capsys):
 @pytest.mark.usefixtures("no_report", "run")
 def test_the_page_of_results_is_written(tmp_path, caplog):
     docs = tmp_path / "docs"
-    line = ["lr", "probes", "--preset", "tiny", "--prompts", "20", "--probe-steps", "2", "--work"]
-    monkeypatched = [*line, str(tmp_path), "--out", str(docs)]
-    assert reproduce.main(monkeypatched) == 3  # there is no standard model
-    assert sorted(path.name for path in docs.rglob("*.*")) == [
-        "lr.json",
-        "probes.json",
-        "results.md",
-    ]
+    line = ["lr", "probes", "--preset", "tiny", "--prompts", "20", "--probe-steps", "2"]
+    assert (
+        reproduce.main([*line, "--work", str(tmp_path), "--out", str(docs)]) == 3
+    )  # there is no standard model
+    files = sorted(path.name for path in docs.rglob("*.*"))
+    assert files == ["lr.json", "probes.json", "results.md"]
     assert "positions" in json.loads(numbers_file(docs, "lr").read_text())
     assert len(said(caplog)) == 1
 
 
 WITHOUT_EXTRAS = """
-    import importlib, pkgutil, sys
+    import importlib, sys
     for name in sys.argv[1].split(","):
         sys.modules[name] = None
     import looped_fast
     commands = "train evaluate sweep openml state_probes reproduce presets env_report".split()
-    for command in [*commands, "kernels.candidates", "baselines", "distributions", "runs", "compat"]:
-        importlib.import_module(f"looped_fast.{command}")
+    for name in [*commands, "kernels.candidates", "baselines", "distributions", "runs", "compat"]:
+        importlib.import_module(f"looped_fast.{name}")
     from looped_fast import train
     sys.exit(train.main(sys.argv[2:]))
 """

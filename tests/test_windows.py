@@ -177,6 +177,26 @@ def test_an_official_checkpoint_replaces_one_that_is_being_read(tmp_path):
     assert run_as_on_windows(EXPORTED, tmp_path) == [True, 3]
 
 
+LOGGED = """
+    import json, sys, threading
+    from pathlib import Path
+    from looped_fast.training.log import METRICS_FILE, MetricsLog, read_metrics
+    run = Path(sys.argv[1])
+    for step in (1, 2):
+        log = MetricsLog(run, step)
+        log.write(step, {"loss": 1.0})
+        log.close()
+        reader = open(run / METRICS_FILE, "rb")
+        threading.Timer(0.3, reader.close).start()
+    print(json.dumps([line["step"] for line in read_metrics(run / METRICS_FILE)]))
+"""
+
+
+@on_linux
+def test_a_log_is_taken_up_while_it_is_read(tmp_path):
+    assert run_as_on_windows(LOGGED, tmp_path) == [1, 2]
+
+
 SAVED = """
     import json, sys, threading
     from pathlib import Path

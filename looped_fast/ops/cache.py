@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -58,5 +59,7 @@ def update(path: Path, entries: dict[str, Any]) -> str | None:
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         return f"{path} can't be written: {error.strerror}"
     return None
