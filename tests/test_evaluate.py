@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -116,7 +117,7 @@ def test_results_state_what_they_depend_on(run, out, no_figures):
     }
     assert (found["prompts"], found["seed"], found["loops"]["prompts"]) == (20, 7, 20)
     assert found["task"] == "LinearRegression(n_dims=3)"
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_it_repeats_byte_for_byte_under_a_seed(run, tmp_path):
