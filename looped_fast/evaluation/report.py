@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def can_write(*outputs: str) -> bool:
-    """True if the packages that write ``outputs`` can be imported. Those that can't are optional:
-    what is left out for lack of them is logged, once in a process.
+    """True if the packages that write ``outputs``, which are optional, can be imported.
+
+    What is left out for lack of them is logged with the remedy, once in a process.
 
     Args:
         outputs: ``plots``, ``TensorBoard events`` or both.

@@ -103,7 +103,7 @@ def _lock(stream: IO[bytes]) -> None:
 def _release(file: Path, stream: IO[bytes]) -> None:
     """Remove the lock file, and close it."""
     with contextlib.suppress(OSError):
-        if sys.platform == "win32":  # no open file can be removed there, so no next holder's either
+        if sys.platform == "win32":  # removes no open file: neither ours, nor the next holder's
             stream.seek(_BYTE)
             msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)  # closing may unlock it later
             stream.close()
@@ -115,7 +115,7 @@ def _release(file: Path, stream: IO[bytes]) -> None:
 
 def _is_at(file: Path, stream: IO[bytes]) -> bool:
     if sys.platform == "win32":
-        return True
+        return True  # an open file can't be removed there
     try:
         return os.path.samestat(os.fstat(stream.fileno()), file.stat())
     except FileNotFoundError:
