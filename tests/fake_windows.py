@@ -45,14 +45,17 @@ def start() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
     for name in MODULES:
-        sys.modules[name] = None  # type: ignore[assignment]
+        sys.modules[name] = None
     for owner, names in ((os, FUNCTIONS), (signal, SIGNALS)):
         for name in names:
             if hasattr(owner, name):
                 delattr(owner, name)
     sys.modules["msvcrt"] = _msvcrt()
     sys.platform = "win32"
-    shutil._use_fd_functions = False  # type: ignore[attr-defined]  # rmtree would open folders
+    shutil._use_fd_functions = False  # rmtree would open folders
+    shutil._winapi = types.SimpleNamespace(  # which shutil.which asks since 3.12
+        NeedCurrentDirectoryForExePath=lambda command: False
+    )
     rename = os.rename
 
     def rename_to_new(source: Any, target: Any) -> None:
@@ -60,7 +63,7 @@ def start() -> None:
             raise FileExistsError(errno.EEXIST, "it exists", str(target))
         rename(source, target)
 
-    os.rename = rename_to_new  # type: ignore[assignment]
+    os.rename = rename_to_new
     warnings.filterwarnings("error", category=EncodingWarning, module=r"looped_fast|kernels")
     sys.addaudithook(_refuse)
 
