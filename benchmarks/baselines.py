@@ -50,7 +50,8 @@ def main() -> None:
     if options.out:
         origin = provenance("benchmarks.baselines")
         size = {"prompts": options.prompts, "points": options.points, "dims": options.dims}
-        options.out.write_text(json.dumps({"provenance": origin, **size, "rows": rows}, indent=1))
+        document = {"provenance": origin, **size, "rows": rows}
+        options.out.write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
 def measure(name: str, n_prompts: int, n_points: int, n_dims: int) -> dict[str, Any]:

@@ -191,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     print(caption, report.tables(result["rows"]), report.not_measured(result), sep="\n\n")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"compare_{args.device}"
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    path.with_suffix(".md").write_text(report.markdown(result))
+    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(report.markdown(result), encoding="utf-8")
     if result["rows"]:
         report.chart(result["rows"], path.with_suffix(".png"), caption)
     print(f"\nwrote {path}.md, .json and .png")

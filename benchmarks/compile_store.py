@@ -146,7 +146,7 @@ def few_of_each_kind(ranked: list[Config]) -> list[Config]:
 
 def load() -> Report:
     """The stored report."""
-    entries = json.loads(REPORT.read_text())["entries"] if REPORT.exists() else []
+    entries = json.loads(REPORT.read_bytes())["entries"] if REPORT.exists() else []
     report = {}
     for entry in entries:
         entry["config"] = tuple(entry["config"])
@@ -167,7 +167,7 @@ def store(report: Report) -> None:
     _write(REPORT, f'{{"entries": [\n{lines}\n]}}\n')
     # What was not compiled stays; so do sm_80's candidates if none is good, as launches that are
     # recorded on a CPU use them.
-    known = json.loads(CANDIDATES.read_text()) if CANDIDATES.exists() else {}
+    known = json.loads(CANDIDATES.read_bytes()) if CANDIDATES.exists() else {}
     for group, configs in candidates(report).items():
         if configs or group.arch != "sm_80":
             by_case = known.setdefault(group.kernel, {}).setdefault(group.arch, {})
@@ -177,5 +177,5 @@ def store(report: Report) -> None:
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -136,7 +136,7 @@ def measure(asm: dict[str, Any], metadata: Any, arch: Architecture) -> MachineCo
 
 
 def _tool(name: str, *args: str) -> str:
-    done = subprocess.run([_TOOLS / name, *args], capture_output=True, text=True, check=True)
+    done = subprocess.run([_TOOLS / name, *args], capture_output=True, encoding="utf-8", check=True)
     return done.stdout
 
 

@@ -169,7 +169,7 @@ def memory_added_by(run: Callable[[], object], device: str = "cpu") -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     cpu_engine.empty_cache()
     ctypes.CDLL(None).malloc_trim(0)  # else reuse of freed memory would not show
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM, the peak
     before = _status_mb("VmRSS")
     run()
     return _status_mb("VmHWM") - before
@@ -195,7 +195,7 @@ def count_launches(calls: Iterable[tuple[str, int]]) -> int:
 
 
 def _status_mb(field: str) -> float:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.findall(rf"{field}:\s+(\d+) kB", status)[0]) * 1024 / 1e6
 
 

@@ -25,7 +25,7 @@ class Measuring:
     def __init__(self, arguments: Sequence[str]) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._errors = Path(self._folder.name, "errors")
-        with self._errors.open("w") as errors:
+        with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.measure", *arguments],
                 cwd=ROOT,
@@ -35,7 +35,7 @@ class Measuring:
                 },
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
+                encoding="utf-8",
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -58,8 +58,8 @@ class Measuring:
             raise RuntimeError(f"not done after {timeout:.0f} s") from None
         if line is None:
             status = self._process.wait()
-            lines = self._errors.read_text().strip().splitlines() or [f"exit status {status}"]
-            raise RuntimeError(lines[-1])
+            printed = self._errors.read_text(encoding="utf-8", errors="replace")
+            raise RuntimeError((printed.strip().splitlines() or [f"exit status {status}"])[-1])
         return json.loads(line)
 
     def __enter__(self) -> Measuring:

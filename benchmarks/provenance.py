@@ -43,14 +43,16 @@ def commit() -> str:
     if (head := _git("rev-parse", "HEAD")) is not None:
         return head + ("+changes" if _git("status", "--porcelain") else "")
     if PREPARED_COMMIT.exists():
-        return f"{PREPARED_COMMIT.read_text().strip()} (as prepared; no git here)"
+        return f"{PREPARED_COMMIT.read_text(encoding='utf-8').strip()} (as prepared; no git here)"
     return "unknown"
 
 
 def _git(*args: str) -> str | None:
     """Output of git in this source tree; None without git or a repository."""
     try:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *args], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+        )
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -76,5 +78,5 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return models[0] if models else platform.processor()

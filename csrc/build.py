@@ -140,7 +140,7 @@ def compile_engine(target: Path) -> None:
 
 
 def _run(command: list[str], product: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         output = f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]

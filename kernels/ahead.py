@@ -91,13 +91,20 @@ def _compile(host_code: Callable[[], Any]) -> list[Callable[[], Any]]:
 @contextlib.contextmanager
 def compiling_together() -> Iterator[None]:
     """Compile by threads what calls ``Call.compile`` in the block, until it ends; ignore errors."""
-    n_threads, start = len(os.sched_getaffinity(0)), time.perf_counter()
+    n_threads, start = _n_cores(), time.perf_counter()
     with _Threads(n_threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
         yield
         if n_kernels := len(mode.raw_futures):
             logger.info("compiling %d kernels on %d cores", n_kernels, n_threads)
     if n_kernels:
         logger.info("compiled them in %.1f s", time.perf_counter() - start)
+
+
+def _n_cores() -> int:
+    """Cores that this process may run on; neither Windows nor macOS says which."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Threads(ThreadPoolExecutor):

@@ -71,7 +71,7 @@ _LIKE = {"sm_86": "sm_89", "sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_1
 
 @functools.cache
 def _all_candidates() -> dict[str, dict[str, dict[str, list[list[int]]]]]:
-    return json.loads(Path(__file__).with_name("candidates.json").read_text())
+    return json.loads(Path(__file__).with_name("candidates.json").read_bytes())
 
 
 @functools.cache

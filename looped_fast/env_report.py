@@ -16,7 +16,9 @@ from torch.utils.collect_env import get_pretty_env_info
 
 from looped_fast.config import BACKENDS, PRECISIONS, VERSION, ModelConfig
 from looped_fast.dropin import explain_backend
+from looped_fast.errors import pip_install
 from looped_fast.model import LoopedTransformer
+from looped_fast.ops import cpu_engine
 from looped_fast.ops.selection import Selection
 from looped_fast.training.command_line import Parser, program
 from looped_fast.training.distributed import resolve_device
@@ -29,6 +31,7 @@ _WHAT = {
 }
 # Extra -> modules that it installs, and their use. Reasons against backends name other extras.
 _EXTRAS = {
+    "report": (("matplotlib", "tensorboard"), "plots, and TensorBoard's log"),
     "eval": (("sklearn", "pandas", "xgboost"), "the baselines of figures, and tabular sets"),
     "wandb": (("wandb",), "training with --wandb"),
 }
@@ -53,6 +56,7 @@ def report() -> str:
         f"looped_fast {VERSION}, Python {platform.python_version()}",
         f"CPU instructions: {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads",
+        f"CPU engine: {_engine()}",
         *(f"{precision} on {device}: {selected}" for precision, selected in selections.items()),
     ]
     blocks = [summary(device, selections), details, [get_pretty_env_info()]]
@@ -125,14 +129,20 @@ def _fastest_precision(
     )
 
 
+def _engine() -> str:
+    """The engine's file, and the PyTorch that it was compiled for."""
+    if reason := cpu_engine.load_error():
+        return f"none, {reason}"
+    return f"{cpu_engine.file()}, compiled for PyTorch {torch.ops.looped_fast.cpu_torch()}"
+
+
 def _missing_extras() -> list[str]:
     """A line on each extra of which something is not installed, with the remedy."""
     lines = []
     for extra, (modules, purpose) in _EXTRAS.items():
         if missing := [module for module in modules if find_spec(module) is None]:
             lines.append(
-                f"not installed, for {purpose}: {', '.join(missing)} "
-                f"(pip install 'looped_fast[{extra}]')"
+                f"not installed, for {purpose}: {', '.join(missing)} ({pip_install(extra)})"
             )
     return lines
 

@@ -54,6 +54,32 @@ def check_name(kind: str, name: object, valid: Collection[str]) -> None:
         raise unknown_name(kind, name, valid)
 
 
+# Extra -> its packages, as in pyproject.toml. Messages name them, not ``looped_fast[extra]``, which
+# pip would look up by a name that is not registered where the package runs from its source tree.
+EXTRAS = {
+    "eval": ("scikit-learn", "pandas", "xgboost" if sys.platform == "darwin" else "xgboost-cpu"),
+    "report": ("matplotlib", "tensorboard"),
+    "triton": ("triton",),
+    "wandb": ("wandb",),
+}
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs the packages of an extra."""
+    return f"pip install {' '.join(EXTRAS[extra])}"
+
+
+def needs_extra(what: str, package: str, extra: str) -> RuntimeError:
+    """Make the error where a package of an extra is missing.
+
+    >>> raise needs_extra("greedy trees need", "scikit-learn", "eval")
+    Traceback (most recent call last):
+    ...
+    RuntimeError: greedy trees need scikit-learn, which is not installed: pip install ...
+    """
+    return RuntimeError(f"{what} {package}, which is not installed: {pip_install(extra)}")
+
+
 @contextlib.contextmanager
 def naming(file: str | Path) -> Iterator[None]:
     """Start the message of a ValueError with the file whose content is wrong."""

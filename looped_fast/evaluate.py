@@ -32,7 +32,7 @@ from looped_fast.evaluation import (
 )
 from looped_fast.evaluation.baselines import QUICK_BASELINES, Baseline, figure_baselines
 from looped_fast.evaluation.figures import OFFICIAL_LOOPS
-from looped_fast.evaluation.report import error_table
+from looped_fast.evaluation.report import can_write, error_table
 from looped_fast.evaluation.shifts import SHIFTS, shifted_prompts
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
@@ -97,6 +97,7 @@ def evaluate(command: Command) -> dict[str, Any]:
                 f"{run.name}; lower --points"
             )
     command.out.mkdir(parents=True, exist_ok=True)
+    drawn = " and figures" if can_write("plots") else ""  # before the work, which takes minutes
     results = provenance(command, runs)
     if command.ood:
         results["shifts"] = evaluate_shifts(command, runs, n_points)
@@ -106,8 +107,8 @@ def evaluate(command: Command) -> dict[str, Any]:
         if looped and command.max_loops:
             results["loops"] = evaluate_loops(command, looped, n_points)
     path = command.out / ("ood.json" if command.ood else "evaluation.json")
-    path.write_text(json.dumps(results, indent=1))
-    print(f"\nnumbers and figures: {command.out}")
+    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(f"\nnumbers{drawn}: {command.out}")
     return results
 
 
@@ -203,8 +204,9 @@ def evaluate_positions(
     means = {name: torch.tensor(curve.mean) for name, curve in curves.items()}
     print(f"\n{title}\n{error_table(means)}")
     write_csv(command.out / "positions.csv", "examples", range(n_points), curves)
-    figure = figures.position_figure(curves, title, _top(task))
-    figures.save(figure, command.out / "positions")
+    if can_write("plots"):
+        figure = figures.position_figure(curves, title, _top(task))
+        figures.save(figure, command.out / "positions")
     return _as_dicts(curves)
 
 
@@ -221,8 +223,9 @@ def evaluate_loops(command: Command, runs: list[Run], n_points: int) -> dict[str
     examples = f"after {n_points - 1} examples"
     title = f"{runs[0].config.task}, {examples}, {command.loop_prompts} prompts"
     write_csv(command.out / "loops.csv", "loops", counts, curves)
-    trained = {run.name: run.config.n_loops for run in runs}
-    figures.save(figures.loop_figure(curves, counts, trained, title), command.out / "loops")
+    if can_write("plots"):
+        trained = {run.name: run.config.n_loops for run in runs}
+        figures.save(figures.loop_figure(curves, counts, trained, title), command.out / "loops")
     return {"prompts": command.loop_prompts, "curves": _as_dicts(curves)}
 
 
@@ -256,13 +259,14 @@ def evaluate_shifts(command: Command, runs: list[Run], n_points: int) -> dict[st
     title = f"{runs[0].config.task}, {command.prompts} prompts"
     rows = {f"{shift}: {name}": c for shift, curves in panels.items() for name, c in curves.items()}
     write_csv(command.out / "ood.csv", "examples", range(n_positions), rows)
-    figures.save(figures.shift_figure(panels, title, _top(task)), command.out / "ood")
+    if can_write("plots"):
+        figures.save(figures.shift_figure(panels, title, _top(task)), command.out / "ood")
     return {shift: _as_dicts(curves) for shift, curves in panels.items()}
 
 
 def write_csv(path: Path, unit: str, counts: Sequence[int], curves: Mapping[str, Curve]) -> None:
     """Write mean, low and high of each predictor, one line per count of ``unit``."""
-    with path.open("w", newline="") as stream:
+    with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("predictor", unit, "mean", "low", "high"))
         for name, curve in curves.items():

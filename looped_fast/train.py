@@ -26,7 +26,7 @@ from looped_fast.config import VERSION
 from looped_fast.dropin.explain import explain_backend
 from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.evaluation.baselines import QUICK_BASELINES
-from looped_fast.evaluation.report import error_table, plot
+from looped_fast.evaluation.report import can_write, error_table, plot
 from looped_fast.pretrained import load_start
 from looped_fast.training import checkpoint, distributed, lock
 from looped_fast.training.command_line import parse as parse_flags
@@ -280,7 +280,8 @@ def _start(config: TrainConfig) -> Start | None:
 
 def _write_config(config: TrainConfig, run_dir: Path) -> None:
     try:
-        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
+        (run_dir / CONFIG_FILE).write_text(settings, encoding="utf-8")
     except OSError as error:
         raise _cannot_write(error) from error
 
@@ -315,6 +316,8 @@ def announce(trainer: Trainer) -> None:
     longer = "" if preset == "paper" else "; the paper's run: --preset paper"
     print(f"estimated time: {time_left}. Shorter: {shorter}{longer}")
     print(f"writing to {trainer.run_dir}\n")
+    if trainer.processes.is_main:
+        can_write("plots", "TensorBoard events")  # says now what will be left out
 
 
 def report(trainer: Trainer, summary: str) -> None:
@@ -339,9 +342,12 @@ def report(trainer: Trainer, summary: str) -> None:
         "looped_fast": VERSION,
         "errors": {name: error.tolist() for name, error in errors.items()},
     }
-    (run_dir / "results.json").write_text(json.dumps(results, indent=1))
-    plot(run_dir / "report.png", read_metrics(run_dir / METRICS_FILE), errors, title)
-    print(f"\nplot: {run_dir / 'report.png'}\nweights: {checkpoint.latest(run_dir)}")
+    (run_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print()
+    if can_write("plots"):
+        plot(run_dir / "report.png", read_metrics(run_dir / METRICS_FILE), errors, title)
+        print(f"plot: {run_dir / 'report.png'}")
+    print(f"weights: {checkpoint.latest(run_dir)}")
 
 
 if __name__ == "__main__":

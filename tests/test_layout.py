@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from looped_fast.errors import EXTRAS
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "looped_fast"
 
@@ -73,6 +75,17 @@ def test_no_file_is_longer_than_a_sitting():
 def test_the_version_is_that_of_the_package():
     version = importlib.import_module("looped_fast").__version__
     assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_messages_name_the_packages_of_an_extra():
+    page = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra, packages in EXTRAS.items():
+        listed = re.search(rf"^{extra} = \[(.*?)\]", page, re.DOTALL | re.MULTILINE)[1]
+        names = re.findall(r'"([a-z][\w-]+)', listed)
+        assert set(packages) <= set(names), extra
+        assert {name.partition("-cpu")[0] for name in names} == {
+            name.partition("-cpu")[0] for name in packages
+        }
 
 
 def test_the_tour_names_what_exists():

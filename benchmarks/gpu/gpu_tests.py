@@ -29,7 +29,7 @@ def run(visit: Visit) -> None:
     environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(
         command(visit.dry), cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
+        stderr=subprocess.STDOUT, encoding="utf-8",
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     say("\n".join(lines[-30:]))

@@ -11,7 +11,7 @@ def write_page(visit: Visit) -> None:
     """Write ``gpu_<card>.md`` beside the JSON."""
     parts = [_section(name, result) for name, result in visit.load().items()]
     title = "# Dry run, nothing is measured" if visit.dry else "# Measured on a GPU"
-    visit.path.with_suffix(".md").write_text("\n\n".join([title, *parts]) + "\n")
+    visit.path.with_suffix(".md").write_text("\n\n".join([title, *parts]) + "\n", encoding="utf-8")
 
 
 def _section(name: str, result: dict[str, Any]) -> str:

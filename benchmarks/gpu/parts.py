@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 # What ``import looped_fast`` and its trainer need.
 _LIBRARY = ("torch", "triton", "numpy", "safetensors", "yaml", "tqdm")
-_COMMAND = (*_LIBRARY, "tyro", "tabulate", "matplotlib", "tensorboard")
+_COMMAND = (*_LIBRARY, "tyro", "tabulate")
 _TESTS = (*_COMMAND, "pytest", "hypothesis")
 
 

@@ -54,7 +54,7 @@ def trained(
     command += ["--device", visit.device.type, *arguments]
     command += [] if visit.dry else ["--amp", "bf16", "--cuda-graphs", "on"]
     start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=os.environ
         )

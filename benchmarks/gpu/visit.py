@@ -48,7 +48,7 @@ class Visit:
 
     def load(self) -> dict[str, dict[str, Any]]:
         """Results so far, by name of the part."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
     def start(self, part: str, **values: Any) -> None:
         """Replace the results of a part by ``values``."""
@@ -62,7 +62,7 @@ class Visit:
     def _write(self, results: dict[str, dict[str, Any]]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         temporary.replace(self.path)
 
     def best_configs(self, case: str) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from looped_fast.config import ModelConfig
 from looped_fast.errors import MOST_WEIGHTS, CheckpointError
+from looped_fast.training.durable import when_free, write_durably
 
 MOST_STEPS = 10**12
 
@@ -209,12 +211,10 @@ def export_official_checkpoint(
         state = {"model": model_state}
     else:
         raise ValueError(f"{path} does not name its step; call it model_<step>.pt")
-    hidden = path.with_name(f".tmp-{path.name}")
-    with open(hidden, "wb") as stream:
-        torch.save(state, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(hidden, path)
+    hidden, packed = path.with_name(f".tmp-{path.name}"), io.BytesIO()
+    torch.save(state, packed)
+    write_durably(hidden, packed.getvalue())
+    when_free(os.replace, hidden, path)
 
 
 def model_config_from_state_dict(

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from looped_fast.errors import needs_extra
 from looped_fast.evaluation.tree_baselines import (
     boosted_trees,
     fit_everywhere,
     greedy_tree,
     in_processes,
-    needs_extra,
 )
 from looped_fast.ops import forks
 from looped_fast.tasks import (
@@ -142,7 +142,7 @@ def lasso(
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import lasso_path
     except ImportError as error:
-        raise needs_extra("lasso needs", "scikit-learn") from error
+        raise needs_extra("lasso needs", "scikit-learn", "eval") from error
 
     def fit(points: np.ndarray, values: np.ndarray, query: np.ndarray) -> float:
         # A third of the time of scikit-learn's Lasso, which wraps this call.

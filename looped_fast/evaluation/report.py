@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+import logging
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor
+
+from looped_fast.errors import pip_install
+
+_WRITERS = {"plots": "matplotlib.figure", "TensorBoard events": "torch.utils.tensorboard"}
+_left_out: set[str] = set()  # outputs that were said to be left out
+
+logger = logging.getLogger(__name__)
+
+
+def can_write(*outputs: str) -> bool:
+    """True if the packages that write ``outputs``, which are optional, can be imported.
+
+    What is left out for lack of them is logged with the remedy, once in a process.
+
+    Args:
+        outputs: ``plots``, ``TensorBoard events`` or both.
+    """
+    missing = {name: error for name in outputs if (error := _import_error(_WRITERS[name]))}
+    if new := missing.keys() - _left_out:
+        _left_out.update(new)
+        reasons = ", ".join(f"{name} ({missing[name]})" for name in sorted(new))
+        logger.warning("not written: %s; to have them, %s", reasons, pip_install("report"))
+    return not missing
+
+
+def _import_error(module: str) -> str | None:
+    try:
+        import_module(module)
+    except Exception as error:  # TensorBoard raises TypeError under a protobuf that it can't use
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None
 
 
 def error_table(errors: dict[str, Tensor]) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from looped_fast.errors import needs_extra
+
 # (points [i, d], values [i], query [1, d]) -> prediction
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
 _FITS_PER_WORKER = 1000  # fewer are done before a process has started
@@ -32,7 +34,7 @@ def greedy_tree(
         from sklearn import config_context
         from sklearn.tree import DecisionTreeRegressor
     except ImportError as error:
-        raise needs_extra("greedy trees need", "scikit-learn") from error
+        raise needs_extra("greedy trees need", "scikit-learn", "eval") from error
 
     random = np.random.RandomState(0)
     start = random.get_state()
@@ -80,7 +82,7 @@ def boosted_trees(
     try:
         import xgboost
     except ImportError as error:
-        raise needs_extra("boosted trees need", "xgboost") from error
+        raise needs_extra("boosted trees need", "xgboost", "eval") from error
     settings = {
         "max_depth": max_depth,
         "learning_rate": learning_rate,
@@ -122,13 +124,8 @@ def in_processes(work: Callable[..., Any], arguments: Iterable[tuple], n_fits: i
     try:
         import joblib  # scikit-learn depends on it
     except ImportError as error:
-        raise needs_extra("lasso, trees and the 2-layer network need", "scikit-learn") from error
+        raise needs_extra(
+            "lasso, trees and the 2-layer network need", "scikit-learn", "eval"
+        ) from error
     n_workers = min(joblib.cpu_count(), 1 + n_fits // _FITS_PER_WORKER)
     return joblib.Parallel(n_jobs=n_workers)(joblib.delayed(work)(*a) for a in arguments)
-
-
-def needs_extra(what: str, package: str) -> RuntimeError:
-    """The error where an optional package is missing."""
-    return RuntimeError(
-        f"{what} {package}, which is not installed: pip install 'looped_fast[eval]'"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -54,8 +55,11 @@ def update(path: Path, entries: dict[str, Any]) -> str | None:
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(load(path) | entries, indent=1, sort_keys=True))
+        content = json.dumps(load(path) | entries, indent=1, sort_keys=True)
+        temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         return f"{path} can't be written: {error.strerror}"
     return None

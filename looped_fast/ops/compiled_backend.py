@@ -57,8 +57,9 @@ def _missing_compiler(device: str) -> str | None:
         return None if find_spec("triton") else "torch.compile needs Triton, not installed here"
     if device != "cpu":
         return f"tensors are on {device}; it compiles for CPUs and CUDA devices"
-    # The same compiler as torch._inductor.config.cpp.cxx, whose import would take a second.
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    # The same compiler as in torch._inductor.cpp_builder, whose import would take a second.
+    by_default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", by_default)
     if shutil.which(compiler.split()[0]) is None:
         return (
             f"torch.compile needs a C++ compiler, and there is no {compiler}; install it or set CXX"

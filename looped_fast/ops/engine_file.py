@@ -78,7 +78,7 @@ def _alone(lock: Path) -> Iterator[None]:
     import fcntl  # where there is an engine, there is POSIX
 
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("a") as stream:
+    with lock.open("ab") as stream:
         with contextlib.suppress(OSError):  # no locks on this file system: some work is done twice
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
@@ -87,7 +87,9 @@ def _alone(lock: Path) -> Iterator[None]:
 def _compile(file: Path, retry: bool) -> None:
     """Compile to ``file``. A failure is remembered beside it, as it can take half a minute."""
     compiler = build.find_compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, encoding="utf-8", errors="replace"
+    ).stdout
     failure = file.with_suffix(".failed")
     if not retry and failure.exists():
         past_version, _, reason = failure.read_text(encoding="utf-8").partition("\n\n")

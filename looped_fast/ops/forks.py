@@ -52,7 +52,7 @@ def keep_to_one_thread() -> None:
 def _lost_threads_before() -> bool:
     """True if this process was forked before the import, and an operation on threads would hang."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
         if not int(fields[6]) & _FORKED_NO_EXEC or len(os.listdir("/proc/self/task")) > 1:
             return False  # it has not been forked, or may have started threads itself
     except OSError:  # no Linux

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from looped_fast.errors import pip_install
 from looped_fast.kernels.candidates import operand_precision
 from looped_fast.kernels.saved_activations import SavedActivations, empty_saved
 from looped_fast.ops import loop_autograd, reference
@@ -33,7 +34,7 @@ MAX_OUTPUTS = 8  # outputs of a read-out in the kernels; PyTorch computes wider 
 def load_error() -> str | None:
     """Return why there is no Triton that can compile the kernels, or None."""
     if find_spec("triton") is None:
-        return "Triton is not installed (pip install 'looped_fast[triton]', on Linux)"
+        return f"Triton is not installed ({pip_install('triton')}, on Linux)"
     import triton
 
     if TorchVersion(triton.__version__) < MIN_TRITON:

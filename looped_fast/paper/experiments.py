@@ -45,7 +45,8 @@ def last_checkpoint(config: TrainConfig, run_dir: Path) -> checkpoint.Checkpoint
     """
     latest = checkpoint.latest(run_dir)
     if latest is None:
-        (run_dir / CONFIG_FILE).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
+        (run_dir / CONFIG_FILE).write_text(settings, encoding="utf-8")
         return None
     saved = checkpoint.load(latest)
     before = saved_config(saved, type(config)())  # defaults for newer settings

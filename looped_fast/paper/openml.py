@@ -28,6 +28,7 @@ from looped_fast import errors
 from looped_fast.config import ModelConfig
 from looped_fast.errors import check_name
 from looped_fast.evaluation.baselines import nearest_neighbours
+from looped_fast.evaluation.report import can_write
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.paper.tabular_data import (
     TabularSet,
@@ -188,14 +189,18 @@ def main(args: list[str] | None = None) -> int:
     try:
         command = parse(Command, args, program("openml"))
         out = command.out or Path("openml") / f"{command.data}-{command.preset}"
-        results = run(command, load_sets(command.data), out)
+        sets = load_sets(command.data)
+        can_write("plots", "TensorBoard events")  # says now what will be left out
+        results = run(command, sets, out)
         write(command, results, out)
     except Interrupted as stop:
         print(f"\n{stop}: the run is saved. The same command resumes it.")
         return 128 + stop.signum
     except errors.EXPECTED as error:
         return errors.report(error)
-    print(f"\n{results_table(results)}\n\nplot: {out / 'openml.png'}")
+    print(f"\n{results_table(results)}\n\nnumbers: {out / RESULTS_FILE}")
+    if can_write("plots"):
+        print(f"plot: {out / 'openml.png'}")
     return 0
 
 
@@ -258,14 +263,15 @@ def write(command: Command, results: dict[str, Any], out: Path) -> None:
     """Write ``openml.json``, ``openml.csv`` and ``openml.png`` to ``out``."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(command).items()}
     document = {"settings": settings, "versions": versions(), "sets": results}
-    (out / RESULTS_FILE).write_text(json.dumps(document))
-    with (out / "openml.csv").open("w", newline="") as file:
+    (out / RESULTS_FILE).write_text(json.dumps(document), encoding="utf-8")
+    with (out / "openml.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["set", "predictor", "accuracy", "standard deviation over seeds"])
         for name, row in results.items():
             for predictor in PREDICTORS:
                 table.writerow([name, predictor, *row[predictor]])
-    plot(out / "openml.png", results)
+    if can_write("plots"):
+        plot(out / "openml.png", results)
 
 
 PREDICTORS = (*MODELS, "3-nearest neighbours", "majority")

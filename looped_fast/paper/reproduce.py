@@ -27,6 +27,7 @@ from looped_fast import errors, evaluate, pretrained, train
 from looped_fast.errors import check_name, read_json
 from looped_fast.evaluation import Curve
 from looped_fast.evaluation.baselines import figure_baselines
+from looped_fast.evaluation.report import can_write
 from looped_fast.model import LoopedTransformer
 from looped_fast.paper import openml, state_probes, sweep
 from looped_fast.paper.ablations import SWEEPS
@@ -87,6 +88,7 @@ def main(args: list[str] | None = None) -> int:
         for name in command.figures:
             check_name("figure", name, FIGURES)
         (command.out / "results").mkdir(parents=True, exist_ok=True)
+        can_write("plots")  # says now what will be left out
         is_complete = all([make(name, command) for name in command.figures or FIGURES])
         write_page(command.out)
     except errors.EXPECTED as error:
@@ -104,8 +106,9 @@ def make(name: str, command: Command) -> bool:
     for how in missing:
         print(f"{name}: missing; make it with: {how}")
     document = json.dumps(_rounded({**numbers, "missing": missing}))
-    numbers_file(command.out, name).write_text(document)
-    draw(name, command.out)
+    numbers_file(command.out, name).write_text(document, encoding="utf-8")
+    if can_write("plots"):
+        draw(name, command.out)
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     return not missing
 
@@ -130,7 +133,8 @@ def find_model(command: Command, task: str, model: str) -> Run:
     if shipped in pretrained.names():
         return _named(load_run(pretrained.path(shipped), command.device), model)
     run_dir = command.work / "runs" / f"{task}-{model}-{command.preset}"
-    line = ["--task", task, "--model", model, "--preset", command.preset, "--out", str(run_dir)]
+    line = ["--task", task, "--model", model, "--preset", command.preset]
+    line += ["--out", run_dir.as_posix()]  # which no shell needs in quotes
     if checkpoint.latest(run_dir) is None:
         _train_or_name(command, "train", train.main, line)
     run = load_run(run_dir, command.device)
@@ -267,7 +271,7 @@ def ablations(command: Command, earlier: Numbers, missing: list[str]) -> Numbers
         out = command.work / "sweeps" / f"{name}-lr-{command.preset}"
         if out.name in sweeps:
             continue
-        line = [name, "--preset", command.preset, "--out", str(out)]
+        line = [name, "--preset", command.preset, "--out", out.as_posix()]
         try:
             _train_or_name(command, "sweep", sweep.main, line)
         except Missing as how:
@@ -322,7 +326,7 @@ def tabular(command: Command, earlier: Numbers, missing: list[str]) -> Numbers:
     data = "openml" if command.preset == "paper" else "offline"
     out = command.work / "openml" / f"{data}-{command.preset}"
     if out.name not in found:
-        line = ["--data", data, "--preset", command.preset, "--out", str(out)]
+        line = ["--data", data, "--preset", command.preset, "--out", out.as_posix()]
         try:
             _train_or_name(command, "openml", openml.main, line)
             found |= _finished(command, "openml", openml.RESULTS_FILE)
@@ -383,7 +387,7 @@ def _step_seconds(task: str, model: str, device: torch.device) -> float:
 def _cpu_name() -> str:
     """The processor's name from the kernel, or else from ``platform``."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

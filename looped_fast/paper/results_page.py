@@ -87,7 +87,7 @@ def write_page(out: Path) -> None:
         if missing:
             text += "\n\nMissing here; made by:\n\n" + "\n".join(f"    {how}" for how in missing)
         parts.append(f"## {_TITLES[name]}\n\n{text.strip()}")
-    (out / "results.md").write_text("\n\n".join(parts) + "\n")
+    (out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 _INTRODUCTION = """\

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from looped_fast import errors
 from looped_fast.evaluation import evaluation_batches
+from looped_fast.evaluation.report import can_write
 from looped_fast.model import LoopedTransformer
 from looped_fast.ops import reference
 from looped_fast.pretrained.provenance import versions
@@ -252,6 +253,7 @@ def main(args: list[str] | None = None) -> int:
         results = {}
         runs = [load_run(source, command.device) for source in command.runs]
         command.out.mkdir(parents=True, exist_ok=True)  # before the work that it is to hold
+        can_write("plots")  # says now what will be left out
         for run in runs:
             print(f"probing {run.name} and its control: {command.settings.steps} steps each")
             results[run.name] = {
@@ -263,9 +265,11 @@ def main(args: list[str] | None = None) -> int:
         return errors.report(error)
     settings = dataclasses.asdict(command.settings)
     document = {"settings": settings, "versions": versions(), "runs": results}
-    (command.out / "probes.json").write_text(json.dumps(document))
-    plot(command.out / "probes.png", results)
-    print(f"\n{results_table(results)}\n\nplot: {command.out / 'probes.png'}")
+    (command.out / "probes.json").write_text(json.dumps(document), encoding="utf-8")
+    print(f"\n{results_table(results)}\n\nnumbers: {command.out / 'probes.json'}")
+    if can_write("plots"):
+        plot(command.out / "probes.png", results)
+        print(f"plot: {command.out / 'probes.png'}")
     return 0
 
 

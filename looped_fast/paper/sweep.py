@@ -25,6 +25,7 @@ from looped_fast.evaluation import (
     evaluation_batches,
     loop_errors,
 )
+from looped_fast.evaluation.report import can_write
 from looped_fast.paper.ablations import SWEEPS
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.pretrained.provenance import versions, weights_sha256
@@ -69,6 +70,7 @@ def main(args: list[str] | None = None) -> int:
         runs = sweep_runs(
             command.name, command.task, command.preset, steps=command.steps, seed=command.seed
         )
+        can_write("plots", "TensorBoard events")  # says now what will be left out
         results = run(runs, out, command.prompts)
         steps = next(iter(runs.values())).steps
         description = {
@@ -84,7 +86,9 @@ def main(args: list[str] | None = None) -> int:
         return 128 + stop.signum
     except errors.EXPECTED as error:
         return errors.report(error)
-    print(f"\n{results_table(results)}\n\nplot: {out / 'sweep.png'}")
+    print(f"\n{results_table(results)}\n\nnumbers: {out / RESULTS_FILE}")
+    if can_write("plots"):
+        print(f"plot: {out / 'sweep.png'}")
     return 0
 
 
@@ -156,8 +160,8 @@ def _evaluate(trainer: Trainer, n_prompts: int) -> dict[str, Any]:
 def write(description: dict[str, Any], results: dict[str, Any], out: Path) -> None:
     """Write ``sweep.json``, ``sweep.csv`` (all points of all curves) and ``sweep.png``."""
     document = {**description, "versions": versions(), "runs": results}
-    (out / RESULTS_FILE).write_text(json.dumps(document))
-    with (out / "sweep.csv").open("w", newline="") as file:
+    (out / RESULTS_FILE).write_text(json.dumps(document), encoding="utf-8")
+    with (out / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["run", "curve", "at", "error"])
         for label, result in results.items():
@@ -165,7 +169,8 @@ def write(description: dict[str, Any], results: dict[str, Any], out: Path) -> No
                 table.writerow([label, "in-context examples", i, error])
             for i, error in enumerate(result["by_loops"], 1):
                 table.writerow([label, "loops", i, error])
-    plot(out / "sweep.png", results, f"{description['name']}: {description['scale']}")
+    if can_write("plots"):
+        plot(out / "sweep.png", results, f"{description['name']}: {description['scale']}")
 
 
 def results_table(results: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 Source: arXiv 2311.12424, appendix on OpenML; official ``scripts/gen_openml_data.py``. Sets have at
 most 20 numeric features, no missing values, and classes within a factor of two of each other.
-Needs scikit-learn, and pandas for sets of OpenML: ``pip install 'looped_fast[eval]'``.
+Needs scikit-learn, and pandas for sets of OpenML: the extra ``eval``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
-from looped_fast.errors import check_name, naming
-from looped_fast.evaluation.tree_baselines import needs_extra
+from looped_fast.errors import check_name, naming, needs_extra
 from looped_fast.tasks import Batch, batch_generator
 
 # The ten sets behind the published accuracies, in their order. The official code selects them by
@@ -233,4 +232,4 @@ def load_sets(collection: str) -> list[TabularSet]:
     try:
         return COLLECTIONS[collection]()
     except ImportError as error:
-        raise needs_extra("tabular sets need", "scikit-learn and pandas") from error
+        raise needs_extra("tabular sets need", "scikit-learn and pandas", "eval") from error

@@ -39,7 +39,7 @@ def main(args: list[str] | None = None) -> int:
         folder = release(options.run, options.cpu_minutes, options.how)
     except errors.EXPECTED as error:
         return errors.report(error)
-    print((folder / "README.md").read_text())
+    print((folder / "README.md").read_text(encoding="utf-8"))
     return 0
 
 
@@ -74,7 +74,7 @@ def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> 
         "errors": _errors(source, config),
     }
     checkpoint.export_weights(source, folder, config=config.to_dict(), meta=meta)
-    (folder / "README.md").write_text(card(folder))
+    (folder / "README.md").write_text(card(folder), encoding="utf-8")
     return folder
 
 

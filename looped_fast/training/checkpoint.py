@@ -51,12 +51,12 @@ from looped_fast.training.checkpoint_read import (
     sealed,
     visible,
 )
+from looped_fast.training.durable import sync_names, when_free, write_durably
 from looped_fast.training.lock import hold
 
 __all__ = [
     "INDEX", "MODEL", "TRAINER", "Checkpoint", "CheckpointError", "checkpoints",
     "export_weights", "latest", "load", "non_finite_state", "restore_into", "save", "tidy",
-    "write_durably",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -105,13 +105,13 @@ def save(
             hidden.mkdir()
             for name, content in files.items():
                 write_durably(hidden / name, content)
-            _sync(hidden)
+            sync_names(hidden)
             if final.exists():
                 old = final.with_name(f"{final.name}.old")
                 _remove(old)
-                os.rename(final, old)
-            os.rename(hidden, final)
-            _sync(final.parent)
+                when_free(os.rename, final, old)
+            when_free(os.rename, hidden, final)
+            sync_names(final.parent)
             _prune(final.parent, keep, final)
     except OSError as error:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -219,14 +219,6 @@ def non_finite_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> str 
     return non_finite({**model.state_dict(), **_adam_state(model, optimizer)})
 
 
-def write_durably(file: Path, content: bytes) -> None:
-    """Write a file that survives a power cut once its name is in place."""
-    with open(file, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _restore_generators(checkpoint: Checkpoint) -> None:
     torch.set_rng_state(checkpoint.rng_state["cpu"])
     if "cuda" not in checkpoint.rng_state:
@@ -308,7 +300,7 @@ def _hidden(path: Path) -> Path:
 
 def _remove_hidden(parent: Path) -> None:
     for leftover in parent.glob(_hidden(Path("*")).name):  # of a process that was killed
-        shutil.rmtree(leftover)
+        when_free(shutil.rmtree, leftover)
 
 
 def _prune(parent: Path, keep: int, newest: Path) -> None:
@@ -324,17 +316,8 @@ def _prune(parent: Path, keep: int, newest: Path) -> None:
 def _remove(path: Path) -> None:
     """Remove a checkpoint, hiding it first: a kill can't leave a half-deleted one visible."""
     if path.exists():
-        os.rename(path, _hidden(path))
-        shutil.rmtree(_hidden(path))
-
-
-def _sync(directory: Path) -> None:
-    """Make new names in the directory survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        when_free(os.rename, path, _hidden(path))
+        when_free(shutil.rmtree, _hidden(path))
 
 
 def _explain_failed_write(error: OSError, target: Path, size: int) -> NoReturn:

@@ -201,7 +201,7 @@ def _read_index(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} has format version {version}, written by looped_fast "
             f"{index.get('looped_fast_version')}; this is {VERSION}, which reads "
-            f"up to version {FORMAT_VERSION}: update it with pip install -U looped_fast"
+            f"up to version {FORMAT_VERSION}; install a newer looped_fast"
         )
     if index.get("sha256", digest) != digest:
         raise damaged(file, "is corrupt: its sha256 is not the recorded one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import itertools
 import sys
 import typing
@@ -40,16 +41,27 @@ def parse(command: type[T], args: Sequence[str] | None, prog: str, default: T | 
         ValueError: an unknown flag or choice; the message has the nearest.
         SystemExit: ``--help``, or anything else that can't be parsed; tyro has printed why.
     """
+    _escape_what_cannot_be_printed()
     args = sys.argv[1:] if args is None else args
     check_flags(args, _flags(command))
     parsed: T = tyro.cli(command, args=args, default=default, prog=prog)  # type: ignore[assignment]
     return parsed
 
 
+def _escape_what_cannot_be_printed() -> None:
+    """Print a path's characters that standard output's encoding lacks as escapes, not an error.
+
+    On Windows that is the code page, once output goes to a file or a pipe.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors of unknown flags and choices have the nearest, too."""
 
     def __init__(self, prog: str | None = None, **settings: Any) -> None:
+        _escape_what_cannot_be_printed()
         super().__init__(prog, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args=None, namespace=None):

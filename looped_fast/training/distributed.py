@@ -197,7 +197,7 @@ def join() -> Iterator[Processes]:
     try:
         with contextlib.ExitStack() as stack:
             if rank != 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             processes = Processes(rank, world_size, local_rank)
             try:

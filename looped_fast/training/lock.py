@@ -57,10 +57,7 @@ def hold(run_dir: str | Path) -> Iterator[None]:
         yield
     finally:
         if _held.pop(holder, None):  # else this is a fork, whose parent holds the lock
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                if _is_at(file, stream):
-                    file.unlink()
-            stream.close()
+            _release(file, stream)
 
 
 _held: dict[tuple[Path, int], IO[bytes]] = {}  # by lock file and thread
@@ -103,7 +100,22 @@ def _lock(stream: IO[bytes]) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def _release(file: Path, stream: IO[bytes]) -> None:
+    """Remove the lock file, and close it."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":  # removes no open file: neither ours, nor the next holder's
+            stream.seek(_BYTE)
+            msvcrt.locking(stream.fileno(), msvcrt.LK_UNLCK, 1)  # closing may unlock it later
+            stream.close()
+            file.unlink()
+        elif _is_at(file, stream):
+            file.unlink()
+    stream.close()
+
+
 def _is_at(file: Path, stream: IO[bytes]) -> bool:
+    if sys.platform == "win32":
+        return True  # an open file can't be removed there
     try:
         return os.path.samestat(os.fstat(stream.fileno()), file.stat())
     except FileNotFoundError:

@@ -9,8 +9,9 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from looped_fast.errors import read_file
-from looped_fast.training.checkpoint import write_durably
+from looped_fast.errors import needs_extra, read_file
+from looped_fast.evaluation.report import can_write
+from looped_fast.training.durable import when_free, write_durably
 
 METRICS_FILE = "metrics.jsonl"
 _MAX_BYTES = 2**32
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Append-only log of a run.
+    """Append-only log of a run. Without TensorBoard its events are left out, with a warning.
 
     Args:
         run_dir: the run's folder, for ``metrics.jsonl`` and ``tensorboard/``.
@@ -39,18 +40,14 @@ class MetricsLog:
         wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        # Imported here: TensorBoard takes a second to import, and evaluation does not need it.
-        from torch.utils.tensorboard import SummaryWriter
-
         self._wandb = _start_wandb(wandb_project, run_dir.name, config) if wandb_project else None
         path, rewritten = run_dir / METRICS_FILE, run_dir / f".{METRICS_FILE}"
         earlier = [text for text, line in _read_lines(path) if line["step"] <= first_step]
         write_durably(rewritten, b"".join(text + b"\n" for text in earlier))
-        rewritten.replace(path)  # atomically: a kill loses no line
+        when_free(os.replace, rewritten, path)  # atomically: a kill loses no line
         self._file = path.open("ab", buffering=0)  # after an error, nothing is left for close()
         self._path, self._made = path, path.stat()
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        self._tensorboard.flush()
+        self._tensorboard = _open_tensorboard(run_dir / "tensorboard", first_step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Log numbers, and lists of numbers by position, after ``step`` completed steps.
@@ -74,9 +71,10 @@ class MetricsLog:
                 for key, errors in by_position.items():
                     scalars[f"{name}/{key}_loops/mean"] = sum(errors) / len(errors)
                     scalars[f"{name}/{key}_loops/last_position"] = errors[-1]
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()  # its thread must not meet a folder that is removed later
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()  # its thread must not meet a folder that is removed later
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
@@ -95,21 +93,31 @@ class MetricsLog:
     def close(self) -> None:
         """Flush and close everything."""
         self._file.close()
-        try:
-            self._tensorboard.close()
-        except OSError as error:
-            logger.warning("TensorBoard's events are incomplete: %s", error)
+        if self._tensorboard is not None:
+            try:
+                self._tensorboard.close()
+            except OSError as error:
+                logger.warning("TensorBoard's events are incomplete: %s", error)
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _open_tensorboard(folder: Path, purge_step: int) -> Any:
+    """TensorBoard's writer, or None without TensorBoard, which is logged."""
+    if not can_write("TensorBoard events"):
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+    writer = SummaryWriter(str(folder), purge_step=purge_step)
+    writer.flush()
+    return writer
 
 
 def _start_wandb(project: str, name: str, config: dict[str, Any] | None) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise RuntimeError(
-            "--wandb needs the wandb package: pip install 'looped_fast[wandb]'"
-        ) from error
+        raise needs_extra("--wandb needs", "wandb", "wandb") from error
     return wandb.init(project=project, name=name, id=name, resume="allow", config=config)
 
 

@@ -110,3 +110,12 @@ def test_host_code_that_does_not_fit_twice_is_left_to_its_launches(monkeypatch, 
             ahead.compile_ahead("key", torch.device("cpu"), host_code)
     assert len(ran) == 1
     assert "no memory to compile kernels ahead" in caplog.text
+
+
+def test_cores_are_counted_on_systems_that_pin_no_process(monkeypatch) -> None:
+    if hasattr(os, "sched_getaffinity"):
+        assert ahead._n_cores() == len(os.sched_getaffinity(0))
+        monkeypatch.delattr("os.sched_getaffinity")  # Windows and macOS have none
+    assert ahead._n_cores() == os.cpu_count()
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert ahead._n_cores() == 1

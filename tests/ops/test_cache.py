@@ -79,3 +79,17 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(caplog, tmp_path):
     os.mkfifo(tmp_path / "file.json")
     assert cache.load(tmp_path / "file.json") == {}
     assert "is a FIFO, socket or device" in caplog.text
+
+
+def test_a_file_that_is_in_use_stays_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
+    """Windows replaces no file that another process reads."""
+    write(tmp_path / "file.json", {"a": 1})
+
+    def in_use(*_):
+        raise PermissionError(13, "in use by another process")
+
+    monkeypatch.setattr("pathlib.Path.replace", in_use)
+    reason = cache.update(tmp_path / "file.json", {"b": 2})
+    assert reason == f"{tmp_path / 'file.json'} can't be written: in use by another process"
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+    assert cache.load(tmp_path / "file.json") == {"a": 1}

@@ -291,7 +291,7 @@ def test_phases_show_in_a_profile(inputs):
 
 def peak_memory() -> int:
     """Peak memory of this process in KiB; getrusage may report that of a larger parent."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return int(re.search(rb"VmHWM:\s+(\d+)", Path("/proc/self/status").read_bytes())[1])
 
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

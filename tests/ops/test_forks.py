@@ -208,3 +208,17 @@ def test_a_model_goes_to_another_process(method, two_threads):
     assert torch.equal(torch.tensor(outputs), expected)
     assert len(said) == (method == "fork"), said
     assert n_threads == (1 if method == "fork" else min(2, len(os.sched_getaffinity(0))))
+
+
+RENAMED = """
+    from pathlib import Path
+    Path("/proc/self/comm").write_bytes("cut sho\\u0440".encode()[:-1])
+    from looped_fast.ops import forks
+    print(forks._lost_threads_before())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_may_have_a_name_that_is_no_utf_8():
+    """Linux cuts a process's name after 15 bytes, also within a character."""
+    assert run_python(RENAMED) == "False"

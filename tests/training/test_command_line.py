@@ -1,13 +1,15 @@
 """A mistyped flag, or value of a choice, gets the nearest valid one, in every command."""
 
+import io
 import re
+import sys
 
 import pytest
 
 from benchmarks import compare
 from looped_fast import evaluate, openml, presets, reproduce, state_probes, sweep, train
 from looped_fast.pretrained import __main__ as release
-from looped_fast.training.command_line import Parser, check_flags
+from looped_fast.training.command_line import Parser, check_flags, parse
 
 COMMANDS = {
     "train": train, "evaluate": evaluate, "sweep": sweep, "openml": openml,
@@ -99,3 +101,22 @@ def test_the_argparse_commands_do_as_the_others(capsys, main, args, message):
         main(args.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "release"])
+def test_a_path_that_cannot_be_printed_is_no_error(monkeypatch, command, encoding):
+    """On Windows output that goes to a file is in the code page, and paths hold any character."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    if command == "release":
+        Parser("mine").parse_args([])
+    else:
+        record = COMMANDS[command].Command
+        default = {
+            "train": lambda: record(presets.preset_config("tiny")),
+            "evaluate": lambda: record(()),
+        }[command]()
+        parse(record, [], command, default)
+    print("writing to \u5b66\u4e60", flush=True)
+    assert written.getvalue().strip() == rb"writing to \u5b66\u4e60"
