@@ -43,7 +43,7 @@ def run_part(part: str, visit: Visit, limit: float) -> Outcome:
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
     )
     stopped = threading.Event()
