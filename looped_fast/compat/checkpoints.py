@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from looped_fast.config import ModelConfig
 from looped_fast.errors import MOST_WEIGHTS, CheckpointError
@@ -97,13 +98,20 @@ def _unpickle(path: Path) -> Any:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [info for info in archive.infolist() if info.compress_type]
+            records = archive.infolist()
+            packed = [info for info in records if info.compress_type]
             if packed:  # it may hold a thousand times the size of the file
                 raise zipfile.BadZipFile(f"{packed[0].filename} is compressed")
             damaged = archive.testzip()  # torch.load verifies no checksums
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = [t for t in tree_leaves(state) if isinstance(t, Tensor)]
+        storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
+        needed = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        if needed > sum(info.file_size for info in records if "/data/" in info.filename):
+            raise zipfile.BadZipFile("a tensor is cut")  # not every PyTorch looks
+        return state
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} was refused: it is corrupt, or holds code or other objects besides tensors "

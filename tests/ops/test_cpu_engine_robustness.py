@@ -301,8 +301,8 @@ MEMORY = """
     from test_cpu_engine_robustness import peak_memory
     from looped_fast import LoopedTransformer, ModelConfig
     torch.set_num_threads(2)
-    backend, precision, loss, B = sys.argv[1:]
-    model = LoopedTransformer(ModelConfig(n_loops=15, window=15), backend=backend)
+    precision, loss, B = sys.argv[1:]
+    model = LoopedTransformer(ModelConfig(n_loops=15, window=15), backend="cpu")
     def step(B):
         xs, ys = torch.randn(B, 41, 20), torch.randn(B, 41)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -320,32 +320,27 @@ MEMORY = """
 @needs_engine
 @needs_linux
 @pytest.mark.parametrize(
-    ("precision", "B", "autograd_share", "fused_share"),
-    [("fp32", 24, 0.5, 0.1), ("bf16", 64, 0.4, 0.1)],
-)
-def test_a_step_adds_a_part_of_the_memory_that_eager_adds(
-    precision, B, autograd_share, fused_share
-):
-    """Measured: 44 and 46 % in fp32, 37 % in bf16; 3 to 5 %. Eager's peak varies by 5 %.
+    ("precision", "B", "loss", "limit"),
+    [
+        ("fp32", 24, "autograd", 316), ("fp32", 24, "fused", 30),
+        ("bf16", 64, "autograd", 475), ("bf16", 64, "fused", 40),
+    ],
+)  # fmt: skip
+def test_a_step_adds_memory_within_its_limit(precision, B, loss, limit):
+    """Limits in MB. Measured: 307, 22 to 24; 459, 29 to 31, with PyTorch 2.8, 2.11 and 2.13.
 
-    In bf16 a sixth of it is the final LayerNorm's x_hat, which is fp32. 24 sequences are too few
-    there: memory that does not grow with them raises the share.
+    Eager adds 585 to 661 in fp32, and 1069 to 1332 in bf16. In bf16 a sixth of ours is the final
+    LayerNorm's x_hat, which is fp32.
     """
     if cpu_engine.unsupported_precision(precision):
         pytest.skip(cpu_engine.unsupported_precision(precision))
-    added = {}
-    for case in (("reference", "autograd"), ("cpu", "autograd"), ("cpu", "fused")):
-        backend, loss = case
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(MEMORY), backend, precision, loss, str(B)],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'ops'}"},
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        added[case] = int(done.stdout)
-    eager = added["reference", "autograd"]
-    assert added["cpu", "autograd"] <= autograd_share * eager, added
-    assert added["cpu", "fused"] <= fused_share * eager, added
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEMORY), precision, loss, str(B)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'ops'}"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 1000 * limit
 
 
 GROWTH = """
