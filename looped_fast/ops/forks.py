@@ -17,7 +17,7 @@ import torch
 _was_forked = False  # since this module was imported
 _is_settled = False
 _FORKED_NO_EXEC = 0x40  # PF_FORKNOEXEC of Linux: forked by a parent that ran the same program
-_PATIENCE = 1.0  # seconds to wait for threads to start
+_PATIENCE = 5.0  # seconds to wait for threads to start, on a busy machine
 
 
 def _mark() -> None:

@@ -188,18 +188,22 @@ def iterate(
     states = []
     # Inside torch.func transforms, which have no hooks on saved tensors, nothing is recomputed.
     recompute = settings.recompute and loop_autograd.unsupported() is None
+
+    def advance(state: Tensor) -> Tensor:
+        if not recompute:
+            return run_step(state, *arguments)
+        # A step draws no random numbers, and a capture can't read the RNG state.
+        return torch.utils.checkpoint.checkpoint(
+            run_step, state, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+
     with autocast(state.device.type, settings.precision), derivable():
-        for i in range(n_loops):
-            if 0 < i == n_loops - window:
-                state = state.detach()  # forward-mode derivatives pass through no_grad
-            with torch.no_grad() if i < n_loops - window else nullcontext():
-                if recompute:
-                    # A step draws no random numbers, and a capture can't read the RNG state.
-                    state = torch.utils.checkpoint.checkpoint(
-                        run_step, state, *arguments, use_reentrant=False, preserve_rng_state=False
-                    )
-                else:
-                    state = run_step(state, *arguments)
-            if i >= n_loops - window:
-                states.append(state)
+        with torch.no_grad():
+            for _ in range(n_loops - window):
+                state = advance(state)
+        if window < n_loops:
+            state = state.detach()  # forward-mode derivatives pass through no_grad
+        for _ in range(window):
+            state = advance(state)
+            states.append(state)
     return torch.stack(states)

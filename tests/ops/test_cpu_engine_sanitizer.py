@@ -51,14 +51,19 @@ STEPS = """
 """
 
 
+def library(name):
+    """The path of one of GCC's libraries, or its name if it is not there."""
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     """Arguments of ``run_python`` for an engine that is built with AddressSanitizer."""
     folder = tmp_path_factory.mktemp("sanitized")
-    runtime = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(runtime).is_absolute():
+    # libasan looks for functions of libstdc++ when it starts, which is before Python loads that.
+    runtime = [library("libasan.so"), library("libstdc++.so")]
+    if not Path(runtime[0]).is_absolute():
         pytest.skip("GCC is here without its AddressSanitizer (libasan)")
     # -O1 after the engine's -O3, and checks by calls, compile in a sixth of the time.
     flags = "-fsanitize=address --param asan-instrumentation-with-call-threshold=0"
@@ -75,7 +80,7 @@ def sanitized(tmp_path_factory):
     assert b"__asan_store" in built.read_bytes(), "the flags did not reach the compiler"
     return {
         "XDG_CACHE_HOME": str(folder),
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0",  # CPython itself leaks
     }
 

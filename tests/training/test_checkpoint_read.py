@@ -78,7 +78,7 @@ DAMAGES = [
     ("checkpoint.json", index_with(step=1001), "is corrupt: its sha256"),
     ("checkpoint.json", index_with(sha256="0" * 64), "is corrupt: its sha256"),
     ("checkpoint.json", index_with(sha256=5), "is corrupt: its sha256"),
-    ("checkpoint.json", index_with(format_version=2), "update it with pip install -U"),
+    ("checkpoint.json", index_with(format_version=2), "install a newer looped_fast"),
 ]
 
 
@@ -170,7 +170,7 @@ def loaded_or_message(folder):
         return str(error)
 
 
-@pytest.mark.parametrize("depth", [5, 100, *range(900, 1000, 7), 3000])
+@pytest.mark.parametrize("depth", [5, 100, *range(900, 1000, 7), 100_000])
 def test_an_index_nested_deep_loads_or_is_named(run, depth):
     index = checkpoint.latest(run) / checkpoint.INDEX
     index_with(sha256=None, meta="nested")(index)
@@ -181,7 +181,7 @@ def test_an_index_nested_deep_loads_or_is_named(run, depth):
         assert str(index) in loaded
         assert "is nested too deep" in loaded
     else:
-        assert depth < 1000
+        assert depth < 100_000  # Python 3.12 and later reads some thousands
         assert loaded.meta["a"]
 
 
