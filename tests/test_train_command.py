@@ -116,6 +116,29 @@ def test_bf16_on_a_cpu_without_it_runs_in_fp32_and_says_so(tmp_path, monkeypatch
         assert not torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize(
+    ("backend", "machine", "has_bf16", "precision"),
+    [
+        ("auto", "x86_64", False, "fp32"),  # 2 to 24 times slower there
+        ("auto", "AMD64", False, "fp32"),
+        ("auto", "x86_64", True, "bf16"),
+        ("auto", "aarch64", False, "bf16"),  # not known
+        ("reference", "x86_64", False, "bf16"),  # asked for
+    ],
+)
+def test_bf16_without_an_engine_is_not_slower_by_accident(
+    tmp_path, monkeypatch, caplog, backend, machine, has_bf16, precision
+):
+    monkeypatch.setitem(backends.UNSUPPORTED, "cpu", lambda call: "there is no engine")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    config = dataclasses.replace(preset_config("tiny"), amp="bf16", backend=backend)
+    assert Trainer(config, tmp_path).precision == precision
+    reason = "without the engine, a CPU that has no AVX512_BF16 is slower in bf16"
+    told = [f"amp bf16 runs in fp32 here: {reason}"] if precision == "fp32" else []
+    assert caplog.messages == told
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_run_says_where_there_is_nothing_to_recompute(tmp_path, capsys, backend):
     if backend == "cpu" and (reason := cpu_engine.unsupported_precision("fp32")):

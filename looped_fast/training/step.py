@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import platform
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,15 +156,20 @@ class Stepper:
     def _available_precision(self) -> str:
         """The configured precision, or fp32, which is logged, if bf16 is slower on this CPU."""
         wanted = self.config.precision
-        if self.device.type == "cpu" and wanted == "bf16":
-            size = (self.config.batch_size, self.config.n_points)
-            bf16 = backends.select(self.model.describe_call(*size, "bf16"))
-            fp32 = backends.select(self.model.describe_call(*size, "fp32"))
-            if bf16.chosen != "cpu" and fp32.chosen == "cpu":
-                if self.processes.is_main:
-                    logger.warning("amp bf16 runs in fp32 here: %s", bf16.reasons["cpu"])
-                return "fp32"
-        return wanted
+        if self.device.type != "cpu" or wanted != "bf16":
+            return wanted
+        size = (self.config.batch_size, self.config.n_points)
+        bf16 = backends.select(self.model.describe_call(*size, "bf16"))
+        fp32 = backends.select(self.model.describe_call(*size, "fp32"))
+        if bf16.chosen != "cpu" and fp32.chosen == "cpu":
+            reason = bf16.reasons["cpu"]
+        elif bf16.chosen == "reference" and self.config.backend == "auto" and _emulates_bf16():
+            reason = "without the engine, a CPU that has no AVX512_BF16 is slower in bf16"
+        else:
+            return wanted
+        if self.processes.is_main:
+            logger.warning("amp bf16 runs in fp32 here: %s", reason)
+        return "fp32"
 
     def _unused(self) -> tuple[str, ...]:
         """Parameters that may get no gradient: the prompt may enter outside of the window."""
@@ -282,3 +288,9 @@ class Stepper:
         return draw_batch(
             self.task, self.config.batch_size, n_points, self._generator, self._n_dims
         )
+
+
+def _emulates_bf16() -> bool:
+    """True on an x86 CPU whose bf16 products are made of fp32 ones."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and not torch.cpu._is_avx512_bf16_supported()
