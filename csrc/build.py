@@ -126,23 +126,32 @@ def compile_engine(target: Path) -> None:
 
         def compile_one(name: str, to: str) -> None:
             flags = [*FLAGS, *SOURCES[name], *defines, *includes]
-            _run([*compiler, *flags, "-c", str(FOLDER / name), "-o", to], name)
+            run([*compiler, *flags, "-c", str(FOLDER / name), "-o", to], name)
 
         with ThreadPool(min(len(SOURCES), os.cpu_count() or 1)) as pool:
             pool.starmap(compile_one, zip(SOURCES, objects, strict=True), chunksize=1)
         target.parent.mkdir(parents=True, exist_ok=True)
         whole = target.with_name(f"{target.name}.{os.getpid()}")
         try:
-            _run([*compiler, "-shared", "-o", str(whole), *objects, *libraries], target.name)
+            run([*compiler, "-shared", "-o", str(whole), *objects, *libraries], target.name)
             whole.replace(target)
         finally:
             whole.unlink(missing_ok=True)
 
 
-def _run(command: list[str], product: str) -> None:
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+def run(command: list[str], product: str) -> str:
+    """Run a compiler's command to make ``product``; return what it prints.
+
+    Raises:
+        BuildError: it can't be run, or fails; the message has its first error.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} can't be run: {error}") from error
     if done.returncode:
         output = f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         first = lines[0] if lines else f"exit status {done.returncode}"
         raise BuildError(f"{command[0]} fails on {product}: {first.strip()}", output)
+    return done.stdout

@@ -7,7 +7,6 @@ user's cache folder. The file's name says which PyTorch it is for, and has a has
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ def unsupported() -> str | None:
     if reason := build.unsupported_platform():
         return reason
     capability = torch.backends.cpu.get_cpu_capability()
-    return None if "AVX" in capability and capability != "NO AVX" else "it needs AVX2"
+    return None if capability.startswith("AVX") else "it needs AVX2"
 
 
 def load(retry: bool = False) -> Path:
@@ -43,28 +42,35 @@ def load(retry: bool = False) -> Path:
     try:
         compiled = folder() / name
         for file in PACKAGED / name, compiled:
-            if file.exists() and _load_error(file) is None:
+            if _load_error(file) is None:
                 return file
-        compiled.unlink(missing_ok=True)  # it may be for another operating system's libraries
         with _alone(compiled.with_suffix(".lock")):
-            if not compiled.exists():  # else another process has compiled it meanwhile
+            if _load_error(compiled):  # else another process has compiled it meanwhile
                 _compile(compiled, retry)
         if reason := _load_error(compiled):
             raise BuildError(f"{compiled} does not load: {reason}")
+        return compiled
     except BuildError as error:
         raise BuildError("; ".join([*_why_not_packaged(name), str(error)])) from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
-        cause = f"the cache folder can't hold an engine ({error}); set XDG_CACHE_HOME to another"
+    except OSError as error:
+        cause = (
+            f"the engine can't be written ({error}); set XDG_CACHE_HOME to a folder that can hold "
+            f"it, and TMPDIR to one for its parts"
+        )
         raise BuildError("; ".join([*_why_not_packaged(name), cause])) from error
-    return compiled
 
 
 def folder() -> Path:
     """Where engines are kept that were compiled on this machine."""
-    return cache.folder() / "engines"
+    try:
+        return cache.folder() / "engines"
+    except RuntimeError as error:  # the user has no home folder
+        raise OSError(str(error)) from None
 
 
 def _load_error(file: Path) -> str | None:
+    if not file.exists():
+        return "there is no such file"
     try:
         torch.ops.load_library(str(file))
     except OSError as error:  # the file is for a later C or C++ library, say
@@ -87,9 +93,7 @@ def _alone(lock: Path) -> Iterator[None]:
 def _compile(file: Path, retry: bool) -> None:
     """Compile to ``file``. A failure is remembered beside it, as it can take half a minute."""
     compiler = build.find_compiler()
-    version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, encoding="utf-8", errors="replace"
-    ).stdout
+    version = build.run([*compiler, "--version"], "--version")
     failure = file.with_suffix(".failed")
     if not retry and failure.exists():
         past_version, _, reason = failure.read_text(encoding="utf-8").partition("\n\n")

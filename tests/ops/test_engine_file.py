@@ -235,12 +235,18 @@ def test_a_cache_folder_that_cannot_be_written_is_told(machine, monkeypatch, obs
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", no_home)
-    with pytest.warns(UserWarning, match="set XDG_CACHE_HOME to another"):
-        assert "the cache folder can't hold an engine" in cpu_engine.load_error()
+    with pytest.warns(UserWarning, match="set XDG_CACHE_HOME to a folder that can hold it"):
+        assert "the engine can't be written" in cpu_engine.load_error()
 
 
 def no_home():
     raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_compiler_that_can_not_be_run_is_told(machine):
+    (machine / "cxx").write_bytes(b"\x7fELF of another machine")
+    with pytest.raises(build.BuildError, match=r"cxx can't be run: .*Exec format error"):
+        engine_file.load()
 
 
 def test_a_full_disk_leaves_no_half_engine(machine):
