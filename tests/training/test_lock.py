@@ -18,8 +18,9 @@ from looped_fast.training import checkpoint, lock
 from looped_fast.training.lock import LOCK_FILE, InUseError, hold
 
 HOLDER = """
-    import sys, time
+    import signal, sys, time
     from looped_fast.training.lock import hold
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     with hold(sys.argv[1]):
         print("held", flush=True)
         time.sleep(60)
