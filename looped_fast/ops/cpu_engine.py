@@ -50,7 +50,7 @@ def _load() -> tuple[Path | None, str | None]:
         loaded = engine_file.load()
     except engine_file.BuildError as error:
         warnings.warn(
-            f"looped_fast runs plain PyTorch on this CPU, which is slower, for want of its engine: "
+            f"the CPU engine is missing, so looped_fast runs plain PyTorch here, which is slower: "
             f"{error}. LOOPED_FAST_NO_ENGINE=1 silences this",
             stacklevel=2,
         )

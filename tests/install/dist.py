@@ -18,7 +18,7 @@ from pathlib import Path
 from environment import ROOT, Environment, run, say
 
 DIST = ROOT / "dist"
-COMPILES, NO_ENGINE = "compiling the CPU engine", "for want of its engine"
+COMPILES, NO_ENGINE = "compiling the CPU engine", "the CPU engine is missing"
 
 
 def build_all(work: Path, torch: str) -> tuple[Path, Path, Path]:

@@ -174,7 +174,7 @@ def test_without_a_compiler_the_reference_runs_after_one_warning(machine):
     )  # fmt: skip
     assert done.stdout.count("backend: reference") == 2
     assert done.stdout.count("not cpu: CXX names no-such-one, which is not on the PATH") == 2
-    assert done.stderr.count("for want of its engine") == 1
+    assert done.stderr.count("the CPU engine is missing") == 1
     assert "apt-get install g++" in done.stderr
     assert "LOOPED_FAST_NO_ENGINE=1 silences this" in done.stderr
 
@@ -204,7 +204,7 @@ def test_a_machine_that_has_no_engine_is_not_warned(machine, monkeypatch):
 def test_a_failure_is_told_and_remembered(machine):
     """Each start of each process would take half a minute to fail again."""
     compiler_that_fails(machine)
-    with pytest.warns(UserWarning, match="for want of its engine") as caught:
+    with pytest.warns(UserWarning, match="the CPU engine is missing") as caught:
         assert "error: no such thing" in cpu_engine.load_error()
     message = str(caught[0].message)
     assert "python -m looped_fast.build tries again" in message
