@@ -6,6 +6,7 @@ engine's sources alone, and ``looped_fast.ops.engine_file`` compiles them at the
 
 import importlib.util
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,21 +14,24 @@ from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
+SEES_TORCH = importlib.util.find_spec("torch") is not None
 engine = runpy.run_path("csrc/build.py")
 
 
-class BuildWithEngine(build_py):
-    """Compiles the engine for the PyTorch at hand; a failure is only a warning."""
+class Build(build_py):
+    """Builds afresh, with an engine if there is a PyTorch for it; a failure is only a warning."""
 
     def run(self):
-        super().run()
-        if self.editable_mode or engine["unsupported_platform"]():
+        if self.editable_mode:
+            super().run()
             return
-        folder = Path(self.build_lib, "looped_fast", "ops")
-        for stale in folder.glob("engine-*"):  # of an earlier build
-            stale.unlink()
+        # A module that is gone from the source tree would stay in the wheel.
+        shutil.rmtree(Path(self.build_lib, "looped_fast"), ignore_errors=True)
+        super().run()
+        if not SEES_TORCH or engine["unsupported_platform"]():
+            return
         try:
-            engine["compile_engine"](folder / engine["file_name"]())
+            engine["compile_engine"](Path(self.build_lib, "looped_fast/ops", engine["file_name"]()))
         except (engine["BuildError"], OSError) as error:
             print(f"looped_fast: a wheel without the CPU engine: {error}", file=sys.stderr)
 
@@ -46,11 +50,6 @@ class PlatformDistribution(Distribution):
         return True
 
 
-WITH_ENGINE = {
-    "distclass": PlatformDistribution,
-    "cmdclass": {"build_py": BuildWithEngine, "bdist_wheel": PlatformWheel},
-}
-
 setup(
     packages=[
         *find_packages(include=["looped_fast*"]),
@@ -63,5 +62,6 @@ setup(
         "looped_fast.csrc": "csrc",
         "looped_fast.kernels": "kernels",
     },
-    **(WITH_ENGINE if importlib.util.find_spec("torch") else {}),
+    distclass=PlatformDistribution if SEES_TORCH else Distribution,
+    cmdclass={"build_py": Build, **({"bdist_wheel": PlatformWheel} if SEES_TORCH else {})},
 )
