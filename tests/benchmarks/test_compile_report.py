@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import NO_TRITON
 
-pytest.importorskip("triton")
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 from looped_fast.kernels.candidates import Config
 

@@ -9,12 +9,13 @@ import math
 
 import pytest
 import torch
+from conftest import FP32_EPS, NO_TRITON, cast, leaves, loop_inputs, relative_error, require_grad
 
-pytest.importorskip("triton")
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 import triton
 import triton.language as tl
-from conftest import FP32_EPS, cast, leaves, loop_inputs, relative_error, require_grad
 from looped_fast.kernels import ahead, attention, trial, tuning
 from looped_fast.kernels.candidates import Config
 from looped_fast.kernels.launch import Call, launch

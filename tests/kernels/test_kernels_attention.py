@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import by_formula, check, inputs, provided
-from conftest import FP32_EPS, relative_error
+from conftest import FP32_EPS, NO_TRITON, relative_error
 
-pytest.importorskip("triton")
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 from looped_fast.kernels import attention, tuning
 from looped_fast.kernels.candidates import Config, candidates

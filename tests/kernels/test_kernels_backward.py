@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FP32_EPS, cast, leaves, loop_inputs, require_grad
+from conftest import FP32_EPS, NO_TRITON, cast, leaves, loop_inputs, require_grad
 from torch import Tensor
 
 from looped_fast import ops
-from looped_fast.ops import reference, triton_backend
+from looped_fast.ops import reference
 
-if triton_backend.load_error():
-    pytest.skip(triton_backend.load_error(), allow_module_level=True)
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 from looped_fast.kernels import backward, trial, weight_gradients
 from looped_fast.kernels.candidates import Config

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from conftest import NO_TRITON, cast, loop_inputs
 
-pytest.importorskip("triton")
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
-from conftest import cast, loop_inputs
 from fake_graphs import Recorder
 from looped_fast.kernels.backward import loop_backward
 from looped_fast.kernels.forward import loop_forward

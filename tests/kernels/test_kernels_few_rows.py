@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import loop_inputs
+from conftest import NO_TRITON, loop_inputs
 from test_kernels_forward import check
 
-from looped_fast.ops import triton_backend
-
-if triton_backend.load_error():
-    pytest.skip(triton_backend.load_error(), allow_module_level=True)
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 from looped_fast.kernels.few_rows import MAX_ROWS
 from looped_fast.kernels.launch import recording

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FP32_EPS, cast, loop_inputs, naive_loop, relative_error
+from conftest import FP32_EPS, NO_TRITON, cast, loop_inputs, naive_loop, relative_error
 
 from looped_fast import ops
-from looped_fast.ops import reference, triton_backend
+from looped_fast.ops import reference
 from looped_fast.ops.call import LoopSettings
 
-if triton_backend.load_error():
-    pytest.skip(triton_backend.load_error(), allow_module_level=True)
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 from looped_fast.kernels import few_rows, forward
 from looped_fast.kernels.candidates import Config, candidates

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import NO_TRITON
 
-pytest.importorskip("triton")
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 import triton
 import triton.language as tl

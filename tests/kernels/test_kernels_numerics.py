@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FP32_EPS, relative_error
+from conftest import FP32_EPS, NO_TRITON, relative_error
 
-pytest.importorskip("triton")
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 import triton
 import triton.language as tl

@@ -12,6 +12,7 @@ import torch
 from conftest import (
     CALL,
     FP32_EPS,
+    NO_TRITON,
     cast,
     changed,
     loop_inputs,
@@ -20,7 +21,8 @@ from conftest import (
     small_model,
 )
 
-pytest.importorskip("triton")
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 from looped_fast.kernels import providers
 from looped_fast.kernels.launch import recording

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import NO_TRITON
 
 from looped_fast import ops
-from looped_fast.ops import prompt, reference, triton_backend
+from looped_fast.ops import prompt, reference
 
-if triton_backend.load_error():
-    pytest.skip(triton_backend.load_error(), allow_module_level=True)
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 
 @pytest.mark.parametrize(("B", "n", "d"), [(3, 7, 5), (1, 1, 1), (2, 9, 20)])

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import NO_TRITON
 
-pytest.importorskip("triton")
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 from looped_fast.kernels import trial, tuning
 from looped_fast.kernels.attention import attention_backward_kernel, attention_forward_kernel

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FP32_EPS, cast, leaves, loop_inputs, relative_error, require_grad
+from conftest import FP32_EPS, NO_TRITON, cast, leaves, loop_inputs, relative_error, require_grad
 from golden_cases import MODEL_CASES, assert_as_good_as_plain, load_tensors, with_prefix
 from looped_fast.kernels.saved_activations import SavedActivations
 from test_cpu_engine import golden_results, golden_truth
 
 from looped_fast import LoopedTransformer, ModelConfig, ops
-from looped_fast.ops import triton_backend
 
-if triton_backend.load_error():
-    pytest.skip(triton_backend.load_error(), allow_module_level=True)
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
 
 
 # Other cases differ only in numbers of loops and blocks, which test_kernels_* vary.
