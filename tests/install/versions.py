@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environment import ROOT, Environment, run, say
+from environment import ROOT, Environment, say
 
 TESTS = ("tests/ops", "tests/model", "tests/dropin", "tests/test_model.py")
 
@@ -29,8 +29,8 @@ def interpreter(version: str) -> str:
 
 
 def main(*pairs: str) -> None:
-    """Test pairs such as ``3.10:2.8.0``; exit with what failed."""
-    rows = []
+    """Test pairs such as ``3.10:2.8.0``; exit with 1 if any fails."""
+    rows, failed = [], False
     for python, torch in (pair.split(":") for pair in pairs):
         with tempfile.TemporaryDirectory(prefix="looped_fast-versions-") as folder:
             packages = [f"torch=={torch}", "pytest", "pytest-xdist", "hypothesis"]
@@ -38,15 +38,23 @@ def main(*pairs: str) -> None:
             fresh.pip("install", ROOT)
             fresh.smoke("cpu")
             say(f"Python {python}, PyTorch {torch}: installed, ten steps trained")
-            done = run(
-                fresh.bin / "python", "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile",
-                "-p", "no:cacheprovider", *TESTS, cwd=ROOT,
-                env={"XDG_CACHE_HOME": str(fresh.folder / "cache"), "OMP_WAIT_POLICY": "passive"},
+            done = subprocess.run(
+                [
+                    fresh.bin / "python", "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile",
+                    "-p", "no:cacheprovider", *TESTS,
+                ],
+                cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8",
+                env={**os.environ, "XDG_CACHE_HOME": str(fresh.folder / "cache"),
+                     "OMP_WAIT_POLICY": "passive"},
             )  # fmt: skip
-            counts = re.findall(r"\d+ (?:passed|skipped)", done.splitlines()[-1])
-            say(f"Python {python}, PyTorch {torch}: {', '.join(counts)}")
-            rows.append(f"| {python} | {torch} | {', '.join(counts)} |")
-    print("| Python | PyTorch | tests |", "|---|---|---|", *rows, sep=os.linesep)
+            if done.returncode:
+                print(done.stdout)
+            counts = ", ".join(re.findall(r"\d+ (?:failed|passed|skipped|error)", done.stdout))
+            say(f"Python {python}, PyTorch {torch}: {counts}")
+            rows.append(f"| {python} | {torch} | {counts} |")
+            failed |= bool(done.returncode)
+    print("| Python | PyTorch | tests |", "|---|---|---|", *rows, sep="\n")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
