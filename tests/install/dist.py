@@ -79,34 +79,34 @@ def main(torch: str) -> None:
 
         fresh = Environment(work / "sdist", torch)
         fresh.pip("install", sdist)
-        assert COMPILES in fresh.smoke("cpu")
+        assert COMPILES in fresh.smoke("--backend=cpu")
         say("sdist: the engine is compiled at its first use")
-        assert COMPILES not in fresh.smoke("cpu", compiler=False)
+        assert COMPILES not in fresh.smoke("--backend=cpu", compiler=False)
         say("sdist: and found at its second")
 
         fresh = Environment(work / "wheel", torch)
         fresh.pip("install", pure)
-        assert COMPILES in fresh.smoke("cpu")
+        assert COMPILES in fresh.smoke("--backend=cpu")
         say("wheel for any platform: the engine is compiled at its first use")
-        text = fresh.smoke("reference", compiler=False, cache="other")
+        text = fresh.smoke("--backend=reference", compiler=False, cache="other")
         assert text.count(NO_ENGINE) == 1, text
         assert "no C++ compiler" in text, text
         say("wheel for any platform, no compiler: the reference, and one warning")
-        text = fresh.smoke("reference", cache="third", LOOPED_FAST_NO_ENGINE="1")
+        text = fresh.smoke("--backend=reference", cache="third", LOOPED_FAST_NO_ENGINE="1")
         assert COMPILES not in text, text
         assert NO_ENGINE not in text, text
         say("wheel for any platform, LOOPED_FAST_NO_ENGINE=1: the reference, silently")
         fresh.pip("install", "--force-reinstall", "--no-deps", platform)
-        assert COMPILES not in fresh.smoke("cpu", compiler=False, cache="fourth")
+        assert COMPILES not in fresh.smoke("--backend=cpu", compiler=False, cache="fourth")
         say("wheel for this platform, no compiler: it has an engine")
 
         fresh = Environment(work / "git", torch)
         fresh.pip("install", f"git+file://{ROOT}")
-        assert COMPILES in fresh.smoke("cpu")
+        assert COMPILES in fresh.smoke("--backend=cpu")
         say("git+file: the engine is compiled at its first use")
         fresh.pip("uninstall", "--yes", "looped_fast")
         fresh.pip("install", "--editable", ROOT)
-        assert COMPILES not in fresh.smoke("cpu", editable=True)
+        assert COMPILES not in fresh.smoke("--backend=cpu", "--source", ROOT)
         say("editable: the engine of the same sources is found")
 
 

@@ -42,12 +42,11 @@ class Environment:
         """Run pip with its defaults."""
         return run(self.bin / "python", "-m", "pip", "--quiet", *arguments, cwd=self.folder)
 
-    def smoke(self, backend: str, *, compiler: bool = True, cache: str = "cache", **env) -> str:
-        """Run the smoke test; return what it printed."""
+    def smoke(self, *flags, compiler: bool = True, cache: str = "cache", **env: str) -> str:
+        """Run the smoke test with these flags; return what it printed.
+
+        compiler: whether there is one on the PATH. cache: the folder for engines, in this one.
+        """
         path = os.environ["PATH"] if compiler else str(self.bin)
-        cache = str(self.folder / cache)
-        source = ["--source", ROOT] if env.pop("editable", False) else []
-        return run(
-            self.bin / "python", HERE / "smoke.py", "--backend", backend, *source,
-            cwd=self.folder, env={"PATH": path, "XDG_CACHE_HOME": cache, **env},
-        )  # fmt: skip
+        env = {"PATH": path, "XDG_CACHE_HOME": str(self.folder / cache), **env}
+        return run(self.bin / "python", HERE / "smoke.py", *flags, cwd=self.folder, env=env)

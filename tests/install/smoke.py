@@ -39,7 +39,7 @@ def check_package(source):
 
 
 def check_numbers(backend):
-    """The backend that is chosen is as near to float64 as plain PyTorch is, and has gradients."""
+    """The chosen backend's error is at most twice (gradients: three times) plain PyTorch's."""
     torch.manual_seed(0)
     model = LoopedTransformer(CONFIG)
     xs, ys = torch.randn(4, 20, 5), torch.randn(4, 20)
@@ -55,8 +55,9 @@ def check_numbers(backend):
         predictions = copy(xs.to(dtype), ys.to(dtype))
         predictions.square().mean().backward()
         results[name] = [predictions.detach(), *(p.grad for p in copy.parameters())]
-    for ours, plain, exact in zip(*results.values(), strict=True):
-        error, limit = (ours - exact).norm(), 4 * (plain - exact).norm() + 1e-7 * exact.norm()
+    for i, (ours, plain, exact) in enumerate(zip(*results.values(), strict=True)):
+        limit = (3 if i else 2) * (plain - exact).norm() + 1e-7 * exact.norm()
+        error = (ours - exact).norm()
         assert error <= limit, (error, limit)
 
 

@@ -23,7 +23,10 @@ def interpreter(version: str) -> str:
     """The path of a Python of this minor version, on the PATH or of pyenv."""
     versions = Path.home() / ".pyenv" / "versions"
     for python in f"python{version}", *versions.glob(f"{version}.*/bin/python"):
-        if shutil.which(python) and not subprocess.call([python, "-c", ""], stderr=-3):
+        silently = {
+            "stderr": subprocess.DEVNULL
+        }  # pyenv's shims may name no version that is active
+        if shutil.which(python) and subprocess.call([python, "-c", ""], **silently) == 0:
             return str(python)
     sys.exit(f"no python{version} on the PATH or in {versions}; install it, or name other pairs")
 
@@ -36,7 +39,7 @@ def main(*pairs: str) -> None:
             packages = [f"torch=={torch}", "pytest", "pytest-xdist", "hypothesis"]
             fresh = Environment(Path(folder), *packages, python=interpreter(python))
             fresh.pip("install", ROOT)
-            fresh.smoke("cpu")
+            fresh.smoke("--backend=cpu")
             say(f"Python {python}, PyTorch {torch}: installed, ten steps trained")
             done = subprocess.run(
                 [
