@@ -102,26 +102,25 @@ def attend(qkv: Tensor, n_heads: int, seen: Tensor | None = None) -> Tensor:
     if seen is None:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
-        P = S - len(seen)
-        shared = [t[:, :, :P] for t in (q, k, v)]
-        y = F.scaled_dot_product_attention(*shared, is_causal=True)
-        queries = [t[:, :, P:] for t in (q, k, v)]
-        y = torch.cat((y, attend_to_shared(*queries, *shared[1:], seen)), dim=2)
+        sizes = S - len(seen), len(seen)
+        (q, q_own), (k, k_own), (v, v_own) = (t.split(sizes, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = torch.cat((y, attend_to_shared(q_own, k_own, v_own, k, v, seen)), dim=2)
     return y.transpose(1, 2).reshape(B, S, D)
 
 
 def attend_to_shared(
-    q: Tensor, own_k: Tensor, own_v: Tensor, k: Tensor, v: Tensor, seen: Tensor
+    q: Tensor, k_own: Tensor, v_own: Tensor, k: Tensor, v: Tensor, seen: Tensor
 ) -> Tensor:
     """Attention of m queries, each to the first ``seen`` [m] of P shared tokens, and to itself.
 
-    q, own_k, own_v: [B, H, m, D/H]; k, v: [B, H, P, D/H] -> [B, H, m, D/H].
+    q, k_own, v_own: [B, H, m, D/H]; k, v: [B, H, P, D/H] -> [B, H, m, D/H].
     """
     unseen = torch.arange(k.shape[2], device=k.device) >= seen[:, None]  # [m, P]
     scores = (q @ k.mT).masked_fill(unseen, -torch.inf)
-    own = (q * own_k).sum(-1, keepdim=True)
+    own = (q * k_own).sum(-1, keepdim=True)
     weights = torch.cat((scores, own), -1).div(q.shape[-1] ** 0.5).softmax(-1)  # [B, H, m, P + 1]
-    return weights[..., :-1].to(v.dtype) @ v + weights[..., -1:] * own_v
+    return weights[..., :-1].to(v.dtype) @ v + weights[..., -1:] * v_own
 
 
 def attention(x: Tensor, block: Block, n_heads: int, seen: Tensor | None = None) -> Tensor:
@@ -199,8 +198,8 @@ def loop(
     residual stream and all statistics keep the dtype of ``embeddings``. ``run_step`` replaces
     ``step`` (same arguments and result), by a compiled one, say.
     """
-    arguments = (embeddings, positions, weights, settings.n_heads, settings.injection)
-    arguments = arguments if seen is None else (*arguments, seen)
+    shared = () if seen is None else (seen,)
+    arguments = (embeddings, positions, weights, settings.n_heads, settings.injection, *shared)
     return iterate(run_step, state, arguments, settings)
 
 
