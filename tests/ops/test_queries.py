@@ -1,4 +1,4 @@
-"""Queries that share a sequence's first tokens: ``seen`` of ``ops.loop``, on engine and reference."""
+"""Queries that share a sequence's first tokens: ``seen`` of ``ops.loop``."""
 
 import pytest
 import torch
