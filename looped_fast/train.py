@@ -25,7 +25,7 @@ from looped_fast.compat.config_files import load_config
 from looped_fast.config import VERSION
 from looped_fast.dropin.explain import explain_backend
 from looped_fast.evaluation import evaluation_batches, position_errors
-from looped_fast.evaluation.baselines import QUICK_BASELINES
+from looped_fast.evaluation.baselines import quick_baselines
 from looped_fast.evaluation.report import can_write, error_table, plot
 from looped_fast.pretrained import load_start
 from looped_fast.training import checkpoint, distributed, lock
@@ -326,7 +326,7 @@ def report(trainer: Trainer, summary: str) -> None:
     n_prompts = 5 * config.eval_prompts
     by_loops = trainer.evaluate(n_prompts)
     errors = {f"{config.model}, {n} loops": torch.tensor(e) for n, e in by_loops.items()}
-    for name, predict in QUICK_BASELINES.items():
+    for name, predict in quick_baselines(task).items():
         batches = evaluation_batches(
             task, n_prompts, config.n_points, seed=config.seed, device=trainer.device
         )

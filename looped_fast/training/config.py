@@ -6,19 +6,23 @@ ready ones.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from looped_fast.config import BACKENDS, ModelConfig
 from looped_fast.errors import CheckpointError, check_name, unknown_name
 from looped_fast.tasks import TASKS, Task, make_task, task_options
+from looped_fast.tasks.options import coerce
 from looped_fast.training import checkpoint
 from looped_fast.training.curriculum import Curriculum, Schedule
 
 MODELS = ("looped", "standard", "tied")
+
+_TASK_SETTINGS = ("sparsity", "noise_std", "depth", "hidden")
 
 # Names of the official code and of other libraries -> ours, for hints.
 KNOWN_AS = {
@@ -219,9 +223,7 @@ class TrainConfig:
     def make_task(self) -> Task:
         """Make the task; raises ValueError for a setting of another task."""
         options = {
-            name: getattr(self, name)
-            for name in ("sparsity", "noise_std", "depth", "hidden")
-            if getattr(self, name) is not None
+            name: getattr(self, name) for name in _TASK_SETTINGS if getattr(self, name) is not None
         }
         for name in options:
             if name not in task_options(self.task):
@@ -275,7 +277,7 @@ def config_from_dict(settings: dict[str, Any], base: TrainConfig) -> TrainConfig
         ValueError: a setting is unknown (the message has the nearest) or of a wrong type.
     """
     if "n_loops" in settings and "window" not in settings:
-        n_loops = _coerce("n_loops", settings["n_loops"], int)
+        n_loops = coerce("n_loops", settings["n_loops"], int)
         tied = settings.get("model", base.model) == "tied"
         settings = {**settings, "window": n_loops if tied else min(base.window, n_loops)}
     return _replace(base, settings, prefix="")
@@ -291,8 +293,26 @@ def saved_config(saved: checkpoint.Checkpoint, base: TrainConfig | None = None) 
     Raises:
         CheckpointError: its settings are unknown or out of range; the message names the file.
     """
-    try:
+    with _naming_index(saved):
         return config_from_dict(saved.config, TrainConfig() if base is None else base)
+
+
+def saved_model_config(saved: checkpoint.Checkpoint) -> ModelConfig:
+    """The model's part of ``saved_config``, which needs no task: its module may not be imported.
+
+    Raises:
+        CheckpointError: as in ``saved_config``, for settings other than those of the task.
+    """
+    settings = {k: v for k, v in saved.config.items() if k not in ("task", *_TASK_SETTINGS)}
+    with _naming_index(saved):
+        return config_from_dict(settings, TrainConfig()).model_config()
+
+
+@contextlib.contextmanager
+def _naming_index(saved: checkpoint.Checkpoint) -> Iterator[None]:
+    """Raise a ValueError about settings as a CheckpointError that names their file."""
+    try:
+        yield
     except ValueError as error:
         raise CheckpointError(
             f"{saved.path / checkpoint.INDEX} holds settings that can't be used: {error}. It is "
@@ -313,27 +333,5 @@ def _replace(record: Any, settings: dict[str, Any], prefix: str) -> Any:
                 raise ValueError(f"setting {prefix}{name} = {value!r}: a mapping is needed")
             changes[name] = _replace(current, value, f"{prefix}{name}.")
         else:
-            changes[name] = _coerce(prefix + name, value, hints[name])
+            changes[name] = coerce(prefix + name, value, hints[name])
     return dataclasses.replace(record, **changes)
-
-
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """Convert ``value`` to the annotated type: YAML reads 1e-4 as text, and 1 as an int."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    kind = options[0]
-    if typing.get_origin(kind) is Literal:
-        # YAML reads a bare off as False, and on as True.
-        if isinstance(value, bool):
-            value = {False: "off", True: "on"}[value]
-        check_name(f"value of setting {name},", value, typing.get_args(kind))
-        return value
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-        return value
-    raise ValueError(f"setting {name} = {value!r}: {kind.__name__} is needed")

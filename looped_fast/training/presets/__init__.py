@@ -51,7 +51,7 @@ def preset_config(preset: str, task: str = "lr", model: str = "looped") -> Train
         check_name(kind, name, valid)
     size = _read(preset)
     settings: Settings = {"task": task, "model": model, "preset": preset}
-    for layer in (size["all"], size["task"][task], _model_settings(size, task, model)):
+    for layer in (size["all"], _of(size["task"], task), _model_settings(size, task, model)):
         settings = _merge(settings, layer)
     with naming(_file(preset)):
         return config_from_dict(settings, TrainConfig())
@@ -60,13 +60,18 @@ def preset_config(preset: str, task: str = "lr", model: str = "looped") -> Train
 def _model_settings(size: dict[str, Any], task: str, model: str) -> Settings:
     no_growth = {"start": None, "inc": 1, "interval": 1}
     if model == "looped":
-        looped = size["looped"][task]
+        looped = _of(size["looped"], task)
         # The loop count starts at the window, as in the official scripts.
         return _merge({"curriculum": {"loops": {"start": looped["window"]}}}, looped)
-    once = {"curriculum": {"loops": no_growth}, "injection": "none", **size["others"][task]}
+    once = {"curriculum": {"loops": no_growth}, "injection": "none", **_of(size["others"], task)}
     if model == "standard":
         return {**once, "n_layer": size["depth"], "n_loops": 1, "window": 1}
     return {**once, "n_loops": size["depth"], "window": size["depth"]}
+
+
+def _of(settings: dict[str, Settings], task: str) -> Settings:
+    """The settings of a task; one without an entry of its own takes those of ``lr``."""
+    return settings.get(task, settings["lr"])
 
 
 def _merge(base: Settings, changes: Settings) -> Settings:
