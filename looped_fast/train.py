@@ -84,15 +84,11 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("looped_fast").setLevel(logging.INFO)  # says when kernels compile
     try:
-        chosen = _parse_early(args)
-        named = task_texts(args)
-        with (
-            distributed.join() as processes,
-            task_imports(chosen.allow_task_import),
-            contextlib.ExitStack() as held,
-        ):
-            with processes.failing_together():  # each needs the module
-                import_named_tasks(chosen.task, named.get("first"), named.get("second"))
+        with distributed.join() as processes, contextlib.ExitStack() as held:
+            with processes.failing_together():  # each of them needs the task's module
+                chosen, options = _parse_early(args), task_texts(args)
+                import_named_tasks(chosen.task, options.get("first"), options.get("second"))
+                held.enter_context(task_imports(chosen.allow_task_import))
             return run(*processes.broadcast(lambda: prepare(args, processes, held)), processes)
     except errors.EXPECTED as error:
         return errors.report(error)
