@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import pytest
@@ -13,6 +14,7 @@ from polynomials import Polynomials
 from looped_fast.evaluation.baselines import figure_baselines, quick_baselines
 from looped_fast.evaluation.shifts import sample_shifted
 from looped_fast.tasks import (
+    TASKS,
     LinearRegression,
     Task,
     allow_task_import,
@@ -319,6 +321,17 @@ def test_a_module_in_a_package_is_found_from_the_working_directory(module):
     module("there", package="module_of_package")
     with allow_task_import():
         assert find_task("module_of_package.there:Mine").__module__ == "module_of_package.there"
+
+
+def test_the_page_shows_the_example_that_is_tested():
+    root = Path(__file__).parents[2]
+    example = (root / "tests" / "tasks" / "polynomials.py").read_text(encoding="utf-8")
+    page = (root / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert f"```python\n{example}```\n" in page
+    lines = [line for line in example.splitlines() if line.strip() and "import" not in line]
+    assert len(lines) <= 15
+    for name in TASKS:
+        assert f"| `{name}` |" in page
 
 
 def test_the_default_points_have_the_bits_of_before():
