@@ -127,6 +127,23 @@ def test_a_task_draws_its_own_points():
     assert 3.8 < shifted.xs.abs().max() <= 4
 
 
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        ("points", lambda xs: xs[:, :4], r"Lines.points gave xs of shape \[8, 4, 3\]; \[8, 5, 3\]"),
+        ("draw", lambda f: {"w": f["w"][:1]}, r"draw gave w of shape \[1, 3, 1\]; \[8, 3, 1\]"),
+        ("evaluate", lambda ys: ys[..., None], r"evaluate gave ys of shape \[8, 5, 1\]; \[8, 5\]"),
+        ("evaluate", lambda ys: ys.double(), "gave ys of torch.float64; torch.float32, that of xs"),
+    ],
+)
+def test_a_method_that_gives_another_shape_or_dtype_is_named(method, wrong, message, monkeypatch):
+    right = getattr(LinearRegression(3), method)
+    wrongly = staticmethod(lambda *args, **function: wrong(right(*args, **function)))
+    monkeypatch.setattr(Lines, method, wrongly)
+    with pytest.raises(ValueError, match=message):
+        sample_batch(Lines(3), 8, 5, seed=0, step=0)
+
+
 def test_evaluations_add_a_tasks_own_baselines():
     task = Polynomials(2)
     xs, ys = sample_batch(task, 16, 12, seed=0, step=0)
