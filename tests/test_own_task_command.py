@@ -1,5 +1,6 @@
 """A task of the user's own from training to evaluation, and code that a file must not run."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from looped_fast.tasks import allow_task_import
 from looped_fast.training import checkpoint
 from looped_fast.training.config import TrainConfig
 from looped_fast.training.log import read_metrics
+from looped_fast.training.presets import preset_config
 
 pytestmark = pytest.mark.usefixtures("no_plot")
 
@@ -144,6 +146,33 @@ def test_options_of_a_mixture_are_flags(tmp_path, capsys):
     assert frequencies == 2
 
 
+def test_options_fit_the_width_that_the_same_command_or_file_gives(tmp_path):
+    line = ["--preset", "tiny", "--task", "sparse_lr", "--n-dims", "9", "--task.sparsity", "8"]
+    assert train.parse(line)[0].settings.make_task().sparsity == 8
+    line = ["--preset", "tiny", "--task", "sparse_lr", "--n_dims=2", "--task.sparsity=1"]
+    assert train.parse(line)[0].settings.n_dims == 2
+    with pytest.raises(ValueError, match="sparsity = 3 exceeds n_dims = 2"):
+        train.parse(line[:-1])
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: tiny\nn_dims: 9\ntask: {name: sparse_lr, sparsity: 8}\n")
+    assert train.parse(["--config", str(file)])[0].settings.make_task().sparsity == 8
+    line = ["--config", str(file), "--n-dims", "12", "--task.sparsity", "11"]
+    assert train.parse(line)[0].settings.make_task().sparsity == 11
+
+
+def test_a_model_card_has_the_command_that_repeats_the_run(effect):
+    with allow_task_import():
+        options = {"scale": 3.0, "halve": True}
+        config = preset_config("tiny", NAME, n_dims=3, task_options=options)
+        words = release.command(dataclasses.replace(config, recompute=True, steps=7))
+    assert words[:7] == ["python", "-m", "looped_fast.train", "--preset", "tiny", "--task", NAME]
+    assert train.parse(words[3:])[0].settings == dataclasses.replace(
+        config, recompute=True, steps=7
+    )
+    config = preset_config("small", "mixture", task_options={"second_options": {"depth": 3}})
+    assert train.parse(release.command(config)[3:])[0].settings == config
+
+
 # --- what a file must not do ----------------------------------------------------------------------
 
 NAME = "module_of_effect:Mine"
@@ -159,7 +188,8 @@ def effect(tmp_path, monkeypatch):
         f"from looped_fast.tasks import LinearRegression\n"
         f"@dataclass(frozen=True)\n"
         f"class Mine(LinearRegression):\n"
-        f"    scale: float\n",
+        f"    scale: float\n"
+        f"    halve: bool = False\n",
         encoding="utf-8",
     )
     monkeypatch.chdir(tmp_path)
@@ -219,7 +249,7 @@ def test_a_module_that_the_user_imported_or_named_is_taken(hostile, effect, caps
     assert not effect.exists()
     assert train.main(["--resume", "run", "--steps", "5", "--task", NAME]) == 0
     assert "changed: steps 8 -> 5" in capsys.readouterr().out
-    assert load_run(hostile).task.options == {"scale": 2.0}
+    assert load_run(hostile).task.options == {"scale": 2.0, "halve": False}
     del sys.modules["module_of_effect"]
     with allow_task_import():
         assert load_run(hostile).task.scale == 2.0
