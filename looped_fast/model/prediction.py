@@ -168,8 +168,9 @@ def _run_steps(
     tolerance, by_default = options.tolerance, options.criterion is prediction_change
     if tolerance is not None and by_default and not (options.anderson or model.deviations()):
         arguments = embeddings, None, max_loops, 1, config.injection, tokens
-        if (result := op.run_until(*model._loop_arguments(*arguments), tolerance)) is not None:
-            return AdaptivePrediction(model._squeeze(result[0]), result[1])
+        tensors, settings = model._loop_arguments(*arguments)
+        if (stopped := op.run_until(tensors, settings, tolerance)) is not None:
+            return AdaptivePrediction(model._squeeze(stopped[0]), stopped[1])
 
     def step(state: Tensor, embeddings: Tensor) -> Tensor:
         return model._run(embeddings, state, 1, tokens)[0]
