@@ -324,7 +324,7 @@ class LoopedTransformer(nn.Module):
         """
         if reasons := self.watch(self):
             backends.select_modules(self.backend, reasons)
-            self.watch.say_once("LoopedTransformer runs module by module in plain PyTorch")
+            self.watch.say_once("LoopedTransformer runs module by module in plain PyTorch", reasons)
         return reasons
 
     def _parts(self) -> list[Part]:

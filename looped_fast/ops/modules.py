@@ -80,11 +80,11 @@ class Watch:
         if self._snapshot is None or not self._snapshot.holds():
             self._snapshot = _Snapshot(model, self._first)
 
-    def say_once(self, message: str) -> None:
-        """Warn with ``message`` and the current reasons, unless that was done before."""
-        if self._current not in self._said:
-            self._said.add(self._current)
-            warnings.warn(f"{message}: {'; '.join(self._current)}", stacklevel=3)
+    def say_once(self, message: str, reasons: Reasons) -> None:
+        """Warn with ``message`` and ``reasons``, unless that was done before."""
+        if reasons not in self._said:
+            self._said.add(reasons)
+            warnings.warn(f"{message}: {'; '.join(reasons)}", stacklevel=3)
 
 
 class _Snapshot:
