@@ -208,18 +208,16 @@ def gpt2_config(D=32, n_layer=2, positions=22, dropout=0.0, **settings):
     """Configuration of Hugging Face's GPT-2."""
     from transformers import GPT2Config
 
-    few = {"vocab_size": 17, "bos_token_id": 15, "eos_token_id": 16, "use_cache": False}
-    few |= {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
-    return GPT2Config(
-        n_positions=positions, n_embd=D, n_layer=n_layer, **{"n_head": 4, **few, **settings}
-    )
+    settings = {"n_head": 4, "vocab_size": 17, "bos_token_id": 15, "eos_token_id": 16} | settings
+    settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    return GPT2Config(n_positions=positions, n_embd=D, n_layer=n_layer, **settings)
 
 
 def gpt2(**settings):
-    """Hugging Face's ``GPT2Model``."""
+    """Hugging Face's ``GPT2Model``, which keeps keys and values by default."""
     from transformers import GPT2Model
 
-    return GPT2Model(gpt2_config(**settings))
+    return GPT2Model(gpt2_config(**{"use_cache": False, **settings}))
 
 
 class Garg(nn.Module):
@@ -233,7 +231,7 @@ class Garg(nn.Module):
 
     def forward(self, xs, ys, inds=None):
         n = ys.shape[1]
-        inds = torch.arange(n) if inds is None else torch.tensor(inds)
+        inds = torch.arange(n) if inds is None else torch.as_tensor(inds)
         if inds.max() >= n or inds.min() < 0:
             raise ValueError("inds contain indices where xs and ys are not defined")
         tokens = torch.stack((xs, F.pad(ys[..., None], (0, xs.shape[2] - 1))), dim=2).flatten(1, 2)

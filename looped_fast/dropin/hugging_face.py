@@ -26,7 +26,7 @@ def garg_forward(model: Model, loop: Loop, xs: Tensor, ys: Tensor, inds: Any = N
     xs: [B, n, d], ys: [B, n]; inds: whole numbers in 0..n-1, all points by default -> [B, n_inds].
     """
     if inds is not None:
-        inds = torch.tensor(inds)
+        inds = torch.as_tensor(inds)
         if max(inds) >= ys.shape[1] or min(inds) < 0:
             raise ValueError("inds contain indices where xs and ys are not defined")
     predictions = predict(model._read_out, loop, embed(model, xs, ys), _ONCE)[0, ..., 0]

@@ -184,8 +184,17 @@ def _hooks(tables: Iterable[Any]) -> list[str]:
 
 
 def _in_force(hooks: dict[int, Any]) -> Iterator[bool]:
-    """Which hooks need the module's own values; those of FlopCounterMode only note its name."""
-    return (type(getattr(h, "__self__", None)) is not ModuleTracker for h in hooks.values())
+    """Which hooks need the module's own values.
+
+    Those of FlopCounterMode only note its name. Those of transformers stay after a call that asked
+    for hidden states, and do nothing in another.
+    """
+    inert = "transformers.utils.output_capturing"
+    return (
+        type(getattr(h, "__self__", None)) is not ModuleTracker
+        and getattr(h, "__module__", None) != inert
+        for h in hooks.values()
+    )
 
 
 def global_hooks() -> list[str]:
