@@ -30,14 +30,14 @@ from looped_fast.evaluation import (
     model_predictor,
     prompt_errors,
 )
-from looped_fast.evaluation.baselines import QUICK_BASELINES, Baseline, figure_baselines
+from looped_fast.evaluation.baselines import figure_baselines, quick_baselines
 from looped_fast.evaluation.figures import OFFICIAL_LOOPS
 from looped_fast.evaluation.report import can_write, error_table
 from looped_fast.evaluation.shifts import SHIFTS, shifted_prompts
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
-from looped_fast.tasks import Batch, DecisionTree, Task
-from looped_fast.training.command_line import parse, program
+from looped_fast.tasks import Baseline, Batch, task_label
+from looped_fast.training.command_line import parse, program, task_imports
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,16 @@ class Command:
     """Folder to write to; files of an earlier evaluation are replaced."""
     device: str = "auto"
     """cpu, cuda, ...; auto: a GPU if there is one."""
+    allow_task_import: bool = False
+    """Import the module of a task that a run names by a path, which runs its code."""
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
-        evaluate(parse(Command, args, program("evaluate")))
+        command = parse(Command, args, program("evaluate"))
+        with task_imports(command.allow_task_import):
+            evaluate(command)
     except errors.EXPECTED as error:
         return errors.report(error)
     return 0
@@ -200,12 +204,12 @@ def evaluate_positions(
         errors = prompt_errors(predict, task, [prompts])
         curves[name] = bootstrap_curve(errors, seed=command.seed)
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-    title = f"{runs[0].config.task}, {command.prompts} prompts"
+    title = f"{task_label(runs[0].config.task)}, {command.prompts} prompts"
     means = {name: torch.tensor(curve.mean) for name, curve in curves.items()}
     print(f"\n{title}\n{error_table(means)}")
     write_csv(command.out / "positions.csv", "examples", range(n_points), curves)
     if can_write("plots"):
-        figure = figures.position_figure(curves, title, _top(task))
+        figure = figures.position_figure(curves, title, figures.axis_top(runs[0].config.task))
         figures.save(figure, command.out / "positions")
     return _as_dicts(curves)
 
@@ -221,7 +225,7 @@ def evaluate_loops(command: Command, runs: list[Run], n_points: int) -> dict[str
         errors = loop_errors(run.model, task, batches, counts)[..., -1]  # [C, P]
         curves[run.name] = bootstrap_curve(errors.T, seed=command.seed)
     examples = f"after {n_points - 1} examples"
-    title = f"{runs[0].config.task}, {examples}, {command.loop_prompts} prompts"
+    title = f"{task_label(runs[0].config.task)}, {examples}, {command.loop_prompts} prompts"
     write_csv(command.out / "loops.csv", "loops", counts, curves)
     if can_write("plots"):
         trained = {run.name: run.config.n_loops for run in runs}
@@ -256,11 +260,12 @@ def evaluate_shifts(command: Command, runs: list[Run], n_points: int) -> dict[st
             errors = (predictions.double() - prompts.targets.double()).square() / variance
             panels[shift][name] = bootstrap_curve(errors.cpu(), seed=command.seed)
         print(f"{shift}: {time.perf_counter() - started:.1f} s", flush=True)
-    title = f"{runs[0].config.task}, {command.prompts} prompts"
+    title = f"{task_label(runs[0].config.task)}, {command.prompts} prompts"
     rows = {f"{shift}: {name}": c for shift, curves in panels.items() for name, c in curves.items()}
     write_csv(command.out / "ood.csv", "examples", range(n_positions), rows)
     if can_write("plots"):
-        figures.save(figures.shift_figure(panels, title, _top(task)), command.out / "ood")
+        top = figures.axis_top(runs[0].config.task)
+        figures.save(figures.shift_figure(panels, title, top), command.out / "ood")
     return {shift: _as_dicts(curves) for shift, curves in panels.items()}
 
 
@@ -280,7 +285,8 @@ def _predictors(command: Command, runs: list[Run]) -> dict[str, Baseline]:
     if command.baselines == "figure":
         baselines = figure_baselines(runs[0].task)
     elif command.baselines == "quick":  # "zero" is the dashed line
-        baselines = {name: b for name, b in QUICK_BASELINES.items() if name != "zero"}
+        baselines = quick_baselines(runs[0].task)
+        del baselines["zero"]
     models = {
         run.name if n_loops == run.config.n_loops else f"{run.name}, {n_loops} loops": (
             model_predictor(run.model, n_loops)
@@ -303,11 +309,6 @@ def loop_counts(command: Command, run: Run) -> list[int]:
 
 def _as_dicts(curves: Mapping[str, Curve]) -> dict[str, dict[str, list[float]]]:
     return {name: asdict(curve) for name, curve in curves.items()}
-
-
-def _top(task: Task) -> float:
-    """Upper limit of the error axis, as in the official figures."""
-    return 1.6 if isinstance(task, DecisionTree) else 1.25
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from looped_fast.errors import needs_extra
+from looped_fast.errors import check_name, needs_extra
 from looped_fast.evaluation.tree_baselines import (
     boosted_trees,
     fit_everywhere,
@@ -26,15 +26,8 @@ from looped_fast.evaluation.tree_baselines import (
     in_processes,
 )
 from looped_fast.ops import forks
-from looped_fast.tasks import (
-    DecisionTree,
-    NoisyLinearRegression,
-    Relu2LayerNetwork,
-    SparseLinearRegression,
-    Task,
-)
+from looped_fast.tasks import Baseline, Task
 
-Baseline = Callable[..., Tensor]  # (xs, ys, queries=None) -> predictions
 _NETWORKS = 192  # trained at once: their weights, gradients and moments take 7 MB of cache
 
 
@@ -271,15 +264,24 @@ def fit_networks(xs: Tensor, ys: Tensor, batches: Tensor, lr: float, weights: li
         )  # fmt: skip
 
 
+def on_features(features: Callable[[Tensor], Tensor], baseline: Baseline) -> Baseline:
+    """``baseline`` that sees ``features`` of points and queries, [B, n, d] -> [B, n, f]."""
+    return partial(_predict_on, features, baseline)
+
+
+def _predict_on(
+    features: Callable[[Tensor], Tensor],
+    baseline: Baseline,
+    xs: Tensor,
+    ys: Tensor,
+    queries: Tensor | None = None,
+) -> Tensor:
+    return baseline(features(xs), ys, None if queries is None else features(queries))
+
+
 def on_signs(baseline: Baseline) -> Baseline:
     """``baseline`` that sees the signs of coordinates alone (paper, figure on decision trees)."""
-    return partial(_predict_on_signs, baseline)
-
-
-def _predict_on_signs(
-    baseline: Baseline, xs: Tensor, ys: Tensor, queries: Tensor | None = None
-) -> Tensor:
-    return baseline(xs.sign(), ys, None if queries is None else queries.sign())
+    return on_features(torch.sign, baseline)
 
 
 # What a training run ends with: quick, and without optional packages.
@@ -299,24 +301,28 @@ BASELINES: dict[str, Baseline] = {
     "XGBoost": boosted_trees,
     "XGBoost, signs": on_signs(partial(boosted_trees, tree_method="hist")),
     "2-layer network": two_layer_network,
+    "least squares, squares": on_features(torch.square, least_squares),
 }
 
 
 def figure_baselines(task: Task) -> dict[str, Baseline]:
-    """Those of the task's official figure, by name, with its settings (notebooks ``Figures_*``).
+    """Those that the task names, ``known_baselines``, and its own, by name.
 
-    Noisy regression has no figure there: ridge is added, with the best penalty for the noise.
+    For the paper's tasks these are those of the official figure, with its settings (notebooks
+    ``Figures_*``). Noisy regression has no figure there: ridge has the best penalty for the noise.
+
+    Raises:
+        ValueError: the task names a baseline that the library does not have.
     """
-    if isinstance(task, DecisionTree):
-        names = ["3-nearest neighbours", "greedy tree", "greedy tree, signs"]
-        names += ["XGBoost", "XGBoost, signs"]
-    elif isinstance(task, Relu2LayerNetwork):
-        names = ["least squares", "3-nearest neighbours", "2-layer network"]
-    else:
-        names = ["least squares", "3-nearest neighbours", "averaging"]
-    if isinstance(task, SparseLinearRegression):
-        names.append("lasso")
-    chosen = {name: BASELINES[name] for name in names}
-    if isinstance(task, NoisyLinearRegression) and task.noise_std > 0:
-        chosen["ridge"] = partial(ridge, alpha=task.noise_std**2)
-    return chosen
+    chosen = {}
+    for name in task.known_baselines:
+        check_name("baseline", name, BASELINES)
+        chosen[name] = BASELINES[name]
+    if "ridge" in chosen and task.noise_variance > 0:
+        chosen["ridge"] = partial(ridge, alpha=task.noise_variance)
+    return {**chosen, **task.baselines()}
+
+
+def quick_baselines(task: Task) -> dict[str, Baseline]:
+    """Those that take seconds: ``QUICK_BASELINES``, and the task's own."""
+    return {**QUICK_BASELINES, **task.baselines()}

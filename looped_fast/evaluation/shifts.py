@@ -50,7 +50,7 @@ class Shift:
     """One way to leave the training distribution.
 
     Attributes:
-        points: (xs ~ N(0, I) [B, n, d], generator) -> (xs, queries); queries None: the xs.
+        points: (xs [B, n, d] of the task, generator) -> (xs, queries); queries None: the xs.
         label_scale: factor of every y.
         noise: True if ys, not targets, carry noise with 1/20 of the task's variance.
         longer: True if prompts have as many points as the model has positions for.
@@ -165,8 +165,7 @@ def sample_shifted(
             f"use n_points of at most {task.n_dims}"
         )
     generator = batch_generator(seed, step, EVALUATION, device)
-    shape = (n_prompts, n_points, task.n_dims)
-    xs = torch.randn(shape, generator=generator, device=device)
+    xs = task.points(n_prompts, n_points, generator)
     function = task.draw(n_prompts, n_points, generator)
     xs, queries = shift.points(xs, generator)
     ys = shift.label_scale * task.evaluate(xs, **function)

@@ -1,15 +1,26 @@
-"""The function classes of the paper, and prompts of (x, f(x)) drawn from them."""
+"""Function classes, those of the package and your own, and prompts of (x, f(x)) drawn from them."""
 
+from looped_fast.tasks.base import Baseline, Task, randn
 from looped_fast.tasks.functions import (
     OFFICIAL_TASK_NAMES,
-    TASKS,
     DecisionTree,
+    FourierSeries,
+    LinearClassification,
     LinearRegression,
     NoisyLinearRegression,
+    QuadraticRegression,
     Relu2LayerNetwork,
     SparseLinearRegression,
-    Task,
+)
+from looped_fast.tasks.mixture import Mixture
+from looped_fast.tasks.registry import (
+    TASKS,
+    TaskNotImportedError,
+    allow_task_import,
+    find_task,
     make_task,
+    task_label,
+    task_name,
     task_options,
 )
 from looped_fast.tasks.sampling import (
@@ -23,8 +34,10 @@ from looped_fast.tasks.sampling import (
 )
 
 __all__ = [
-    "EVALUATION", "OFFICIAL_TASK_NAMES", "TASKS", "Batch", "DecisionTree", "FixedPrompts",
-    "LinearRegression", "NoisyLinearRegression", "Relu2LayerNetwork", "SparseLinearRegression",
-    "Task", "batch_generator", "batch_seed", "draw_batch", "make_task", "sample_batch",
+    "EVALUATION", "OFFICIAL_TASK_NAMES", "TASKS", "Baseline", "Batch", "DecisionTree",
+    "FixedPrompts", "FourierSeries", "LinearClassification", "LinearRegression", "Mixture",
+    "NoisyLinearRegression", "QuadraticRegression", "Relu2LayerNetwork", "SparseLinearRegression",
+    "Task", "TaskNotImportedError", "allow_task_import", "batch_generator", "batch_seed",
+    "draw_batch", "find_task", "make_task", "randn", "sample_batch", "task_label", "task_name",
     "task_options"
 ]  # fmt: skip

@@ -1,55 +1,25 @@
-"""The function classes of the paper: prompts of (x, f(x)) with a fresh f for each prompt.
+"""Function classes: prompts of (x, f(x)) with a fresh f for each prompt.
 
-Distributions are those of the official ``scripts/tasks.py``. There, trees and sparse weights are
-drawn and evaluated in Python loops over the batch; here nothing loops over prompts.
+The first five are the paper's, with the distributions of the official ``scripts/tasks.py``; two are
+of Garg et al. (arXiv 2208.01066; dtsip/in-context-learning, ``src/tasks.py``). In both, trees and
+sparse weights are drawn and evaluated in Python loops over the batch; nothing here loops over
+prompts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from looped_fast.errors import check_name, unknown_name
+from looped_fast.tasks.base import Task, randn
+from looped_fast.tasks.registry import register
 
 
-@dataclass(frozen=True)
-class Task(ABC):
-    """A distribution over functions R^d -> R, and over the points at which they are seen.
-
-    Attributes:
-        n_dims: d, the width of x.
-    """
-
-    n_dims: int
-    truncates: ClassVar[bool] = True  # the curriculum zeroes trailing coordinates of x
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
-                raise ValueError(f"{field.name} = {value}: at least 1 is needed")
-
-    @property
-    @abstractmethod
-    def variance(self) -> float:
-        """E[y^2]: the squared error of always predicting zero, with every dimension active."""
-
-    @abstractmethod
-    def draw(self, n_prompts: int, n_points: int, generator: Generator) -> dict[str, Tensor]:
-        """Draw one function per prompt: arguments of ``evaluate``, with prompts as first axis."""
-
-    @staticmethod
-    @abstractmethod
-    def evaluate(xs: Tensor, **function: Tensor) -> Tensor:
-        """Values of the functions at xs: [B, n, d] -> [B, n]."""
-
-
+@register("lr")
 @dataclass(frozen=True)
 class LinearRegression(Task):
     """y = w·x, w ~ N(0, I_d)."""
@@ -69,9 +39,14 @@ class LinearRegression(Task):
         return (xs @ function["w"]).sum(-1)
 
 
+@register("noisy_lr")
 @dataclass(frozen=True)
 class NoisyLinearRegression(LinearRegression):
-    """y = w·x + noise, noise ~ N(0, noise_std^2)."""
+    """y = w·x + noise, noise ~ N(0, noise_std^2).
+
+    Attributes:
+        noise_std: standard deviation of the noise.
+    """
 
     noise_std: float = 0.1
 
@@ -83,7 +58,17 @@ class NoisyLinearRegression(LinearRegression):
     @property
     def variance(self) -> float:
         """E[y^2] = d + noise_std^2."""
-        return self.n_dims + self.noise_std**2
+        return self.n_dims + self.noise_variance
+
+    @property
+    def noise_variance(self) -> float:
+        """noise_std^2."""
+        return self.noise_std**2
+
+    @property
+    def known_baselines(self) -> tuple[str, ...]:
+        """With noise also ridge regression, which is then the best predictor."""
+        return (*super().known_baselines, *(("ridge",) if self.noise_std > 0 else ()))
 
     def draw(self, n_prompts: int, n_points: int, generator: Generator) -> dict[str, Tensor]:
         """w: [B, d, 1]; noise: [B, n]."""
@@ -97,14 +82,20 @@ class NoisyLinearRegression(LinearRegression):
         return LinearRegression.evaluate(xs, w=function["w"]) + function["noise"][:, : xs.shape[1]]
 
 
+@register("sparse_lr")
 @dataclass(frozen=True)
 class SparseLinearRegression(LinearRegression):
-    """y = w·x, w ~ N(0, I_d) on ``sparsity`` coordinates chosen at random, 0 elsewhere."""
+    """y = w·x, w ~ N(0, I_d) on ``sparsity`` coordinates chosen at random, 0 elsewhere.
+
+    Attributes:
+        sparsity: number of weights that are not zero.
+    """
 
     sparsity: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_at_least_one("sparsity")
         if self.sparsity > self.n_dims:
             raise ValueError(
                 f"sparsity = {self.sparsity} exceeds n_dims = {self.n_dims}; lower sparsity"
@@ -115,6 +106,11 @@ class SparseLinearRegression(LinearRegression):
         """E[y^2] = sparsity."""
         return self.sparsity
 
+    @property
+    def known_baselines(self) -> tuple[str, ...]:
+        """The lasso, too."""
+        return (*super().known_baselines, "lasso")
+
     def draw(self, n_prompts: int, n_points: int, generator: Generator) -> dict[str, Tensor]:
         """w: [B, d, 1]."""
         w = super().draw(n_prompts, n_points, generator)["w"]
@@ -123,11 +119,25 @@ class SparseLinearRegression(LinearRegression):
         return {"w": torch.zeros_like(w).scatter(1, kept, w.gather(1, kept))}
 
 
+@register("relu_2nn")
 @dataclass(frozen=True)
 class Relu2LayerNetwork(Task):
-    """y = sqrt(2 / h) W2·relu(W1·x), all weights ~ N(0, 1), h = ``hidden``."""
+    """y = sqrt(2 / h) W2·relu(W1·x), all weights ~ N(0, 1), h = ``hidden``.
+
+    Attributes:
+        hidden: hidden units.
+    """
 
     hidden: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least_one("hidden")
+
+    @property
+    def known_baselines(self) -> tuple[str, ...]:
+        """A network, too."""
+        return ("least squares", "3-nearest neighbours", "2-layer network")
 
     @property
     def variance(self) -> float:
@@ -148,6 +158,7 @@ class Relu2LayerNetwork(Task):
         return (hidden @ function["W2"])[:, :, 0] * math.sqrt(2 / hidden.shape[-1])
 
 
+@register("dt")
 @dataclass(frozen=True)
 class DecisionTree(Task):
     """A complete binary tree: each inner node asks whether one coordinate is positive.
@@ -155,10 +166,23 @@ class DecisionTree(Task):
     Inner nodes and leaves are numbered level by level; a positive coordinate goes right. Leaf
     values ~ N(0, 1), coordinates uniform. As in the official code the curriculum does not
     truncate x here.
+
+    Attributes:
+        depth: of the tree, which has 2^depth leaves.
     """
 
     depth: int = 4
     truncates: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least_one("depth")
+
+    @property
+    def known_baselines(self) -> tuple[str, ...]:
+        """Trees, on x and on its signs."""
+        trees = ("greedy tree", "greedy tree, signs", "XGBoost", "XGBoost, signs")
+        return ("3-nearest neighbours", *trees)
 
     @property
     def variance(self) -> float:
@@ -199,13 +223,87 @@ class DecisionTree(Task):
         return leaf_values.gather(1, node)
 
 
-TASKS: dict[str, type[Task]] = {
-    "lr": LinearRegression,
-    "noisy_lr": NoisyLinearRegression,
-    "sparse_lr": SparseLinearRegression,
-    "dt": DecisionTree,
-    "relu_2nn": Relu2LayerNetwork,
-}
+@register("quadratic")
+@dataclass(frozen=True)
+class QuadraticRegression(LinearRegression):
+    """y = w·x^2 / sqrt(3), w ~ N(0, I_d), x^2 coordinate by coordinate (Garg et al.).
+
+    The factor gives it the variance of linear regression, d.
+    """
+
+    @property
+    def known_baselines(self) -> tuple[str, ...]:
+        """Least squares on squares, too: the best predictor."""
+        return (*super().known_baselines, "least squares, squares")
+
+    @staticmethod
+    def evaluate(xs: Tensor, **function: Tensor) -> Tensor:
+        """x^2·w / sqrt(3)."""
+        return LinearRegression.evaluate(xs.square(), w=function["w"]) / math.sqrt(3)
+
+
+@register("classification")
+@dataclass(frozen=True)
+class LinearClassification(LinearRegression):
+    """y = sign(w·x), which is 1 or -1, w ~ N(0, I_d) (Garg et al.).
+
+    Training and errors are as for every other task: the squared error of one output. Its minimum
+    is E[y | prompt], whose sign is the most probable class. Garg et al. train with the cross
+    entropy of sigmoid(output), and report how often the sign is right.
+    """
+
+    @property
+    def variance(self) -> float:
+        """E[y^2] = 1."""
+        return 1.0
+
+    @staticmethod
+    def evaluate(xs: Tensor, **function: Tensor) -> Tensor:
+        """sign(x·w)."""
+        return LinearRegression.evaluate(xs, w=function["w"]).sign()
+
+
+@register("fourier")
+@dataclass(frozen=True)
+class FourierSeries(Task):
+    """A random Fourier series in each coordinate, in the manner of arXiv 2306.04891.
+
+    y = sum over coordinates j and k = 0 .. K of a_jk cos(2 pi k x_j / period)
+    + b_jk sin(2 pi k x_j / period), over sqrt(K + 1), with a, b ~ N(0, 1) and K = ``frequencies``.
+    The curriculum does not truncate x: the series of a coordinate does not vanish at 0.
+
+    Attributes:
+        frequencies: K, the highest frequency in units of 1 / period.
+        period: of the series; most x ~ N(0, 1) are within one of the default length.
+    """
+
+    frequencies: int = 3
+    period: float = 8.0
+    truncates: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least_one("frequencies")
+        if not 0 < self.period < math.inf:
+            raise ValueError(f"period = {self.period}: a finite number above 0 is needed")
+
+    @property
+    def variance(self) -> float:
+        """E[y^2] = d: cos^2 + sin^2 = 1 for each of d (K + 1) terms."""
+        return self.n_dims
+
+    def draw(self, n_prompts: int, n_points: int, generator: Generator) -> dict[str, Tensor]:
+        """cosines, sines: [B, d (K + 1), 1]."""
+        shape = (n_prompts, self.n_dims * (self.frequencies + 1), 1)
+        return {name: randn(*shape, generator=generator) for name in ("cosines", "sines")}
+
+    def evaluate(self, xs: Tensor, **function: Tensor) -> Tensor:
+        """The series at xs."""
+        k = torch.arange(self.frequencies + 1, device=xs.device)
+        angles = (xs[..., None] * (2 * math.pi / self.period * k)).flatten(2)  # [B, n, d (K + 1)]
+        ys = angles.cos() @ function["cosines"] + angles.sin() @ function["sines"]
+        return ys[:, :, 0] / math.sqrt(self.frequencies + 1)
+
 
 # Names in the official configurations (``training.task_name``).
 OFFICIAL_TASK_NAMES = {
@@ -215,33 +313,3 @@ OFFICIAL_TASK_NAMES = {
     "decision_tree": "dt",
     "relu_2nn_regression": "relu_2nn",
 }
-
-
-def task_options(name: str) -> list[str]:
-    """The settings of task ``name`` besides ``n_dims``.
-
-    Raises:
-        ValueError: unknown task; the message suggests the nearest valid name.
-    """
-    check_name("task", name, TASKS)
-    return [f.name for f in dataclasses.fields(TASKS[name]) if f.name != "n_dims"]
-
-
-def make_task(name: str, n_dims: int, **options: float) -> Task:
-    """Make a task by its short name, such as ``make_task("dt", n_dims=20, depth=4)``.
-
-    Raises:
-        ValueError: unknown task or option, or an option out of range.
-    """
-    valid = task_options(name)
-    for option in options:
-        if option not in valid:
-            if not valid:
-                raise ValueError(f"task {name!r} has no setting {option!r}, nor any other")
-            raise unknown_name(f"setting of task {name!r}", option, valid)
-    return TASKS[name](n_dims, **options)
-
-
-def randn(*shape: int, generator: Generator) -> Tensor:
-    """Standard normal numbers on the device of ``generator``."""
-    return torch.randn(shape, generator=generator, device=generator.device)

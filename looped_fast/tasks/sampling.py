@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from looped_fast.tasks.functions import Task, randn
+from looped_fast.tasks.base import Task
 
 
 class Batch(NamedTuple):
@@ -47,7 +47,7 @@ def sample_batch(
     n_dims: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Draw the batch of (seed, step, rank): xs ~ N(0, I) [B, n, d], ys [B, n], float32.
+    """Draw the batch of (seed, step, rank): xs [B, n, d], ys [B, n], float32.
 
     Args:
         task: what to draw.
@@ -173,7 +173,7 @@ _FIXED_PROMPTS, _EPOCH_ORDER, EVALUATION = -1, -2, -3
 def _draw(
     task: Task, n_prompts: int, n_points: int, generator: Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    xs = randn(n_prompts, n_points, task.n_dims, generator=generator)
+    xs = task.points(n_prompts, n_points, generator)
     return xs, task.draw(n_prompts, n_points, generator)
 
 

@@ -129,6 +129,7 @@ def test_y_has_the_variance_that_the_task_states(name):
 @ALL
 def test_every_prompt_has_a_function_of_its_own(name):
     function = draw(make_task(name, D), 64)
+    function.pop("from_first", None)  # of a mixture
     for tensor in function.values():
         assert len(tensor.flatten(1).unique(dim=0)) == 64
 
@@ -234,10 +235,11 @@ def test_no_two_steps_share_a_32_bit_seed(rank):
 
 
 @ALL
-def test_the_curriculum_zeroes_trailing_coordinates_of_all_but_trees(name):
+def test_the_curriculum_zeroes_trailing_coordinates_where_a_task_truncates(name):
     full = sample(name)
     cut = sample(name, n_dims=2)
-    if name == "dt":
+    assert make_task(name, D).truncates == (name not in ("dt", "fourier", "mixture"))
+    if name in ("dt", "fourier", "mixture"):
         assert torch.equal(cut.xs, full.xs)
         assert torch.equal(cut.ys, full.ys)
     else:
@@ -246,7 +248,7 @@ def test_the_curriculum_zeroes_trailing_coordinates_of_all_but_trees(name):
         assert not torch.isclose(cut.ys, full.ys).all()
 
 
-@pytest.mark.parametrize("name", ["lr", "noisy_lr", "sparse_lr", "relu_2nn"])
+@pytest.mark.parametrize("name", ["lr", "noisy_lr", "sparse_lr", "relu_2nn", "quadratic"])
 def test_y_is_the_function_of_the_truncated_x(name):
     task = make_task(name, D)
     generator = batch_generator(0, 0, 0, "cpu")
@@ -365,6 +367,10 @@ def test_more_points_than_fixed_prompts_hold_are_refused():
         ("sparse_lr", ["sparsity"]),
         ("dt", ["depth"]),
         ("relu_2nn", ["hidden"]),
+        ("quadratic", []),
+        ("classification", []),
+        ("fourier", ["frequencies", "period"]),
+        ("mixture", ["first", "second", "share", "first_options", "second_options"]),
     ],
 )
 def test_a_task_lists_its_options(name, options):
@@ -375,13 +381,22 @@ def test_a_task_lists_its_options(name, options):
     ("name", "options", "message"),
     [
         ("lrr", {}, "unknown task 'lrr'; did you mean 'lr'"),
-        ("dt", {"dept": 3}, "unknown setting of task 'dt' 'dept'; did you mean 'depth'"),
-        ("lr", {"depth": 3}, "task 'lr' has no setting 'depth', nor any other"),
+        ("dt", {"dept": 3}, "unknown option of task 'dt' 'dept'; did you mean 'depth'"),
+        ("lr", {"depth": 3}, "task 'lr' has no option 'depth', nor any other"),
         ("dt", {"depth": 0}, "depth = 0: at least 1"),
         ("sparse_lr", {"sparsity": 7}, "sparsity = 7 exceeds n_dims = 6; lower sparsity"),
         ("sparse_lr", {"sparsity": 0}, "sparsity = 0: at least 1"),
         ("relu_2nn", {"hidden": -1}, "hidden = -1: at least 1"),
         ("noisy_lr", {"noise_std": -0.1}, "noise_std = -0.1: at least 0"),
+        ("dt", {"depth": 2.5}, "task.depth = 2.5: int is needed"),
+        ("dt", {"depth": True}, "task.depth = True: int is needed"),
+        ("noisy_lr", {"noise_std": "much"}, "task.noise_std = 'much': float is needed"),
+        ("fourier", {"frequencies": 0}, "frequencies = 0: at least 1"),
+        ("fourier", {"period": 0.0}, "period = 0.0: a finite number above 0"),
+        ("mixture", {"share": 1.5}, "share = 1.5: a number from 0 to 1"),
+        ("mixture", {"first": "lrr"}, "first = 'lrr': unknown task 'lrr'; did you mean 'lr'"),
+        ("mixture", {"second_options": {"dept": 3}}, "second = 'dt': .* did you mean 'depth'"),
+        ("mixture", {"second_options": {"depth": 0}}, "second = 'dt': depth = 0: at least 1"),
     ],
 )
 def test_a_bad_task_is_refused(name, options, message):
