@@ -21,6 +21,7 @@ from looped_fast.config import (
 )
 from looped_fast.errors import check_name
 from looped_fast.model.blocks import Backbone, Part, weights_and_biases
+from looped_fast.model.sharing import Shareable
 from looped_fast.ops import backends, op, reference
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
@@ -29,7 +30,7 @@ from looped_fast.ops.prompt import check_finite, read_in
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
-class LoopedTransformer(nn.Module):
+class LoopedTransformer(Shareable):
     """One shared stack of blocks, run ``n_loops`` times, that predicts y from (x, y) prompts.
 
     Covers the looped, standard and weight-tied models of arXiv 2311.12424: see ``ModelConfig``.

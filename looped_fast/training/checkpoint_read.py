@@ -172,6 +172,11 @@ def _parse(file: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
         raise damaged(file, fault)
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise damaged(file, "is corrupt: its sha256 is not the recorded one")
+    return parse_weights(file, content)
+
+
+def parse_weights(file: Path, content: bytes) -> dict[str, Tensor]:
+    """Parse a safetensors file's content. Raises CheckpointError."""
     try:
         return parse_safetensors(content)
     except Exception as error:  # the parser lets a bad header raise what it happens to hit
