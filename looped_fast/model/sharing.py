@@ -1,7 +1,8 @@
 """Models as folders of safetensors and JSON, here and on the Hugging Face hub.
 
 ``save_pretrained`` writes ``model.safetensors``, under the official parameter names,
-``config.json``, and ``README.md``, the model's card. ``looped_fast.from_pretrained`` reads the first two.
+``config.json``, and ``README.md``, the model's card. ``looped_fast.from_pretrained`` reads the
+first two.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class Shareable(nn.Module):
         """
         try:
             from huggingface_hub import ModelHubMixin
-        except ImportError:
-            raise needs_extra("push_to_hub needs", "huggingface_hub", "hub") from None
+        except ImportError as error:
+            raise needs_extra("push_to_hub needs", "huggingface_hub", "hub") from error
 
         class Upload(ModelHubMixin, library_name="looped_fast"):
             """What the mixin asks for."""
@@ -102,7 +103,7 @@ def _save(model: Shareable, folder: Path, name: str) -> None:
 
 def _check_parameters(model: Shareable) -> None:
     with torch.device("meta"):
-        wanted = type(model)(model.config).state_dict()  # type: ignore[call-arg]
+        wanted = type(model)(model.config).state_dict()
     found = model.state_dict()
     shapes = {name: tensor.shape for name, tensor in wanted.items()}
     others = [name for name in {**shapes, **found} if _shape(found, name) != shapes.get(name)]
@@ -129,8 +130,8 @@ tags:
 
 # {name}
 
-A looped transformer ([arXiv 2311.12424](https://arxiv.org/abs/2311.12424)) that predicts y from the
-examples in its prompt: {size:,} parameters.
+A model of looped_fast ([arXiv 2311.12424](https://arxiv.org/abs/2311.12424)) that predicts y from
+the examples in its prompt: {size:,} parameters.
 
 ```python
 import looped_fast

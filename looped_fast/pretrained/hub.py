@@ -35,8 +35,8 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     what = f"{repo_id} is no folder here; as a model on the Hugging Face hub it needs"
     try:
         from huggingface_hub import errors, snapshot_download
-    except ImportError:
-        raise needs_extra(what, "huggingface_hub", "hub") from None
+    except ImportError as error:
+        raise needs_extra(what, "huggingface_hub", "hub") from error
     try:
         folder = Path(
             snapshot_download(

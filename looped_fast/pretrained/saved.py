@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +13,9 @@ from looped_fast.errors import MOST_WEIGHTS, CheckpointError, read_file, read_js
 from looped_fast.model import LoopedTransformer
 from looped_fast.model.sharing import CONFIG, FORMAT_VERSION, WEIGHTS
 from looped_fast.training.checkpoint_check import check_weights
-from looped_fast.training.checkpoint_read import parse_weights
+from looped_fast.training.checkpoint_read import check_types, damaged, parse_weights
 
-_ENTRIES: dict[str, type] = {
-    "library_name": str,
-    "looped_fast_version": str,
-    "format_version": int,
-    "model": dict,
-}
+_ENTRIES = {"library_name": str, "looped_fast_version": str, "format_version": int, "model": dict}
 _DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
@@ -41,7 +34,7 @@ def load_saved(folder: Path, backend: str = "auto") -> LoopedTransformer:
     try:
         content = read_file(file, MOST_WEIGHTS)
     except (OSError, ValueError) as error:
-        raise _unusable(f"{file} can't be read: {error}") from None
+        raise damaged(file, f"can't be read: {error}") from None
     remedy = f"Save model and configuration together with save_pretrained; see {folder / CONFIG}"
     return build(config, parse_weights(file, content), file, remedy, backend)
 
@@ -88,38 +81,26 @@ def _read_config(file: Path) -> ModelConfig:
     try:
         found = read_json(file)
     except (OSError, ValueError) as error:
-        raise _unusable(f"{file} can't be read: {error}") from None
+        raise damaged(file, f"can't be read: {error}") from None
     if found.get("library_name") != "looped_fast":
         raise CheckpointError(
             f"{file} is of no model of looped_fast; name a folder or repository that "
             f"save_pretrained or push_to_hub wrote. A model of other code is made by that code, "
             f"and looped_fast.accelerate(model) speeds it up"
         )
-    version = found.get("format_version")
-    if type(version) is int and version > FORMAT_VERSION:
+    check_types(file, found, {"format_version": int})
+    version = found["format_version"]
+    if not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format version {version}, written by looped_fast "
-            f"{found.get('looped_fast_version')}; this is {VERSION}, which reads up to version "
+            f"{found.get('looped_fast_version')}; this is {VERSION}, which reads versions 1 to "
             f"{FORMAT_VERSION}; install a newer looped_fast"
         )
-    _check_entries(file, found)
+    check_types(file, found, _ENTRIES)
+    for name in found:
+        if name not in _ENTRIES:
+            raise damaged(file, f"has an unknown entry {name!r}")
     try:
         return ModelConfig.from_dict(found["model"])
     except (ValueError, TypeError) as error:
-        raise _unusable(f"{file} holds settings that can't be used: {error}") from None
-
-
-def _check_entries(file: Path, found: dict[str, Any]) -> None:
-    for name, kind in _ENTRIES.items():
-        if type(found.get(name)) is not kind:
-            value = reprlib.repr(found.get(name))
-            raise _unusable(f"{file} has {name} = {value}: a {kind.__name__} is needed")
-    if found["format_version"] < 1:
-        raise _unusable(f"{file} has format_version = {found['format_version']}: 1 is the first")
-    for name in found:
-        if name not in _ENTRIES:
-            raise _unusable(f"{file} has an unknown entry {name!r}")
-
-
-def _unusable(fault: str) -> CheckpointError:
-    return CheckpointError(f"{fault}; save the model again with save_pretrained, or download it")
+        raise damaged(file, f"holds settings that can't be used: {error}") from None
