@@ -82,6 +82,14 @@ def test_the_files_are_safetensors_json_and_a_card(tmp_path):
     assert "| `n_loops` | 4 |" in card
 
 
+def test_folders_need_no_further_package(tmp_path, monkeypatch):
+    for package in ("huggingface_hub", "transformers", "peft"):
+        monkeypatch.setitem(sys.modules, package, None)
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    assert_same(looped_fast.from_pretrained(tmp_path), model)
+
+
 def test_a_second_save_replaces_all_but_the_card(tmp_path):
     small_model().save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text("my own card")
