@@ -33,6 +33,7 @@ _WHAT = {
 _EXTRAS = {
     "report": (("matplotlib", "tensorboard"), "plots, and TensorBoard's log"),
     "eval": (("sklearn", "pandas", "xgboost"), "the baselines of figures, and tabular sets"),
+    "hub": (("huggingface_hub",), "models on the Hugging Face hub"),
     "wandb": (("wandb",), "training with --wandb"),
 }
 

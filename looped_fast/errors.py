@@ -58,6 +58,7 @@ def check_name(kind: str, name: object, valid: Collection[str]) -> None:
 # pip would look up by a name that is not registered where the package runs from its source tree.
 EXTRAS = {
     "eval": ("scikit-learn", "pandas", "xgboost" if sys.platform == "darwin" else "xgboost-cpu"),
+    "hub": ("huggingface_hub",),
     "report": ("matplotlib", "tensorboard"),
     "triton": ("triton",),
     "wandb": ("wandb",),

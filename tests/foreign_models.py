@@ -1,7 +1,7 @@
 """Models written against the structure that drop-in acceleration knows, for its tests.
 
-They share only attribute names with the official code and with nanoGPT. Every deviation that a
-lookalike may have is a setting.
+They share only attribute names with the official code, nanoGPT and the code of Garg et al. Every
+deviation that a lookalike may have is a setting.
 """
 
 import math
@@ -202,6 +202,41 @@ class GPT(nn.Module):
         if targets is None:
             return logits[:, -1:], None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+def gpt2_config(D=32, n_layer=2, positions=22, dropout=0.0, **settings):
+    """Configuration of Hugging Face's GPT-2."""
+    from transformers import GPT2Config
+
+    settings = {"n_head": 4, "vocab_size": 17, "bos_token_id": 15, "eos_token_id": 16} | settings
+    settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    return GPT2Config(n_positions=positions, n_embd=D, n_layer=n_layer, **settings)
+
+
+def gpt2(**settings):
+    """Hugging Face's ``GPT2Model``, which keeps keys and values by default."""
+    from transformers import GPT2Model
+
+    return GPT2Model(gpt2_config(**{"use_cache": False, **settings}))
+
+
+class Garg(nn.Module):
+    """Like the ``TransformerModel`` of Garg et al., on Hugging Face's ``GPT2Model``."""
+
+    def __init__(self, n_dims=5, D=32, **settings):
+        super().__init__()
+        self._read_in = nn.Linear(n_dims, D)
+        self._backbone = gpt2(D=D, **settings)
+        self._read_out = nn.Linear(D, 1)
+
+    def forward(self, xs, ys, inds=None):
+        n = ys.shape[1]
+        inds = torch.arange(n) if inds is None else torch.as_tensor(inds)
+        if inds.max() >= n or inds.min() < 0:
+            raise ValueError("inds contain indices where xs and ys are not defined")
+        tokens = torch.stack((xs, F.pad(ys[..., None], (0, xs.shape[2] - 1))), dim=2).flatten(1, 2)
+        states = self._backbone(inputs_embeds=self._read_in(tokens)).last_hidden_state
+        return self._read_out(states)[:, ::2, 0][:, inds]
 
 
 class Lora(nn.Module):

@@ -202,6 +202,7 @@ WITHOUT_EXTRAS = """
 EXTRAS = (
     "matplotlib", "PIL", "tensorboard", "google.protobuf", "grpc", "wandb", "triton", "flash_attn",
     "sklearn", "scipy", "joblib", "pandas", "xgboost", "peft", "transformers", "nvtx", "numba",
+    "huggingface_hub",
 )  # fmt: skip
 
 

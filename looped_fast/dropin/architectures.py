@@ -2,6 +2,7 @@
 
 The forwards here have the signatures and results of the originals, but run the whole loop as one
 op. They read parameters from the original modules at every call, so nothing is copied.
+``hugging_face`` has those of models that are made of Hugging Face's ``GPT2Model``.
 
 Sources: official ``scripts/models.py`` (Leiay/looped_transformer) for the in-context models,
 nanoGPT's ``model.py`` for the language model.
@@ -9,64 +10,23 @@ nanoGPT's ``model.py`` for the language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from looped_fast.ops.reference import interleave, is_autocast_enabled
-
-Model = Any  # an nn.Module of another code base, known by its attributes only
-
-
-# ops.loop on one model's blocks: (embeddings [B, S, D], *, n_loops, window, injection, read_out)
-# -> states [W, B, S, D], or predictions with a read_out
-Loop = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One known structure. Functions are module-level, so that accelerated models pickle."""
-
-    name: str
-    markers: tuple[str, ...]  # attributes that tell it from those below it in ARCHITECTURES
-    stack: Callable[[Model], Model]  # the module that holds wpe, h and ln_f
-    forward: Callable[..., Any]  # (model, loop, *original arguments) -> the original's result
-    needs: tuple[str, ...]  # further attributes that ``forward`` reads
-    example_calls: Callable[[Model, torch.Generator], list[tuple[Any, ...]]]
-    tokens_per_point: int = 2  # x and y
-
-
-def has(module: Model, path: str) -> bool:
-    """True if ``module`` has the dotted attribute ``path``."""
-    for name in path.split("."):
-        if not hasattr(module, name):
-            return False
-        module = getattr(module, name)
-    return True
-
-
-def weight_and_bias(module: Model) -> list[Tensor]:
-    """Parameters of a Linear or LayerNorm; zeros for no bias (nanoGPT's ``bias=False``)."""
-    if getattr(module, "bias", None) is None:
-        return [module.weight, module.weight.new_zeros(module.weight.shape[0])]
-    return [module.weight, module.bias]
-
-
-def block_weights(block: Model) -> list[Tensor]:
-    """The block's parameters in the order of ``reference.Block``."""
-    attn, mlp = block.attn, block.mlp
-    modules = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
-    return [tensor for module in modules for tensor in weight_and_bias(module)]
-
-
-def stack_weights(stack: Model) -> list[Tensor]:
-    """The ``weights`` argument of ``ops.loop``."""
-    weights = [tensor for block in stack.h for tensor in block_weights(block)]
-    return weights + weight_and_bias(stack.ln_f)
+from looped_fast.dropin import hugging_face
+from looped_fast.dropin.structure import (
+    Architecture,
+    Example,
+    Loop,
+    Model,
+    embed,
+    has,
+    predict,
+    prompt,
+)
 
 
 def looped_forward(
@@ -79,7 +39,7 @@ def looped_forward(
     window = n_loops - max(n_loop_start, 0)
     if window < 1:
         return []
-    embeddings = _read_in(model, xs, ys)
+    embeddings = embed(model, xs, ys)
     if model.loop_func == "z=f(x+z)":
         injection = "add"
     elif model.loop_func == "z=f(x*z)":
@@ -94,7 +54,7 @@ def standard_forward(
     model: Model, loop: Loop, xs: Tensor, ys: Tensor, add_inputs_embeds: bool = False
 ) -> Tensor:
     """``TransformerModel.forward``: all blocks once. xs: [B, n, d], ys: [B, n] -> [B, n]."""
-    embeddings = _read_in(model, xs, ys)
+    embeddings = embed(model, xs, ys)
     injection = "every_block" if add_inputs_embeds else "none"
     settings = {"n_loops": 1, "window": 1, "injection": injection}
     return _predict(model, loop, embeddings, settings)[0]
@@ -107,7 +67,7 @@ def tied_forward(
 
     xs: [B, n, d], ys: [B, n] -> [B, n].
     """
-    embeddings = _read_in(model, xs, ys)
+    embeddings = embed(model, xs, ys)
     steps = model.n_layer  # all carry gradient
     settings = {"n_loops": steps, "window": steps, "injection": "none"}
     return _predict(model, loop, embeddings, settings)[-1]
@@ -129,27 +89,11 @@ def gpt_forward(
     return logits, loss
 
 
-def _read_in(model: Model, xs: Tensor, ys: Tensor) -> Tensor:
-    """The embedded prompt in the parameters' dtype, [B, 2n, D]; autocast may have lowered it."""
-    return model._read_in(interleave(xs, ys)).to(model._read_in.weight.dtype)
-
-
 def _predict(model: Model, loop: Loop, embeddings: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Predictions at the x positions, [W, B, n(, 2)], read out by the loop if it can."""
-    read_out, x_tokens = model._read_out, slice(model.ind, None, model.freq)
-    if type(read_out) is nn.Linear and x_tokens == slice(0, None, 2):  # what the op reads out
-        outputs = loop(embeddings, read_out=weight_and_bias(read_out), **settings)
-        predictions = outputs.to(_output_dtype(outputs))
-    else:
-        predictions = read_out(loop(embeddings, **settings)[:, :, x_tokens])
+    """Predictions at the x positions, [W, B, n(, 2)]."""
+    x_tokens = slice(model.ind, None, model.freq)
+    predictions = predict(model._read_out, loop, embeddings, settings, x_tokens)
     return predictions[..., 0] if model._pred_type == "regression" else predictions
-
-
-def _output_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that a Linear returns for ``tensor``, under autocast or not."""
-    device = tensor.device.type
-    is_lowered = is_autocast_enabled(device) and tensor.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if is_lowered else tensor.dtype
 
 
 def _backbone_stack(model: Model) -> Model:
@@ -160,32 +104,27 @@ def _own_stack(model: Model) -> Model:
     return model.transformer
 
 
+def _looped_examples(model: Model, generator: torch.Generator) -> list[Example]:
+    return [Example(*_prompt(model, generator), 1, 3)]
+
+
+def _standard_examples(model: Model, generator: torch.Generator) -> list[Example]:
+    xs_ys = _prompt(model, generator)
+    return [Example(*xs_ys, False), Example(*xs_ys, True)]
+
+
+def _tied_examples(model: Model, generator: torch.Generator) -> list[Example]:
+    return [Example(*_prompt(model, generator), False)]
+
+
 def _prompt(model: Model, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random float64 xs [2, n, d] and ys [2, n], n at most 3, on the CPU."""
-    n = min(3, model._backbone.transformer.wpe.weight.shape[0] // 2)
-    d = model._read_in.weight.shape[1]
-    xs = torch.randn(2, n, d, generator=generator, dtype=torch.float64, device="cpu")
-    ys = torch.randn(2, n, generator=generator, dtype=torch.float64, device="cpu")
-    return xs, ys
+    return prompt(model._read_in, model._backbone.transformer.wpe, generator)
 
 
-def _looped_examples(model: Model, generator: torch.Generator) -> list[tuple[Any, ...]]:
-    return [(*_prompt(model, generator), 1, 3)]
-
-
-def _standard_examples(model: Model, generator: torch.Generator) -> list[tuple[Any, ...]]:
-    prompt = _prompt(model, generator)
-    return [(*prompt, False), (*prompt, True)]
-
-
-def _tied_examples(model: Model, generator: torch.Generator) -> list[tuple[Any, ...]]:
-    return [(*_prompt(model, generator), False)]
-
-
-def _gpt_examples(model: Model, generator: torch.Generator) -> list[tuple[Any, ...]]:
+def _gpt_examples(model: Model, generator: torch.Generator) -> list[Example]:
     S, V = min(5, model.transformer.wpe.weight.shape[0]), model.transformer.wte.weight.shape[0]
     idx, targets = torch.randint(V, (2, 2, S), generator=generator, device="cpu")
-    return [(idx,), (idx, targets)]
+    return [Example(idx), Example(idx, targets)]
 
 
 _IN_CONTEXT = ("_read_in.weight", "_read_out.weight", "_pred_type", "freq", "ind")
@@ -224,6 +163,7 @@ ARCHITECTURES = (
         _gpt_examples,
         tokens_per_point=1,
     ),
+    *hugging_face.ARCHITECTURES,
 )
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from looped_fast.dropin import architectures
-from looped_fast.dropin.architectures import ARCHITECTURES, Architecture, Loop, Model, has
+from looped_fast.dropin.architectures import ARCHITECTURES
+from looped_fast.dropin.structure import Architecture, Loop, Model, has
 from looped_fast.ops.modules import alteration, deviation, global_hooks
 from looped_fast.ops.reference import autocast
 
@@ -50,16 +51,26 @@ def recognise(model: nn.Module, is_accelerated: bool) -> Architecture:
     architecture = architectures.recognise(model)
     if architecture is None:
         known = ", ".join(a.name for a in ARCHITECTURES)
-        raise UnsupportedModel(name, [f"it has the structure of none of: {known}"])
+        reasons = [f"it has the structure of none of: {known}", *_remedy(model)]
+        raise UnsupportedModel(name, reasons)
     if reasons := list(missing(model, architecture)):
-        raise UnsupportedModel(f"{name} as {architecture.name}", reasons)
+        raise UnsupportedModel(f"{name} as {architecture.name}", [*reasons, *_remedy(model)])
     return architecture
+
+
+def _remedy(model: nn.Module) -> Iterator[str]:
+    """Parts of the model that ``accelerate`` may take."""
+    for name, part in model.named_children():
+        known = architectures.recognise(part)
+        if known and not list(missing(part, known)):
+            yield f"its {name} has the structure of {known.name}: accelerate(model.{name})"
 
 
 def missing(model: Model, architecture: Architecture) -> Iterator[str]:
     """Attributes that the fast forward reads and ``model`` lacks."""
-    block_paths = ("ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight", "attn.n_head",
-                   "ln_2.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # fmt: skip
+    block_paths = ("ln_1.weight", "attn.c_attn.weight", "attn.c_proj.weight",
+                   f"attn.{architecture.blocks.heads}", "ln_2.weight", "mlp.c_fc.weight",
+                   "mlp.c_proj.weight")  # fmt: skip
     absent = [p for p in (*architecture.markers, *architecture.needs) if not has(model, p)]
     yield from (f"it has no {path}" for path in absent)
     if not set(absent).isdisjoint(architecture.markers):
@@ -85,8 +96,8 @@ def deviations(model: Model, architecture: Architecture) -> Iterator[str]:
         return
     stack = architecture.stack(model)
     linears = [block.get_submodule(path) for block in stack.h for path in _LINEARS]
-    linears += [module for name, module in model.named_children() if name == "_read_in"]
-    kinds: dict[nn.Module, type[nn.Module]] = dict.fromkeys(linears, nn.Linear)
+    kinds = dict.fromkeys(linears, architecture.blocks.linear())
+    kinds |= {module: nn.Linear for name, module in model.named_children() if name == "_read_in"}
     kinds[stack.wpe] = nn.Embedding
     for name, module in model.named_modules():
         if module is model:
@@ -96,6 +107,8 @@ def deviations(model: Model, architecture: Architecture) -> Iterator[str]:
             yield f"{name} {why}"
         if module.training and (p := _dropout(module)) > 0:
             yield f"{name} drops out with p = {p} while training; set it to 0, or call eval()"
+    if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        yield "it recomputes activations block by block while training (gradient_checkpointing)"
 
 
 def _dropout(module: Model) -> float:

@@ -29,7 +29,8 @@ def explain_backend(
     Args:
         model: a ``LoopedTransformer``, or any model after ``accelerate``.
         batch_size: prompts.
-        n_points: in-context points of a prompt, of two tokens each; tokens for nanoGPT's ``GPT``.
+        n_points: in-context points of a prompt, of two tokens each; tokens for a language model,
+            nanoGPT's ``GPT`` or ``GPT2Model``.
         precision: ``fp32``, ``bf16`` or ``fp16``; None: what ``accelerate`` was given, else that
             of ``torch.autocast`` around this call.
         replayed_training: describe a training step that ``Trainer`` replays as a CUDA graph; by

@@ -1,4 +1,4 @@
-"""Speed up a model of the official code, of nanoGPT, or of this package, in place.
+"""Speed up a model of another code base, or of this package, in place.
 
 ``accelerate`` puts a faster forward on one instance; parameters, state dict, class and modules
 stay what they are, so checkpoints and optimizers made before or after keep working. ``restore``
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from looped_fast.config import ATTENTION, BACKENDS, PRECISIONS
-from looped_fast.dropin import architectures, checks, verify
-from looped_fast.dropin.architectures import Architecture, Model
+from looped_fast.dropin import checks, verify
 from looped_fast.dropin.checks import UnsupportedModel
+from looped_fast.dropin.structure import Architecture, Model, stack_weights
 from looped_fast.errors import check_name
 from looped_fast.model import LoopedTransformer, ambient_precision
 from looped_fast.ops import backends, forks
@@ -40,13 +40,16 @@ def accelerate(
     """Make ``model`` run its loop as one fast op, in training and inference. Changes it in place.
 
     Supports the official ``TransformerModelLooped``, ``TransformerModel`` and
-    ``TransformerModelTying``, nanoGPT's ``GPT`` (with GELU in its tanh form), and
-    ``LoopedTransformer``: recognised by their attributes, and verified by their results on tiny
-    random inputs (see ``looped_fast.dropin.verify``). A second call changes the settings.
+    ``TransformerModelTying``, nanoGPT's ``GPT`` (with GELU in its tanh form), the
+    ``TransformerModel`` of Garg et al., Hugging Face's ``GPT2Model``, and ``LoopedTransformer``:
+    recognised by their attributes, and verified by their results on tiny random inputs (see
+    ``looped_fast.dropin.verify``). A second call changes the settings.
 
     Results never change. While the model has hooks or adapters inside, or replaced modules, or
     drops out, or a setting of it was changed so that it computes something else, its own forward
-    runs, and a warning says so once; ``explain_backend`` names the module.
+    runs, and a warning says so once; ``explain_backend`` names the module. The same holds for a
+    call of ``GPT2Model`` that asks for more than the last hidden state of tokens that all count:
+    a cache, attention weights, a mask with padding.
 
     Args:
         model: a module with parameters in float32, or in float64 for the reference backend.
@@ -149,7 +152,7 @@ class FastForward:
         """Return what the model's own forward does. Raises ValueError: see ``accelerate``."""
         if not torch.compiler.is_compiling():
             forks.keep_to_one_thread()
-        by_modules = self.deviations()
+        by_modules = self.deviations() or self._unsupported(args, kwargs)
         with _autocast(next(self.model.parameters()).device.type, self.precision):
             if not by_modules:
                 return self.architecture.forward(self.model, self.loop, *args, **kwargs)
@@ -166,9 +169,19 @@ class FastForward:
             ValueError: it would, but ``backend`` forces another than ``reference``.
         """
         if reasons := self.watch(self.model):
-            backends.select_modules(self.backend, reasons)
-            self.watch.say_once(f"{type(self.model).__name__} runs its own forward")
+            self._say_once(reasons)
         return reasons
+
+    def _unsupported(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reasons:
+        """As ``deviations``, for what the arguments of a call ask for."""
+        if reasons := tuple(self.architecture.unsupported(self.model, *args, **kwargs)):
+            self._say_once(reasons)
+        return reasons
+
+    @constant_in_graphs
+    def _say_once(self, reasons: Reasons) -> None:
+        backends.select_modules(self.backend, reasons)
+        self.watch.say_once(f"{type(self.model).__name__} runs its own forward", reasons)
 
     def _judge(self, model: Model) -> Reasons:
         """Why the fast forward would not compute what ``model`` does; verifies it by numbers."""
@@ -192,16 +205,16 @@ class FastForward:
         injection: str,
         read_out: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Run ``ops.loop`` on the model's current parameters: see ``architectures.Loop``."""
+        """Run ``ops.loop`` on the model's current parameters: see ``structure.Loop``."""
         stack, precision = self.stack, ambient_precision(embeddings.device.type)
         positions = stack.wpe.weight[: embeddings.shape[1]]
-        weights = architectures.stack_weights(stack)
+        weights = stack_weights(stack)
         tensors = LoopTensors(embeddings, positions, None, weights, list(read_out))
         return self.graphed(tensors, self._settings(n_loops, window, injection, precision))
 
     def _settings(self, n_loops: int, window: int, injection: str, precision: str) -> LoopSettings:
         return LoopSettings(
-            n_heads=self.stack.h[0].attn.n_head,
+            n_heads=self.architecture.n_heads(self.model),
             n_loops=n_loops,
             window=window,
             injection=injection,

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from looped_fast.config import LAYER_NORM_EPS
-from looped_fast.dropin.architectures import (
+from looped_fast.dropin.structure import (
     Architecture,
+    Example,
     Loop,
     Model,
     block_weights,
@@ -47,8 +48,8 @@ class _Call(nn.Module):
         self.module = module
         self.function = function
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(self.module, *inputs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
 
 
 def differences(
@@ -65,19 +66,25 @@ def differences(
     generator = torch.Generator().manual_seed(0)
     stack = architecture.stack(model)
 
-    def replacement(model: Model, *inputs: Any) -> Any:
-        return architecture.forward(model, loop, *inputs)
+    def replacement(model: Model, *args: Any, **kwargs: Any) -> Any:
+        return architecture.forward(model, loop, *args, **kwargs)
+
+    def mismatch(call: Example) -> str | None:
+        return _mismatch(model, type(model).forward, replacement, call, generator)
 
     with _no_trace(model), torch.set_grad_enabled(not outputs_only):
         found = list(_different_norms(stack, generator))
-        for inputs in architecture.example_calls(model, generator):
-            why = _mismatch(model, type(model).forward, replacement, inputs, generator)
-            if why is not None:
-                found += _different_layers(stack, generator)
+        for call in architecture.example_calls(model, generator):
+            if (why := mismatch(call)) is not None:
+                found += _different_layers(model, architecture, generator)
                 return found or [f"its forward is not {architecture.name}'s: {why}"]
-        if not (found or outputs_only):
-            found += _different_far_back(stack, generator)
-    return found
+        if found or outputs_only:
+            return found
+        if architecture.long_call is None:
+            return list(_different_far_back(model, architecture, generator))
+        with torch.no_grad():
+            why = mismatch(architecture.long_call(model, generator, MAX_TOKENS))
+    return [] if why is None else [f"its forward differs where inputs are long: {why}"]
 
 
 @contextlib.contextmanager
@@ -111,47 +118,47 @@ def _different_norms(stack: Model, generator: torch.Generator) -> Iterator[str]:
     for i, block in enumerate(stack.h):
         norms |= {f"h.{i}.ln_1": block.ln_1, f"h.{i}.ln_2": block.ln_2}
     for name, norm in [*norms.items(), ("ln_f", stack.ln_f)]:
-        why = _mismatch(norm, lambda norm, x: norm(x), replacement, (x,), generator)
+        why = _mismatch(norm, lambda norm, x: norm(x), replacement, Example(x), generator)
         if why is not None:
             yield f"{name} is not LayerNorm over {D} elements with eps {LAYER_NORM_EPS}: {why}"
 
 
-def _different_far_back(stack: Model, generator: torch.Generator) -> Iterator[str]:
+def _different_far_back(
+    model: Model, architecture: Architecture, generator: torch.Generator
+) -> Iterator[str]:
     """Compare attention, without gradients, on long inputs: only these show a sliding window."""
+    stack, attention = architecture.stack(model), _our_attention(architecture.n_heads(model))
     n_positions, D = stack.wpe.weight.shape
     x = _randn((1, min(n_positions, MAX_TOKENS), D), generator)
     with torch.no_grad():
         for i, block in enumerate(stack.h):
-            why = _mismatch(block, _their_attention, _our_attention(stack), (x,), generator)
+            why = _mismatch(block, architecture.blocks.attention, attention, Example(x), generator)
             if why is not None:
                 yield f"h.{i}.attn does not see all earlier of {x.shape[1]} tokens: {why}"
 
 
-def _their_attention(block: Model, x: Tensor) -> Tensor:
-    return block.attn(x)
-
-
-def _our_attention(stack: Model) -> Function:
-    n_heads = stack.h[0].attn.n_head
-
+def _our_attention(n_heads: int) -> Function:
     def attention(block: Model, x: Tensor) -> Tensor:
         return reference.attention(x, reference.Block(*block_weights(block)), n_heads)
 
     return attention
 
 
-def _different_layers(stack: Model, generator: torch.Generator) -> Iterator[str]:
+def _different_layers(
+    model: Model, architecture: Architecture, generator: torch.Generator
+) -> Iterator[str]:
+    stack, n_heads = architecture.stack(model), architecture.n_heads(model)
     x = 2 * _randn((2, 5, stack.wpe.weight.shape[1]), generator)  # GELU's forms differ most at 2
-    n_heads = stack.h[0].attn.n_head
+    their_attention, our_attention = architecture.blocks.attention, _our_attention(n_heads)
 
     def mlp(block: Model, x: Tensor) -> Tensor:
         return reference.mlp(x, reference.Block(*block_weights(block)))
 
     for i, block in enumerate(stack.h):
-        why = _mismatch(block, _their_attention, _our_attention(stack), (x,), generator)
+        why = _mismatch(block, their_attention, our_attention, Example(x), generator)
         if why is not None:
             yield f"h.{i}.attn is not causal attention with {n_heads} heads, or drops out: {why}"
-        why = _mismatch(block, lambda block, x: block.mlp(x), mlp, (x,), generator)
+        why = _mismatch(block, lambda block, x: block.mlp(x), mlp, Example(x), generator)
         if why is not None:
             yield f"h.{i}.mlp is not Linear, GELU in its tanh form (not exact), Linear: {why}"
 
@@ -160,7 +167,7 @@ def _mismatch(
     module: nn.Module,
     original: Function,
     replacement: Function,
-    inputs: tuple[Any, ...],
+    call: Example,
     generator: torch.Generator,
 ) -> str | None:
     """How the two functions differ, in outputs and gradients; None if they agree."""
@@ -171,7 +178,7 @@ def _mismatch(
     for function in (original, replacement):
         try:
             returned = torch.func.functional_call(
-                _Call(module, function), {**parameters, **buffers}, inputs
+                _Call(module, function), {**parameters, **buffers}, call.args, call.kwargs
             )
             outputs = _tensors(returned)
             if not cotangents:
@@ -211,6 +218,8 @@ def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _tensors(returned: Any) -> list[Tensor]:
+    if isinstance(returned, dict):  # transformers' outputs
+        returned = list(returned.values())
     outputs = returned if isinstance(returned, list | tuple) else [returned]
     return [tensor for tensor in outputs if tensor is not None]
 

@@ -25,6 +25,7 @@ from looped_fast.model.adaptive import Criterion, prediction_change
 from looped_fast.model.blocks import Backbone, Part, weights_and_biases
 from looped_fast.model.prediction import Options
 from looped_fast.model.prompts import check_prompt, check_tensors
+from looped_fast.model.sharing import Shareable
 from looped_fast.ops import backends, op, reference
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
@@ -33,7 +34,7 @@ from looped_fast.ops.prompt import read_in
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
-class LoopedTransformer(nn.Module):
+class LoopedTransformer(Shareable):
     """One shared stack of blocks, run ``n_loops`` times, that predicts y from (x, y) prompts.
 
     Covers the looped, standard and weight-tied models of arXiv 2311.12424: see ``ModelConfig``.
@@ -394,7 +395,7 @@ class LoopedTransformer(nn.Module):
         """
         if reasons := self.watch(self):
             backends.select_modules(self.backend, reasons)
-            self.watch.say_once("LoopedTransformer runs module by module in plain PyTorch")
+            self.watch.say_once("LoopedTransformer runs module by module in plain PyTorch", reasons)
         return reasons
 
     def _parts(self) -> list[Part]:

@@ -80,11 +80,11 @@ class Watch:
         if self._snapshot is None or not self._snapshot.holds():
             self._snapshot = _Snapshot(model, self._first)
 
-    def say_once(self, message: str) -> None:
-        """Warn with ``message`` and the current reasons, unless that was done before."""
-        if self._current not in self._said:
-            self._said.add(self._current)
-            warnings.warn(f"{message}: {'; '.join(self._current)}", stacklevel=3)
+    def say_once(self, message: str, reasons: Reasons) -> None:
+        """Warn with ``message`` and ``reasons``, unless that was done before."""
+        if reasons not in self._said:
+            self._said.add(reasons)
+            warnings.warn(f"{message}: {'; '.join(reasons)}", stacklevel=3)
 
 
 class _Snapshot:
@@ -184,8 +184,17 @@ def _hooks(tables: Iterable[Any]) -> list[str]:
 
 
 def _in_force(hooks: dict[int, Any]) -> Iterator[bool]:
-    """Which hooks need the module's own values; those of FlopCounterMode only note its name."""
-    return (type(getattr(h, "__self__", None)) is not ModuleTracker for h in hooks.values())
+    """Which hooks need the module's own values.
+
+    Those of FlopCounterMode only note its name. Those of transformers stay after a call that asked
+    for hidden states, and do nothing in another.
+    """
+    inert = "transformers.utils.output_capturing"
+    return (
+        type(getattr(h, "__self__", None)) is not ModuleTracker
+        and getattr(h, "__module__", None) != inert
+        for h in hooks.values()
+    )
 
 
 def global_hooks() -> list[str]:

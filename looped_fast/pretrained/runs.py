@@ -9,7 +9,7 @@ import torch
 
 from looped_fast.model import LoopedTransformer
 from looped_fast.pretrained.provenance import file_sha256
-from looped_fast.pretrained.weights import read_newest
+from looped_fast.pretrained.weights import build_checkpoint, read_newest, refuse_tabular
 from looped_fast.tasks import Task
 from looped_fast.training import checkpoint
 from looped_fast.training.config import TrainConfig, saved_config
@@ -55,13 +55,9 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
     """
     loaded, sha256 = read_newest(source, lambda path: (checkpoint.load(path), file_sha256(path)))
     path = loaded.path
-    if "held_out" in loaded.config:  # a setting of ``openml.TabularConfig``
-        raise ValueError(
-            f"{source} is a classifier of tabular sets; python -m looped_fast.openml evaluates it"
-        )
+    refuse_tabular(source, loaded)
     config = saved_config(loaded)
-    model = LoopedTransformer(config.model_config())
-    checkpoint.restore_into(loaded, model)
+    model = build_checkpoint(config.model_config(), loaded)
     is_named = path != Path(source)  # by its run's folder, or as a pretrained model
     return Run(
         name=Path(source).resolve().name if is_named else _checkpoint_name(path.resolve()),

@@ -1,4 +1,4 @@
-"""Find shipped weights and checkpoints by name or path."""
+"""Find trained models: shipped ones by name, others by their folder or by a name on the hub."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from looped_fast.compat import load_official_checkpoint
-from looped_fast.errors import CheckpointError, check_name
+from looped_fast.config import ModelConfig
+from looped_fast.errors import CheckpointError, check_name, unknown_name
 from looped_fast.model import LoopedTransformer
+from looped_fast.pretrained import hub
+from looped_fast.pretrained.saved import build, is_saved, load_saved
 from looped_fast.training import checkpoint
-from looped_fast.training.config import TrainConfig, saved_config
+from looped_fast.training.config import TrainConfig, saved_config, saved_model_config
 from looped_fast.training.step import Start
 
 T = TypeVar("T")
 
 _FOLDER = Path(__file__).parent
+_FOLDERS = "the folder of a run, such as runs/lr-looped-tiny-..., or of one of its checkpoints"
 
 
 def names() -> list[str]:
@@ -46,26 +50,71 @@ def train_config(name: str) -> TrainConfig:
     return saved_config(checkpoint.load(path(name)))
 
 
-def from_pretrained(name: str, backend: str = "auto") -> LoopedTransformer:
-    """A trained model, float32 on the CPU. ``train_config(name)`` says for which task.
+def from_pretrained(
+    source: str | Path, backend: str = "auto", *, revision: str | None = None
+) -> LoopedTransformer:
+    """A trained model on the CPU, in float32 unless ``save_pretrained`` wrote another dtype.
+
+    Nothing but tensors and JSON is read, and no code is imported: not even that of a task of
+    one's own, which a run may have been trained on.
 
     >>> model = from_pretrained("lr-small")
     >>> model.config.n_dims, model.config.n_loops
     (5, 12)
 
     Args:
-        name: one of ``pretrained.names()``, such as ``lr-small`` or ``lr-standard-small``.
+        source: a folder that ``save_pretrained`` wrote, that of a run, whose newest checkpoint is
+            taken, or that of a checkpoint; or one of ``pretrained.names()``, such as ``lr-small``
+            or ``lr-standard-small``, of which ``train_config(name)`` says the task; or the
+            ``owner/name`` of a model on the Hugging Face hub. A folder goes first.
         backend: as in ``LoopedTransformer``.
+        revision: branch, tag or commit on the hub; the newest by default.
 
     Raises:
-        ValueError: an unknown name; the message suggests the nearest valid one.
-        CheckpointError: the installed weights are damaged.
+        ValueError: ``source`` is nothing of the kind; the message suggests the nearest name. Or a
+            ``revision`` of something that is not on the hub, or a classifier of tabular sets.
+        FileNotFoundError: a folder without a model, or a model that the hub does not have.
+        CheckpointError: files are damaged, or of another model.
+        RuntimeError: huggingface_hub is needed, and not installed.
+        OSError: the hub can't be reached.
     """
-    weights = checkpoint.load(path(name))
-    config = saved_config(weights)
-    model = LoopedTransformer(config.model_config(), backend)
-    checkpoint.restore_into(weights, model)
-    return model
+    folder = Path(source)
+    if not folder.exists():
+        if str(source) in names():
+            folder = path(str(source))
+        elif hub.is_id(source):
+            folder = hub.download(str(source), revision)
+            revision = None
+        else:
+            unknown = unknown_name("pretrained model", str(source), names())
+            raise ValueError(
+                f"{unknown}; or give {_FOLDERS}, or owner/name on the Hugging Face hub"
+            )
+    if revision is not None:
+        raise ValueError(
+            f"revision = {revision!r} is of a model on the Hugging Face hub, and {source} is here"
+        )
+    if is_saved(folder):
+        return load_saved(folder, backend)
+    loaded = read_newest(folder, checkpoint.load)
+    refuse_tabular(source, loaded)
+    return build_checkpoint(saved_model_config(loaded), loaded, backend)
+
+
+def build_checkpoint(
+    config: ModelConfig, loaded: checkpoint.Checkpoint, backend: str = "auto"
+) -> LoopedTransformer:
+    """Make the model of a checkpoint, on the CPU. Raises CheckpointError as ``build``."""
+    remedy = f"{loaded.path / checkpoint.INDEX} is damaged, or of another model: restore both"
+    return build(config, loaded.model_state, loaded.path / checkpoint.MODEL, remedy, backend)
+
+
+def refuse_tabular(source: str | Path, loaded: checkpoint.Checkpoint) -> None:
+    """Raise ValueError for a classifier of tabular sets, whose settings are of another kind."""
+    if "held_out" in loaded.config:  # a setting of ``openml.TabularConfig``
+        raise ValueError(
+            f"{source} is a classifier of tabular sets; python -m looped_fast.openml evaluates it"
+        )
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -84,8 +133,7 @@ def find_checkpoint(source: str | Path) -> Path:
         return path(str(source))
     what = "holds no checkpoint" if folder.exists() else "does not exist"
     raise FileNotFoundError(
-        f"{source} {what}; give the folder of a run, such as runs/lr-looped-tiny-..., or of one "
-        f"of its checkpoints, or a pretrained model: {', '.join(names())}"
+        f"{source} {what}; give {_FOLDERS}, or a pretrained model: {', '.join(names())}"
     )
 
 

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from looped_fast.config import VERSION
 from looped_fast.errors import CheckpointError
+from looped_fast.model.sharing import pack
 from looped_fast.training.checkpoint_check import (
     check_generators,
     check_optimizer,
@@ -153,7 +153,7 @@ def export_weights(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {MODEL: _pack(source.model_state)}
+    weights = {MODEL: pack(source.model_state)}
     for name, content in {**weights, INDEX: _index(weights, source.step, config, meta)}.items():
         write_durably(folder / name, content)
 
@@ -237,7 +237,7 @@ def _serialize(step, model, optimizer, config, meta, scaler) -> dict[str, bytes]
     trainer = {**_adam_state(model, optimizer), "rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # reading the state would initialise CUDA
         trainer["rng/cuda"] = torch.cuda.get_rng_state()
-    files = {MODEL: _pack(model.state_dict()), TRAINER: _pack(trainer)}
+    files = {MODEL: pack(model.state_dict()), TRAINER: pack(trainer)}
     index = _index(
         files,
         step,
@@ -277,10 +277,6 @@ def _index(files: dict[str, bytes], step, config, meta, **trainer: Any) -> bytes
         },
     }
     return json.dumps(sealed(index), indent=1).encode()
-
-
-def _pack(tensors: dict[str, Tensor]) -> bytes:
-    return to_safetensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
 
 def _param_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:

@@ -172,6 +172,11 @@ def _parse(file: Path, expected: dict[str, Any]) -> dict[str, Tensor]:
         raise damaged(file, fault)
     if hashlib.sha256(content).hexdigest() != expected["sha256"]:
         raise damaged(file, "is corrupt: its sha256 is not the recorded one")
+    return parse_weights(file, content)
+
+
+def parse_weights(file: Path, content: bytes) -> dict[str, Tensor]:
+    """Parse a safetensors file's content. Raises CheckpointError."""
     try:
         return parse_safetensors(content)
     except Exception as error:  # the parser lets a bad header raise what it happens to hit
@@ -195,7 +200,7 @@ def _read_index(file: Path) -> dict[str, Any]:
             f"{file} has no format_version, so it is no checkpoint of looped_fast; name a "
             f"directory like run/checkpoints/step-00001000"
         )
-    _check_types(file, index, {"format_version": int})
+    check_types(file, index, {"format_version": int})
     version = index["format_version"]
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -211,10 +216,10 @@ def _read_index(file: Path) -> dict[str, Any]:
 
 def _check_index(file: Path, index: dict[str, Any]) -> None:
     """Check all entries but those inside ``config`` and ``meta``."""
-    _check_types(file, index, _ENTRIES)
+    check_types(file, index, _ENTRIES)
     has_trainer = TRAINER in index["files"] or any(name in index for name in _TRAINER_ENTRIES)
     if has_trainer:
-        _check_types(file, index, _TRAINER_ENTRIES)
+        check_types(file, index, _TRAINER_ENTRIES)
     known = _ENTRIES | _OPTIONAL_ENTRIES | _TRAINER_ENTRIES
     for name in index:
         if name not in known:
@@ -223,11 +228,11 @@ def _check_index(file: Path, index: dict[str, Any]) -> None:
         if not least <= index[name] < 2**63:
             raise _wrong(file, name, index[name], f"a number from {least} to 2^63 - 1")
     files = {MODEL: dict, TRAINER: dict} if has_trainer else {MODEL: dict}
-    _check_types(file, index["files"], files, "files.")
+    check_types(file, index["files"], files, "files.")
     for name, entry in index["files"].items():
         if name not in files:
             raise damaged(file, f"has an unknown entry files.{name}")
-        _check_types(file, entry, _FILE_ENTRIES, f"files.{name}.")
+        check_types(file, entry, _FILE_ENTRIES, f"files.{name}.")
     if has_trainer:
         _check_groups(file, index["param_groups"], index["param_names"])
 
@@ -239,11 +244,11 @@ def _check_groups(file: Path, groups: list[Any], names: list[Any]) -> None:
     n_named = 0
     for i, (group, group_names) in enumerate(zip(groups, names, strict=True)):
         entries = {f"param_names[{i}]": group_names, f"param_groups[{i}]": group}
-        _check_types(file, entries, {f"param_names[{i}]": list, f"param_groups[{i}]": dict})
+        check_types(file, entries, {f"param_names[{i}]": list, f"param_groups[{i}]": dict})
         for name in group_names:
             if not isinstance(name, str):
                 raise _wrong(file, f"param_names[{i}]", name, _NEEDED[str])
-        _check_types(file, group, {"betas": list, "params": list}, f"param_groups[{i}].")
+        check_types(file, group, {"betas": list, "params": list}, f"param_groups[{i}].")
         positions = list(range(n_named, n_named + len(group_names)))
         if group["params"] != positions:
             needed = f"the positions of the {len(group_names)} names in param_names[{i}]"
@@ -253,9 +258,10 @@ def _check_groups(file: Path, groups: list[Any], names: list[Any]) -> None:
         raise damaged(file, "names a parameter twice in param_names")
 
 
-def _check_types(
+def check_types(
     file: Path, entries: dict[str, Any], types: Mapping[str, type], prefix: str = ""
 ) -> None:
+    """Raise CheckpointError unless ``entries`` of a file has all of ``types``, of these types."""
     for name, kind in types.items():
         if name not in entries:
             raise damaged(file, f"lacks the entry {prefix}{name}")

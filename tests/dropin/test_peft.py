@@ -1,4 +1,4 @@
-"""Adapters of Hugging Face's peft on our model and on an accelerated one of the official kind."""
+"""Adapters of Hugging Face's peft on our model, and on accelerated ones of other code bases."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* runs its own forward"),
     pytest.mark.filterwarnings("ignore:.* runs module by module"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # peft then sets it
 ]
 CONFIG = ModelConfig(n_dims=5, n_positions=11, n_embd=32, n_head=4, n_loops=3, window=2)
 LORA = {"r": 2, "target_modules": ["c_attn", "c_fc"], "lora_alpha": 8}
@@ -34,9 +35,13 @@ def official():
     return build(foreign.Looped)
 
 
+def garg():
+    return build(foreign.Garg)
+
+
 def run(model):
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    if isinstance(inner, LoopedTransformer):
+    if isinstance(inner, LoopedTransformer | foreign.Garg):
         return model(*PROMPT)
     return torch.stack(model(*PROMPT, 1, 3))
 
@@ -51,7 +56,7 @@ def set_adapters(model):
     return model
 
 
-@pytest.mark.parametrize("make", [own, official])
+@pytest.mark.parametrize("make", [own, official, garg])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", ["before accelerate", "after accelerate", "without"])
 def test_adapters_are_in_force_and_trained(make, kind, when):
@@ -78,7 +83,7 @@ def test_adapters_are_in_force_and_trained(make, kind, when):
         assert "peft.tuners" in explain_backend(model, 3, 7).reasons["cpu"]
 
 
-@pytest.mark.parametrize("make", [own, official])
+@pytest.mark.parametrize("make", [own, official, garg])
 @pytest.mark.parametrize("accelerated_first", [False, True])
 def test_merged_adapters_run_fast(make, accelerated_first):
     model = make()
