@@ -34,17 +34,22 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--cpu-minutes", type=float, required=True, help="processor time it took")
     parser.add_argument("--how", required=True, help="machine, threads, sittings: in sentences")
+    parser.add_argument("--name", help="of the folder (default: by task, model and preset)")
     options = parser.parse_args(args)
     try:
-        folder = release(options.run, options.cpu_minutes, options.how)
+        folder = release(options.run, options.cpu_minutes, options.how, name=options.name)
     except errors.EXPECTED as error:
         return errors.report(error)
     print((folder / "README.md").read_text(encoding="utf-8"))
     return 0
 
 
-def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> Path:
+def release(
+    run: Path, cpu_minutes: float, how: str, to: Path | None = None, name: str | None = None
+) -> Path:
     """Write weights and card of ``run``; return their folder, in ``to`` or this package.
+
+    Its ``name`` is by default ``<task>-<preset>``, with the model before the preset unless looped.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
@@ -62,9 +67,8 @@ def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> 
             f"python -m looped_fast.train --resume {run}"
         )
     kind = [] if config.model == "looped" else [config.model]
-    folder = (to or Path(pretrained.__file__).parent) / "-".join(
-        [config.task, *kind, config.preset]
-    )
+    name = name or "-".join([config.task, *kind, config.preset])
+    folder = (to or Path(pretrained.__file__).parent) / name
     meta = {
         "minutes": round(_minutes(read_metrics(run / METRICS_FILE)), 1),
         "cpu_minutes": cpu_minutes,
