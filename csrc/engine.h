@@ -24,6 +24,7 @@ struct LoopShape {
   int64_t window;    // W, last steps, which are returned and differentiated
   Injection injection;
   int64_t n_outputs;  // of the read-out; 0 without one: states are returned
+  int64_t n_queries;  // last tokens of a sequence, which see tokens before them all, and themselves
 
   int64_t head_dim() const { return n_embd / n_heads; }
   int64_t n_tokens() const { return batch * seq_len; }
@@ -56,6 +57,7 @@ struct Inputs {
   const float* ln_f_bias;             // [D]
   const float* read_out_weight;       // [n_outputs, D]
   const float* read_out_bias;         // [n_outputs]
+  const int64_t* seen;                // [n_queries], number of first tokens that a query sees
 };
 
 // What the forward saves for the backward. Layouts: activations.h.

@@ -44,7 +44,7 @@ struct ForwardScratch {
   ForwardScratch(Arena& arena, const LoopShape& p)
       : tile(arena.take<float>(kTileRows * kPanel)),
         hidden(arena.take<T>(kMlpRows * 4 * p.n_embd)),
-        attention(arena, p.seq_len, p.head_dim()) {}
+        attention(arena, p.seq_len - p.n_queries, p.head_dim()) {}
 };
 
 // One loop step on one item, by one member of its team.
@@ -142,13 +142,16 @@ class ForwardStep {
     });
     team_.wait();  // for all rows' keys and values
     const int64_t S = shape_.seq_len, H = shape_.n_heads, head_dim = shape_.head_dim();
+    const int64_t n_shared = S - shape_.n_queries;
     const Range heads = team_.share(item_.n_sequences * H);
     for (int64_t index = heads.begin; index < heads.end; ++index) {
       const int64_t row = index / H * S, column = index % H * head_dim;
       const T* q = block.qkv + row * 3 * D_ + column;
-      const Head<T> head{q, q + D_, q + 2 * D_, 3 * D_, S, head_dim};
-      attention_forward(head, block.attn + row * D_ + column, D_,
-                        block.softmax_of(index, S), scratch_.attention);
+      const Head<T> head{q, q + D_, q + 2 * D_, 3 * D_, n_shared, head_dim};
+      T* out = block.attn + row * D_ + column;
+      attention_forward(head, out, D_, block.softmax_of(index, S), scratch_.attention);
+      query_attention(head, inputs_.seen, shape_.n_queries, out + n_shared * D_, D_,
+                      scratch_.attention);
     }
     team_.wait();  // for all heads' outputs
     multiply_into(block.attn, D_, weights_.attn_c_proj(layer), rows_, buffers_.x, true);

@@ -13,6 +13,7 @@
 #include <array>
 #include <cmath>
 #include <exception>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -111,7 +112,7 @@ class Call : public FloatTensors {
  public:
   Call(const Tensor& embeddings, const Tensor& positions, const Tensor& state,
        at::TensorList weights, int64_t n_heads, int64_t n_loops, int64_t window,
-       const std::string& injection) {
+       const std::string& injection, const std::optional<Tensor>& seen = std::nullopt) {
     TORCH_CHECK_VALUE(embeddings.dim() == 3, "embeddings have shape ", embeddings.sizes(),
                       "; [B, S, D] is needed");
     const int64_t n_weights = static_cast<int64_t>(weights.size());
@@ -120,7 +121,8 @@ class Call : public FloatTensors {
                       " weights; 12 per block, 2, and 2 for a read-out are needed");
     const int64_t n_outputs = n_last == 4 ? weights.back().numel() : 0;
     shape_ = {embeddings.size(0), embeddings.size(1), embeddings.size(2), n_heads, n_layer,
-                n_loops,            window,             parse_injection(injection), n_outputs};
+                n_loops,            window,             parse_injection(injection), n_outputs,
+                seen ? seen->numel() : 0};
     const int64_t D = shape_.n_embd, S = shape_.seq_len;
     TORCH_CHECK_VALUE(D % 32 == 0 && D % n_heads == 0 && D / n_heads % 8 == 0, "D = ", D,
                       " with ", n_heads,
@@ -146,7 +148,8 @@ class Call : public FloatTensors {
     const float* read_out_weight = n_outputs ? keep(last[2], n_outputs * D) : nullptr;
     const float* read_out_bias = n_outputs ? keep(last[3], n_outputs) : nullptr;
     inputs_ = {e,           p,         z,               blocks_.data(),
-               ln_f_weight, ln_f_bias, read_out_weight, read_out_bias};
+               ln_f_weight, ln_f_bias, read_out_weight, read_out_bias,
+               seen ? keep_seen(*seen) : nullptr};
   }
   Call(const Call&) = delete;
 
@@ -154,8 +157,23 @@ class Call : public FloatTensors {
   const Inputs& inputs() const { return inputs_; }
 
  private:
+  const int64_t* keep_seen(const Tensor& seen) {
+    TORCH_CHECK_VALUE(seen.device().is_cpu() && seen.scalar_type() == at::kLong && seen.dim() == 1,
+                      "seen: [m] int64 on the CPU is needed");
+    TORCH_CHECK_VALUE(seen.numel() <= shape_.seq_len, seen.numel(), " queries exceed S = ",
+                      shape_.seq_len);
+    seen_ = seen.contiguous();
+    const int64_t* counts = seen_.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < shape_.n_queries; ++i) {
+      TORCH_CHECK_VALUE(0 <= counts[i] && counts[i] <= shape_.seq_len - shape_.n_queries, "seen[", i,
+                        "] = ", counts[i], " is outside 0..", shape_.seq_len - shape_.n_queries);
+    }
+    return counts;
+  }
+
   LoopShape shape_;
   Inputs inputs_;
+  Tensor seen_;
   std::vector<Block<const float>> blocks_;
 };
 
@@ -172,8 +190,9 @@ Tensor workspace(size_t n_bytes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(
     const Tensor& embeddings, const Tensor& positions, const Tensor& state, at::TensorList weights,
     int64_t n_heads, int64_t n_loops, int64_t window, const std::string& injection,
-    const std::string& precision, bool save_activations, bool save_states) {
-  Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection);
+    const std::string& precision, bool save_activations, bool save_states,
+    const std::optional<Tensor>& seen = std::nullopt) {
+  Call call(embeddings, positions, state, weights, n_heads, n_loops, window, injection, seen);
   const Engine& engine = engine_for(precision);
   const LoopShape& p = call.shape();
   const auto options = embeddings.options().requires_grad(false);
@@ -216,9 +235,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 Tensor infer(const Tensor& embeddings, const Tensor& positions, const Tensor& state,
              at::TensorList weights, int64_t n_heads, int64_t n_loops, int64_t window,
-             std::string injection, std::string precision) {
+             std::string injection, std::string precision, const std::optional<Tensor>& seen) {
   return std::get<0>(run_forward(embeddings, positions, state, weights, n_heads, n_loops, window,
-                                 injection, precision, false, false));
+                                 injection, precision, false, false, seen));
 }
 
 // Uninitialised gradients of embeddings, positions, state and the weights; empty where not wanted,
@@ -364,7 +383,8 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
   library.def("cpu_read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias) -> Tensor");
   library.def(
       "cpu_loop_infer(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
-      "int n_heads, SymInt n_loops, SymInt window, str injection, str precision) -> Tensor");
+      "int n_heads, SymInt n_loops, SymInt window, str injection, str precision, "
+      "Tensor? seen=None) -> Tensor");
   library.def(
       "cpu_loop_forward(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
       "int n_heads, SymInt n_loops, SymInt window, str injection, str precision, "

@@ -20,12 +20,16 @@ from looped_fast.config import (
     check_window,
 )
 from looped_fast.errors import check_name
+from looped_fast.model import prediction
+from looped_fast.model.adaptive import AdaptivePrediction, Criterion, prediction_change
 from looped_fast.model.blocks import Backbone, Part, weights_and_biases
+from looped_fast.model.prediction import Options
+from looped_fast.model.prompts import check_prompt, check_tensors
 from looped_fast.ops import backends, op, reference
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.modules import Reasons, Watch, constant_in_graphs, global_hooks
-from looped_fast.ops.prompt import check_finite, read_in
+from looped_fast.ops.prompt import read_in
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
@@ -163,7 +167,7 @@ class LoopedTransformer(nn.Module):
             >>> states = model.states(torch.randn(3, 11, 20), torch.randn(3, 11))
             >>> states.shape
             torch.Size([8, 3, 22, 64])
-            >>> model.predict(states).shape
+            >>> model.read_out(states).shape
             torch.Size([8, 3, 11])
 
         Args:
@@ -223,7 +227,63 @@ class LoopedTransformer(nn.Module):
         """
         return self._run(embeddings, state, 1)[0]
 
-    def predict(self, states: Tensor) -> Tensor:
+    def predict(
+        self,
+        xs: Tensor,
+        ys: Tensor,
+        queries: Tensor | None = None,
+        *,
+        seen: Tensor | None = None,
+        n_loops: int | None = None,
+        window: int | None = None,
+        tolerance: float | None = None,
+        max_loops: int | None = None,
+        criterion: Criterion = prediction_change,
+        anderson: int = 0,
+    ) -> Tensor | AdaptivePrediction:
+        """Predict without gradient: many queries for one set of examples, or loops until enough.
+
+            >>> model = LoopedTransformer(ModelConfig(n_embd=64, n_head=4, n_loops=8, window=4))
+            >>> xs, ys, queries = (torch.randn(3, *shape) for shape in ((10, 20), (10,), (99, 20)))
+            >>> model.predict(xs, ys, queries).shape
+            torch.Size([3, 99])
+            >>> predictions, n_loops = model.predict(xs, ys, queries, tolerance=1e-3)
+            >>> predictions.shape, n_loops.shape
+            (torch.Size([3, 99]), torch.Size([3]))
+
+        The examples run once for all queries: attention is causal, so no query changes them. Each
+        query is predicted as if it alone followed the examples that it sees.
+
+        Args:
+            xs, ys: the prompt, as in ``forward``; with queries the examples, maybe none (n = 0).
+            queries: [B, m, d], whose y are predicted; None to predict at every position of xs.
+            seen: [m] int64, how many of the examples (the first ones) each query sees; all n by
+                default.
+            n_loops: loop steps b; ``config.n_loops`` by default.
+            window: predict after each of the last ``window`` steps; None for the last one alone.
+            tolerance: stop each prompt after the step at which the criterion is below it, the
+                second step at the earliest.
+            max_loops: most steps with a tolerance; ``config.n_loops`` by default.
+            criterion: (snapshot, snapshot of the step before) -> [B]; one of ``model.adaptive``,
+                or your own.
+            anderson: depth of Anderson acceleration; 0 for none. docs/adaptive.md says where it
+                saves steps, and where it hurts.
+
+        Returns:
+            [B, m] with queries, else [B, n]; with a window [window, B, m] or [window, B, n]. Logits
+            have a last axis of 2. With a tolerance an ``AdaptivePrediction``: predictions, and the
+            steps that each prompt ran.
+
+        Raises:
+            ValueError: as in ``forward``; n + 1 points exceed ``n_positions``; options that exclude
+                each other; or queries with a tolerance or acceleration while hooks or adapters
+                make the model run module by module.
+            TypeError: as in ``forward``.
+        """
+        options = Options(n_loops, window, tolerance, max_loops, criterion, anderson)
+        return prediction.predict(self, xs, ys, queries, seen, options)
+
+    def read_out(self, states: Tensor) -> Tensor:
         """Read predictions out of states.
 
         Args:
@@ -243,13 +303,11 @@ class LoopedTransformer(nn.Module):
         return n_loops, window
 
     def _embed(self, xs: Tensor, ys: Tensor, by_modules: Reasons) -> Tensor:
-        for name, value in (("xs", xs), ("ys", ys)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} is a {type(value).__name__}; a torch.Tensor is needed")
+        check_tensors(xs=xs, ys=ys)
         weights = None if by_modules else weights_and_biases(self._modules["_read_in"])
         dtype = (weights[0] if weights else next(self.parameters())).dtype
         xs, ys = op.cast_in_autocast(xs, dtype), op.cast_in_autocast(ys, dtype)
-        self._check_prompt(xs, ys, weights[0] if weights else None)
+        check_prompt(self.config, xs, ys, weights[0] if weights else None)
         # Keep read-in (here) and read-out (in the op), a thousandth of the work, in full precision.
         with reference.autocast(xs.device.type, "fp32"):
             if weights is None:
@@ -264,28 +322,40 @@ class LoopedTransformer(nn.Module):
             arguments = self._loop_arguments(embeddings, None, n_loops, window, injection)
             return self._squeeze(self.graphed(*arguments))  # [W, B, n, n_outputs]
         states = self._run_modules(embeddings, None, n_loops, window, injection)
-        return torch.stack([self.predict(state) for state in states])
+        return torch.stack([self.read_out(state) for state in states])
 
     def _squeeze(self, outputs: Tensor) -> Tensor:
         return outputs if self.config.pred_type == "classification" else outputs.squeeze(-1)
 
-    def _run(self, embeddings: Tensor, state: Tensor | None, n_loops: int) -> Tensor:
+    def _run(
+        self, embeddings: Tensor, state: Tensor | None, n_loops: int, seen: Tensor | None = None
+    ) -> Tensor:
         """Run loop steps that all carry gradient; return the states after each."""
         arguments = embeddings, state, n_loops, n_loops, self.config.injection
         if self.deviations():
             return self._run_modules(*arguments)
-        tensors, settings = self._loop_arguments(*arguments)
+        tensors, settings = self._loop_arguments(*arguments, seen)
         return self.graphed(tensors._replace(read_out=[]), settings)
 
     def _loop_arguments(
-        self, embeddings: Tensor, state: Tensor | None, n_loops: int, window: int, injection: str
+        self,
+        embeddings: Tensor,
+        state: Tensor | None,
+        n_loops: int,
+        window: int,
+        injection: str,
+        seen: Tensor | None = None,
     ) -> tuple[LoopTensors, LoopSettings]:
-        """The arguments of ``op.run``."""
+        """The arguments of ``op.run``; a query follows the tokens that it has ``seen``."""
         modules: Any = self._modules
         positions, weights = modules["_backbone"].op_tensors()
         read_out = weights_and_biases(modules["_read_out"])
-        positions = positions[: embeddings.shape[1]]
-        tensors = LoopTensors(embeddings, positions, state, weights, read_out)
+        S = embeddings.shape[1]
+        if seen is None:
+            positions = positions[:S]
+        else:
+            positions = torch.cat((positions[: S - len(seen)], positions[seen]))
+        tensors = LoopTensors(embeddings, positions, state, weights, read_out, seen)
         return tensors, self._settings(n_loops, window, injection, embeddings.device.type)
 
     def _run_modules(
@@ -356,31 +426,6 @@ class LoopedTransformer(nn.Module):
         sizes = batch_size, 2 * n_points, config.n_embd, config.n_layer
         replayed = replayed_training or self.graphed.replays_on(weight.device)
         return Call(settings, weight.device, weight.dtype, *sizes, replayed, replayed_training)
-
-    def _check_prompt(self, xs: Tensor, ys: Tensor, weight: Tensor | None) -> None:
-        config = self.config
-        if xs.dim() != 3 or xs.shape[-1] != config.n_dims:
-            raise ValueError(
-                f"xs has shape {tuple(xs.shape)}; [B, n, {config.n_dims}] is needed (n_dims)"
-            )
-        if ys.shape != xs.shape[:2]:
-            raise ValueError(
-                f"ys has shape {tuple(ys.shape)}; {tuple(xs.shape[:2])} is needed to match xs"
-            )
-        if xs.shape[1] > config.n_positions:
-            raise ValueError(
-                f"{xs.shape[1]} points exceed n_positions = {config.n_positions}; "
-                f"shorten the prompt, or build the model with a larger n_positions"
-            )
-        for name, tensor in (("xs", xs), ("ys", ys)):
-            if weight is None:
-                continue  # modules check by themselves
-            if tensor.dtype != weight.dtype or tensor.device != weight.device:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} on {tensor.device}, the model is {weight.dtype} "
-                    f"on {weight.device}; convert with {name}.to(device, dtype)"
-                )
-        check_finite(xs, ys)
 
 
 def _deviations(model: LoopedTransformer) -> Reasons:

@@ -22,6 +22,7 @@ class LoopTensors(NamedTuple):
     state: Tensor | None
     weights: list[Tensor]
     read_out: list[Tensor]
+    seen: Tensor | None = None
 
 
 class LoopSettings(NamedTuple):
@@ -84,11 +85,15 @@ class Call(NamedTuple):
     n_layer: int
     replayed: bool = False  # as a CUDA graph
     training: bool = False  # with gradients; set only where ``replayed``
+    n_queries: int = 0  # last tokens, which share those before them
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.n_embd // self.settings.n_heads
+
+
+UNSHARED = "it has no queries that share examples"  # a backend's reason not to run a call
 
 
 _replayed: ContextVar[bool] = ContextVar("looped_fast_replayed", default=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from looped_fast.ops import loop_autograd, reference
-from looped_fast.ops.call import Call, LoopSettings
+from looped_fast.ops.call import UNSHARED, Call, LoopSettings
 
 # Compiled steps to keep. The paper's curricula have 16 shapes, each with and without gradients.
 MAX_STEPS = 128
@@ -30,6 +30,8 @@ def unsupported(call: Call) -> str | None:
     """Why ``torch.compile`` can't run ``call`` here; None where it can."""
     if reason := loop_autograd.unsupported():
         return reason
+    if call.n_queries:
+        return UNSHARED
     # torch.compile around the call traces it under a dispatch mode; a FLOP counter is one, too.
     if _get_current_dispatch_mode() is not None:
         return (

@@ -100,15 +100,16 @@ def loop(
     weights: Sequence[Tensor],
     settings: LoopSettings,
     read_out: Sequence[Tensor] = (),
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Run ``ops.loop`` on the engine: same arguments, predictions of all tokens.
 
-    ``read_out`` must satisfy ``can_read_out``.
+    ``read_out`` must satisfy ``can_read_out``. Nothing needs a gradient where ``seen`` is given.
     """
     arguments = embeddings, positions, state, [*weights, *read_out], *settings[:N_SETTINGS]
     trains_loop = loop_autograd.needs_grad((embeddings, positions, state, *weights))
     if not trains_loop and not loop_autograd.needs_grad(read_out):
-        return torch.ops.looped_fast.cpu_loop_infer(*arguments)
+        return torch.ops.looped_fast.cpu_loop_infer(*arguments, seen)
     save_states = settings.recompute or not trains_loop
     outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(*arguments, save_states)
     return outputs
@@ -162,8 +163,8 @@ def empty_cache() -> None:
             torch.ops.looped_fast.cpu_empty_cache()
 
 
-def _infer_fake(embeddings, positions, state, weights, *settings):
-    return _forward_fake(embeddings, positions, state, weights, *settings, False)[0]
+def _infer_fake(embeddings, positions, state, weights, *flat):
+    return _forward_fake(embeddings, positions, state, weights, *flat[:N_SETTINGS], False)[0]
 
 
 def _forward_fake(embeddings, positions, state, weights, *flat):

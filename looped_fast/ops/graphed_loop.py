@@ -49,13 +49,14 @@ class GraphedLoop:
 
     def __call__(self, tensors: LoopTensors, settings: LoopSettings) -> Tensor:
         """Run ``op.run`` (same arguments and result)."""
-        if not _is_on_gpu(tensors.embeddings) and self.mode != "on":
+        on_cpu = not _is_on_gpu(tensors.embeddings) and self.mode != "on"
+        if on_cpu or tensors.seen is not None:
             return op.run(tensors, settings)
 
         def run(embeddings: Tensor, state: Tensor | None = None) -> Tensor:
             return op.run(tensors._replace(embeddings=embeddings, state=state), settings)
 
-        embeddings, positions, state, weights, read_out = tensors
+        embeddings, positions, state, weights, read_out, _ = tensors
         inputs = (embeddings,) if state is None else (embeddings, state)
         parameters = (positions, *weights, *read_out)
         if not self._applies((*inputs, *parameters)):

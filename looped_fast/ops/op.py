@@ -28,7 +28,7 @@ from looped_fast.ops.call import SCHEMA, Call, LoopSettings, LoopTensors, is_rep
 
 _library = torch.library.Library("looped_fast", "DEF")
 _TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
-_library.define(f"loop({_TENSORS}, {SCHEMA}) -> Tensor")
+_library.define(f"loop({_TENSORS}, Tensor? seen, {SCHEMA}) -> Tensor")
 _library.define(f"loop_mse({_TENSORS}, Tensor targets, SymInt n_supervised, {SCHEMA}) -> Tensor")
 
 
@@ -39,6 +39,7 @@ def loop(
     weights: Sequence[Tensor],
     *,
     read_out: Sequence[Tensor] = (),
+    seen: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """Run a shared stack of transformer blocks ``n_loops`` times; return states or predictions.
@@ -53,6 +54,10 @@ def loop(
         read_out: weight [n_outputs, D] and bias [n_outputs] of a Linear. With it the result is
             predictions at the even tokens, which are x, and the ``cpu`` and ``triton`` backends
             keep no states for a backward that does not need them.
+        seen: [m] int64, without gradient: the last m tokens are queries that share the S - m
+            tokens before them. Query i sees the first ``seen[i]`` of these, and itself. With a
+            ``read_out`` the result is the queries' predictions, [W, B, m, n_outputs]. The ``cpu``
+            and ``reference`` backends have it.
         settings: the fields of ``LoopSettings`` by name; ``n_heads``, ``n_loops`` and ``window``
             are required.
 
@@ -65,13 +70,14 @@ def loop(
         with the injection ``mul`` on the triton backend. PyTorch then refuses the backward.
 
     Raises:
-        ValueError: a shape, dtype or setting that does not fit; the message names it.
+        ValueError: a shape, dtype or setting that does not fit, or ``seen`` in a call that autograd
+            records; the message names it.
         TypeError: a setting that is missing or unknown.
 
     Source: arXiv 2311.12424, section 4; official ``scripts/models.py``,
     ``TransformerModelLooped.forward``.
     """
-    tensors = LoopTensors(embeddings, positions, state, list(weights), list(read_out))
+    tensors = LoopTensors(embeddings, positions, state, list(weights), list(read_out), seen)
     return run(tensors, LoopSettings(**settings))
 
 
@@ -133,7 +139,7 @@ def run_mse(
     targets = cast_in_autocast(targets, tensors.embeddings.dtype)
     _check_tensor("targets", targets, shape, tensors.embeddings)
     if torch.compiler.is_compiling():
-        return torch.ops.looped_fast.loop_mse(*tensors, targets, n_supervised, *settings)
+        return torch.ops.looped_fast.loop_mse(*tensors[:5], targets, n_supervised, *settings)
     return _run_mse(tensors, settings, targets, n_supervised)
 
 
@@ -160,7 +166,7 @@ def _run_mse(
     backend, read_out = _BACKENDS[chosen], tensors.read_out
     fuses = chosen in ("triton", "cpu") and backend.can_read_out(read_out)
     if fuses and not loop_autograd.needs_grad([targets]):
-        embeddings, positions, state, weights, _ = tensors
+        embeddings, positions, state, weights, *_ = tensors
         arguments = positions, state, weights, settings, read_out, targets, n_supervised
         if chosen == "triton":
             errors = triton_backend.loop(embeddings, *arguments)
@@ -183,25 +189,32 @@ _BACKENDS: dict[str, Any] = {
 
 def _run_on(chosen: str, tensors: LoopTensors, settings: LoopSettings) -> Tensor:
     """Run the chosen backend; return states, or predictions at the even tokens."""
-    backend, read_out = _BACKENDS[chosen], tensors.read_out
+    backend, read_out, seen = _BACKENDS[chosen], tensors.read_out, tensors.seen
+    shared = {} if seen is None else {"seen": seen}  # which only cpu and reference are given
     if chosen in ("triton", "cpu") and backend.can_read_out(read_out):
-        outputs = backend.loop(*tensors[:4], settings, read_out)
+        outputs = backend.loop(*tensors[:4], settings, read_out, **shared)
     else:
-        outputs = backend.loop(*tensors[:4], settings)
+        outputs = backend.loop(*tensors[:4], settings, **shared)
         if read_out:
             with reference.autocast(outputs.device.type, "fp32"):  # 0.1 % of the work
                 outputs = F.linear(outputs, *read_out)
-    return outputs[:, :, ::2] if read_out else outputs
+    return _predicting(outputs, seen) if read_out else outputs
+
+
+def _predicting(outputs: Tensor, seen: Tensor | None) -> Tensor:
+    """Outputs of the tokens that predict: the queries, or else the even tokens, which are x."""
+    return outputs[:, :, ::2] if seen is None else outputs[:, :, outputs.shape[2] - len(seen) :]
 
 
 def _select(tensors: LoopTensors, settings: LoopSettings) -> tuple[str, LoopTensors, LoopSettings]:
     """Select a backend; return it, and the arguments with first state and attention filled in."""
-    embeddings, _, state, weights, _ = tensors
+    embeddings, _, state, weights, _, seen = tensors
     replayed = is_replayed()
     training = replayed and loop_autograd.needs_grad((embeddings, *weights))
     n_layer = (len(weights) - 2) // len(reference.Block._fields)
     device, dtype, (B, S, D) = embeddings.device, embeddings.dtype, embeddings.shape
-    call = Call(settings, device, dtype, B, S, D, n_layer, replayed, training)
+    n_queries = 0 if seen is None else len(seen)
+    call = Call(settings, device, dtype, B, S, D, n_layer, replayed, training, n_queries)
     selection = backends.select(call)
     if selection.attention is not None:
         settings = settings._replace(attention=selection.attention.chosen)
@@ -213,7 +226,7 @@ def _select(tensors: LoopTensors, settings: LoopSettings) -> tuple[str, LoopTens
 
 
 def _impl(*flat: Any) -> Tensor:
-    return _run(LoopTensors(*flat[:5]), LoopSettings(*flat[5:]))
+    return _run(LoopTensors(*flat[:6]), LoopSettings(*flat[6:]))
 
 
 def _impl_mse(*flat: Any) -> Tensor:
@@ -228,11 +241,11 @@ for _key in ("CompositeExplicitAutograd", "Autograd", "FuncTorchBatched"):
 
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
-def _fake(embeddings, positions, state, weights, read_out, *flat):
+def _fake(embeddings, positions, state, weights, read_out, seen, *flat):
     (B, S, D), window = embeddings.shape, LoopSettings(*flat).window
     if not read_out:
         return embeddings.new_empty((window, B, S, D))
-    return embeddings.new_empty((window, B, S, len(read_out[0])))[:, :, ::2]
+    return _predicting(embeddings.new_empty((window, B, S, len(read_out[0]))), seen)
 
 
 @torch.library.register_fake("looped_fast::loop_mse", lib=_library)
@@ -252,11 +265,11 @@ _CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 
 def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
     """Return the tensors, as autocast casts them. Raises ValueError: see ``loop``."""
-    embeddings, positions, state, weights, read_out = tensors
+    embeddings, positions, state, weights, read_out, seen = tensors
     if embeddings.dtype != positions.dtype or state is not None:
         embeddings = cast_in_autocast(embeddings, positions.dtype)
         state = None if state is None else cast_in_autocast(state, positions.dtype)
-        tensors = LoopTensors(embeddings, positions, state, weights, read_out)
+        tensors = tensors._replace(embeddings=embeddings, state=state)
     settings.check(embeddings.dtype)
     if embeddings.dim() != 3:
         raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; [B, S, D] is needed")
@@ -284,7 +297,31 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
         names = [*names, "positions", "state"]
         for name, tensor, shape in zip(names, given, shapes, strict=False):
             _check_tensor(name, tensor, shape, embeddings)
+    if seen is not None:
+        _check_seen(seen, tensors)
     return tensors
+
+
+def _check_seen(seen: Tensor, tensors: LoopTensors) -> None:
+    embeddings = tensors.embeddings
+    S = embeddings.shape[1]
+    if seen.dtype != torch.int64 or seen.dim() != 1 or seen.device != embeddings.device:
+        raise ValueError(
+            f"seen is {seen.dtype} of shape {tuple(seen.shape)} on {seen.device}; [m] int64 on "
+            f"{embeddings.device} is needed"
+        )
+    if len(seen) > S:
+        raise ValueError(f"seen is for {len(seen)} queries; embeddings have only {S} tokens")
+    if not torch.compiler.is_compiling() and seen.device.type == "cpu" and len(seen):
+        n_shared, least, most = S - len(seen), int(seen.min()), int(seen.max())
+        if least < 0 or most > n_shared:
+            value = least if least < 0 else most
+            raise ValueError(
+                f"seen holds {value}; a query sees 0..{n_shared} of the tokens before the queries"
+            )
+    recorded = [t for t in (embeddings, tensors.positions, tensors.state) if t is not None]
+    if loop_autograd.needs_grad((*recorded, *tensors.weights, *tensors.read_out)):
+        raise ValueError("seen is for inference; call inside torch.no_grad()")
 
 
 @functools.lru_cache

@@ -85,31 +85,34 @@ def _read_in_on_cpu(xs: Tensor, ys: Tensor, weight: Tensor, bias: Tensor) -> Ten
     return reference.read_in(xs, ys, weight, bias)
 
 
-def check_finite(xs: Tensor, ys: Tensor) -> None:
-    """Raise ValueError at the first NaN or Inf in a prompt on the CPU, if there are values yet.
+def check_finite(**tensors: Tensor) -> None:
+    """Raise ValueError at the first NaN or Inf in tensors on the CPU, if there are values yet.
 
     On a GPU the check would stall the stream. Inside ``vmap`` it covers the prompts of all samples.
     """
-    if xs.device.type != "cpu" or torch.compiler.is_compiling() or _is_symbolic(xs, ys):
+    if any(t.device.type != "cpu" for t in tensors.values()) or torch.compiler.is_compiling():
+        return
+    if _is_symbolic(*tensors.values()):
         return
     forks.keep_to_one_thread()
-    xs, ys = _unwrap(xs), _unwrap(ys)
-    if not (xs.sum() + ys.sum()).isfinite():  # two sums are cheaper than a look at every value
-        for name, tensor in (("xs", xs), ("ys", ys)):
-            if len(where := (~tensor.isfinite()).nonzero()):
-                first = [int(i) for i in where[0]]  # not tolist(): it may be inside a transform
-                raise ValueError(
-                    f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
-                    f"drop or impute such values"
-                )
+    unwrapped = {name: _unwrap(tensor) for name, tensor in tensors.items()}
+    if all(t.sum().isfinite() for t in unwrapped.values()):
+        return  # a sum is cheaper than a look at every value
+    for name, tensor in unwrapped.items():
+        if len(where := (~tensor.isfinite()).nonzero()):
+            first = [int(i) for i in where[0]]  # not tolist(): it may be inside a transform
+            raise ValueError(
+                f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
+                f"drop or impute such values"
+            )
 
 
-def _is_symbolic(xs: Tensor, ys: Tensor) -> bool:
+def _is_symbolic(*tensors: Tensor) -> bool:
     """True if a tensor is fake, or a tracer records what is computed from it."""
-    if type(xs) is type(ys) is Tensor and not _len_torch_dispatch_stack():
+    if {type(t) for t in tensors} == {Tensor} and not _len_torch_dispatch_stack():
         return False
     modes = _TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY
-    return is_fake(xs) or is_fake(ys) or any(_get_dispatch_mode(mode) for mode in modes)
+    return any(map(is_fake, tensors)) or any(_get_dispatch_mode(mode) for mode in modes)
 
 
 def _unwrap(tensor: Tensor) -> Tensor:

@@ -91,18 +91,41 @@ def split_weights(weights: Sequence[Tensor]) -> tuple[list[Block], Tensor, Tenso
     return blocks, weights[-2], weights[-1]
 
 
-def attend(qkv: Tensor, n_heads: int) -> Tensor:
-    """Causal attention, its heads side by side. qkv: [B, S, 3D] -> [B, S, D]."""
+def attend(qkv: Tensor, n_heads: int, seen: Tensor | None = None) -> Tensor:
+    """Causal attention, its heads side by side. qkv: [B, S, 3D] -> [B, S, D].
+
+    ``seen`` is that of ``ops.loop``: the last m tokens are queries that share those before them.
+    """
     B, S, width = qkv.shape
     D = width // 3
     q, k, v = qkv.view(B, S, 3, n_heads, D // n_heads).permute(2, 0, 3, 1, 4)  # [B, H, S, D/H]
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if seen is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        sizes = S - len(seen), len(seen)
+        (q, q_own), (k, k_own), (v, v_own) = (t.split(sizes, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = torch.cat((y, attend_to_shared(q_own, k_own, v_own, k, v, seen)), dim=2)
     return y.transpose(1, 2).reshape(B, S, D)
 
 
-def attention(x: Tensor, block: Block, n_heads: int) -> Tensor:
+def attend_to_shared(
+    q: Tensor, k_own: Tensor, v_own: Tensor, k: Tensor, v: Tensor, seen: Tensor
+) -> Tensor:
+    """Attention of m queries, each to the first ``seen`` [m] of P shared tokens, and to itself.
+
+    q, k_own, v_own: [B, H, m, D/H]; k, v: [B, H, P, D/H] -> [B, H, m, D/H].
+    """
+    unseen = torch.arange(k.shape[2], device=k.device) >= seen[:, None]  # [m, P]
+    scores = (q @ k.mT).masked_fill(unseen, -torch.inf)
+    own = (q * k_own).sum(-1, keepdim=True)
+    weights = torch.cat((scores, own), -1).div(q.shape[-1] ** 0.5).softmax(-1)  # [B, H, m, P + 1]
+    return weights[..., :-1].to(v.dtype) @ v + weights[..., -1:] * v_own
+
+
+def attention(x: Tensor, block: Block, n_heads: int, seen: Tensor | None = None) -> Tensor:
     """Causal self-attention with its output projection. x: [B, S, D] -> [B, S, D]."""
-    y = attend(F.linear(x, block.c_attn_weight, block.c_attn_bias), n_heads)
+    y = attend(F.linear(x, block.c_attn_weight, block.c_attn_bias), n_heads, seen)
     return F.linear(y, block.attn_c_proj_weight, block.attn_c_proj_bias)
 
 
@@ -112,11 +135,11 @@ def mlp(x: Tensor, block: Block) -> Tensor:
     return F.linear(hidden, block.mlp_c_proj_weight, block.mlp_c_proj_bias)
 
 
-def transformer_block(x: Tensor, block: Block, n_heads: int) -> Tensor:
+def transformer_block(x: Tensor, block: Block, n_heads: int, seen: Tensor | None = None) -> Tensor:
     """One pre-norm block on the residual stream. x: [B, S, D] -> [B, S, D]."""
     D = x.shape[-1]
     h = F.layer_norm(x, (D,), block.ln_1_weight, block.ln_1_bias, LAYER_NORM_EPS)
-    x = x + attention(h, block, n_heads)
+    x = x + attention(h, block, n_heads, seen)
     h = F.layer_norm(x, (D,), block.ln_2_weight, block.ln_2_bias, LAYER_NORM_EPS)
     return x + mlp(h, block)
 
@@ -146,6 +169,7 @@ def step(
     weights: Sequence[Tensor],
     n_heads: int,
     injection: str,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """One loop step z -> z'. state, embeddings: [B, S, D]; positions: [S, D]."""
     blocks, ln_f_weight, ln_f_bias = split_weights(weights)
@@ -154,7 +178,7 @@ def step(
     for block in blocks:
         if injection == "every_block":
             x = x + embeddings
-        x = transformer_block(x, block, n_heads)
+        x = transformer_block(x, block, n_heads, seen)
     return F.layer_norm(x, (D,), ln_f_weight, ln_f_bias, LAYER_NORM_EPS)
 
 
@@ -165,6 +189,7 @@ def loop(
     weights: Sequence[Tensor],
     settings: LoopSettings,
     run_step: Callable[..., Tensor] = step,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """The states after each of the last ``window`` of ``n_loops`` steps: [W, B, S, D].
 
@@ -173,7 +198,8 @@ def loop(
     residual stream and all statistics keep the dtype of ``embeddings``. ``run_step`` replaces
     ``step`` (same arguments and result), by a compiled one, say.
     """
-    arguments = (embeddings, positions, weights, settings.n_heads, settings.injection)
+    shared = () if seen is None else (seen,)
+    arguments = (embeddings, positions, weights, settings.n_heads, settings.injection, *shared)
     return iterate(run_step, state, arguments, settings)
 
 

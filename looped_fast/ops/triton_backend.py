@@ -20,7 +20,7 @@ from looped_fast.errors import pip_install
 from looped_fast.kernels.candidates import operand_precision
 from looped_fast.kernels.saved_activations import SavedActivations, empty_saved
 from looped_fast.ops import loop_autograd, reference
-from looped_fast.ops.call import SCHEMA, Call, LoopSettings
+from looped_fast.ops.call import SCHEMA, UNSHARED, Call, LoopSettings
 
 MIN_TRITON = "3.6"
 WIDTHS = (64, 128, 256, 512)
@@ -89,6 +89,8 @@ def unsupported_tensors(device: str, dtype: torch.dtype, width: int) -> str | No
 def unsupported(call: Call) -> str | None:
     """Return why the kernels can't run ``call``, or None."""
     D, precision = call.n_embd, call.settings.precision
+    if call.n_queries:
+        return UNSHARED
     if call.head_dim not in HEAD_DIMS:
         return f"head_dim = {call.head_dim} is not one of {HEAD_DIMS}"
     if reason := unsupported_tensors(call.device.type, call.dtype, D):
