@@ -48,9 +48,13 @@ def write(out: Path, seed: int, n_prompts: int, max_loops: int) -> None:
     """Write the page to ``out``.
 
     Raises:
-        ValueError: a count is out of range, or the page would be too large.
+        ValueError: ``out`` is a folder, a count is out of range, or the page would be too large.
         OSError: ``out`` can't be written.
     """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; give a file's name, such as {out / 'demo.html'}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
     if seed < 0:
         raise ValueError(f"seed = {seed}: at least 0 is needed")
     if n_prompts < 1:

@@ -115,16 +115,8 @@ def predict(
     model: LoopedTransformer, xs: Tensor, ys: Tensor, queries: Tensor, n_loops: int
 ) -> Tensor:
     """Predictions of every prompt at ``queries`` [m, d] after each loop step: [n_loops, B, m]."""
-    rows = []
-    for x, y in zip(xs, ys, strict=True):
-        chunks = []
-        for some in queries.split(512):
-            prompt = torch.cat((x.expand(len(some), -1, -1), some[:, None]), 1)
-            values = torch.cat((y.expand(len(some), -1), torch.zeros(len(some), 1)), 1)
-            with torch.no_grad():
-                chunks.append(model(prompt, values, n_loops, n_loops)[:, :, -1])
-        rows.append(torch.cat(chunks, 1))
-    return torch.stack(rows, 1)
+    queries = queries.expand(len(xs), -1, -1)
+    return model.predict(xs, ys, queries, n_loops=n_loops, window=n_loops)
 
 
 def relative_error(predictions: Tensor, truth: Tensor, task: Task) -> Tensor:
