@@ -97,6 +97,13 @@ struct Gradients {
   float* read_out_bias;        // [n_outputs]
 };
 
+// When sequences stop, and what they are then.
+struct Until {
+  float tolerance;     // a step that moves every prediction by less is a sequence's last
+  float* predictions;  // [B, S, n_outputs]
+  int64_t* n_loops;    // [B], steps run; n_loops of the shape at most
+};
+
 // Prompts of n_points points in all, to be embedded.
 struct ReadIn {
   const float* xs;      // [n_points, n_dims]
@@ -117,6 +124,8 @@ struct Engine {
   size_t (*forward_workspace)(const LoopShape&, int n_threads);
   void (*forward)(const LoopShape&, const Inputs&, const ForwardOutputs&, void* workspace,
                   int n_threads);
+  size_t (*until_workspace)(const LoopShape&, int n_threads);
+  void (*until)(const LoopShape&, const Inputs&, const Until&, void* workspace, int n_threads);
   size_t (*backward_workspace)(const LoopShape&, bool recompute, int n_threads);
   void (*backward)(const LoopShape&, const Inputs&, const BackwardInputs&, const Gradients&,
                    void* workspace, int n_threads);

@@ -4,6 +4,7 @@
 
 #include "loop.h"
 #include "loop_mse.h"
+#include "loop_until.h"
 #include "read_in.h"
 
 namespace looped_fast {
@@ -19,6 +20,12 @@ constexpr Engine make_engine() {
         return arena.size();
       },
       loop_forward<T>,
+      [](const LoopShape& shape, int n_threads) {
+        Arena arena(nullptr);
+        UntilPlan<T>(arena, shape, n_threads);
+        return arena.size();
+      },
+      loop_until<T>,
       [](const LoopShape& shape, bool recompute, int n_threads) {
         Arena arena(nullptr);
         BackwardPlan<T>(arena, shape, recompute ? 1 : 0, n_threads);

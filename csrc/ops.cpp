@@ -240,6 +240,29 @@ Tensor infer(const Tensor& embeddings, const Tensor& positions, const Tensor& st
                                  injection, precision, false, false, seen));
 }
 
+// Predictions of each sequence at the step where it stops, [B, S, n_outputs], and its steps, [B].
+std::tuple<Tensor, Tensor> until(const Tensor& embeddings, const Tensor& positions,
+                                 const Tensor& state, at::TensorList weights, int64_t n_heads,
+                                 int64_t max_loops, std::string injection, std::string precision,
+                                 double tolerance, const std::optional<Tensor>& seen) {
+  Call call(embeddings, positions, state, weights, n_heads, max_loops, 1, injection, seen);
+  const Engine& engine = engine_for(precision);
+  const LoopShape& p = call.shape();
+  TORCH_CHECK_VALUE(p.n_outputs > 0, "a read-out is needed");
+  const auto options = embeddings.options().requires_grad(false);
+  Tensor predictions = at::empty({p.batch, p.seq_len, p.n_outputs}, options);
+  Tensor n_loops = at::full({p.batch}, max_loops, options.dtype(at::kLong));
+  if (p.n_tokens() > 0) {
+    const int n_threads = useful_threads(p, available_threads());
+    Tensor memory = workspace(engine.until_workspace(p, n_threads));
+    engine.until(p, call.inputs(),
+                 {static_cast<float>(tolerance), data_or_null(predictions),
+                  n_loops.data_ptr<int64_t>()},
+                 memory.data_ptr(), n_threads);
+  }
+  return {predictions, n_loops};
+}
+
 // Uninitialised gradients of embeddings, positions, state and the weights; empty where not wanted,
 // and that of state unless the window covers every step. All are 0 if there are no tokens.
 class GradientTensors {
@@ -386,6 +409,10 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
       "int n_heads, SymInt n_loops, SymInt window, str injection, str precision, "
       "Tensor? seen=None) -> Tensor");
   library.def(
+      "cpu_loop_until(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
+      "int n_heads, SymInt max_loops, str injection, str precision, float tolerance, "
+      "Tensor? seen=None) -> (Tensor predictions, Tensor n_loops)");
+  library.def(
       "cpu_loop_forward(Tensor embeddings, Tensor positions, Tensor state, Tensor[] weights, "
       "int n_heads, SymInt n_loops, SymInt window, str injection, str precision, "
       "bool recompute) "
@@ -411,6 +438,7 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
 TORCH_LIBRARY_IMPL(looped_fast, CPU, library) {
   library.impl("cpu_read_in", embed_prompt);
   library.impl("cpu_loop_infer", infer);
+  library.impl("cpu_loop_until", until);
   library.impl("cpu_loop_forward", forward);
   library.impl("cpu_loop_backward", backward);
   library.impl("cpu_loop_mse", mse);

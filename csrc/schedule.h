@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "engine.h"
 #include "threads.h"
@@ -51,20 +52,40 @@ inline int useful_threads(const LoopShape& shape, int available) {
   return static_cast<int>(std::min<int64_t>(available, std::max(n_items(shape), by_rows)));
 }
 
-// Calls f(item, team, owner) for each item of this thread; the team shares the buffers of thread
-// `owner`. Deterministic at a given number of threads.
+// Calls f(item, team, owner) for the items that do not divide evenly among the threads: all threads
+// are one team, which shares the buffers of thread `owner`.
 template <class F>
-void for_each_item(const LoopShape& shape, int thread, int n_threads, Barrier& barrier, F&& f) {
-  const int64_t n = n_items(shape), n_even = n / n_threads * n_threads;
-  const Range mine = split(n_even, thread, n_threads);
-  for (int64_t i = mine.begin; i < mine.end; ++i) {
-    f(item_at(shape, i), Team{0, 1, nullptr}, thread);
-  }
+void for_each_uneven_item(const LoopShape& shape, int thread, int n_threads, Barrier& barrier,
+                          F&& f) {
+  const int64_t n = n_items(shape);
   const Team all{thread, n_threads, &barrier};
-  for (int64_t i = n_even; i < n; ++i) {
+  for (int64_t i = n / n_threads * n_threads; i < n; ++i) {
     all.wait();  // for the owner's buffers
     f(item_at(shape, i), all, 0);
   }
+}
+
+// Calls f(item, team, owner) for each item of this thread, then for those of all threads.
+// Deterministic at a given number of threads.
+template <class F>
+void for_each_item(const LoopShape& shape, int thread, int n_threads, Barrier& barrier, F&& f) {
+  const Range mine = split(n_items(shape) / n_threads * n_threads, thread, n_threads);
+  for (int64_t i = mine.begin; i < mine.end; ++i) {
+    f(item_at(shape, i), Team{0, 1, nullptr}, thread);
+  }
+  for_each_uneven_item(shape, thread, n_threads, barrier, f);
+}
+
+// Like for_each_item, but a thread takes the next item when it is done with one, as items take
+// different times. `next` is 0 at first, and shared by the threads.
+template <class F>
+void for_each_item_in_turn(const LoopShape& shape, int thread, int n_threads, Barrier& barrier,
+                           std::atomic<int64_t>& next, F&& f) {
+  const int64_t n_even = n_items(shape) / n_threads * n_threads;
+  for (int64_t i = next++; i < n_even; i = next++) {
+    f(item_at(shape, i), Team{0, 1, nullptr}, thread);
+  }
+  for_each_uneven_item(shape, thread, n_threads, barrier, f);
 }
 
 }  // namespace looped_fast

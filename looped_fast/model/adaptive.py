@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_RIDGE = 1e-6  # of Anderson's least squares, relative to the mean square of a residual
+_RIDGE = 1e-6  # of Anderson's least squares, relative to the mean square of the residuals
 
 
 class Snapshot(NamedTuple):
@@ -81,27 +81,34 @@ class Anderson:
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
-        self._steps: list[tuple[Tensor, Tensor]] = []  # f(z) and f(z) - z, oldest first
+        self._n_steps = 0
+        # Of the last m + 1 steps, in a ring: [B, m + 1, S D].
+        self._stepped: Tensor | None = None  # f(z)
+        self._residuals: Tensor | None = None  # f(z) - z
 
     def mix(self, state: Tensor, stepped: Tensor) -> Tensor:
         """Where the next step starts: [B, S, D], from z and f(z) of this one."""
-        self._steps = [*self._steps[-self.depth :], (stepped, stepped - state)]
-        residuals = torch.stack([residual.flatten(1) for _, residual in self._steps], 1)
-        gram = (residuals @ residuals.mT).double()  # [B, k, k]
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-300)
-        k = len(self._steps)
-        identity = torch.eye(k, dtype=gram.dtype, device=gram.device)
-        ones = torch.ones(k, 1, dtype=gram.dtype, device=gram.device)
-        weights = torch.linalg.solve(gram / scale + _RIDGE * identity, ones)  # [B, k, 1]
-        weights = (weights / weights.sum(1, keepdim=True)).to(state.dtype)
-        mixed = torch.zeros_like(state)
-        for i, (stepped, _) in enumerate(self._steps):
-            mixed += weights[:, i, :, None] * stepped
-        return mixed
+        size = self.depth + 1
+        if self._stepped is None or self._residuals is None:
+            self._stepped = stepped.new_empty(len(stepped), size, stepped[0].numel())
+            self._residuals = torch.empty_like(self._stepped)
+        slot = self._n_steps % size
+        self._n_steps += 1
+        self._stepped[:, slot] = stepped.flatten(1)
+        torch.sub(stepped.flatten(1), state.flatten(1), out=self._residuals[:, slot])
+        k = min(self._n_steps, size)
+        residuals = self._residuals[:, :k]
+        gram = torch.bmm(residuals, residuals.mT).double()  # [B, k, k]
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal += _RIDGE * diagonal.mean(1, keepdim=True).clamp_min(1e-300)
+        weights = torch.linalg.solve(gram, torch.ones_like(gram[..., :1]))  # [B, k, 1]
+        weights = (weights / weights.sum(1, keepdim=True)).to(stepped.dtype)
+        return torch.bmm(weights.mT, self._stepped[:, :k]).view_as(stepped)
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these prompts."""
-        self._steps = [(f[rows], residual[rows]) for f, residual in self._steps]
+        if self._stepped is not None and self._residuals is not None:
+            self._stepped, self._residuals = self._stepped[rows], self._residuals[rows]
 
 
 def run_until(
@@ -144,7 +151,13 @@ def run_until(
             outputs = torch.empty_like(now.outputs)
         state = stepped if mixer is None else mixer.mix(state, stepped)
         if tolerance is not None and before is not None:
-            done = criterion(now, before) < tolerance
+            change = criterion(now, before)
+            if change.shape != rows.shape:
+                raise ValueError(
+                    f"the criterion returned shape {tuple(change.shape)}; a number for each prompt "
+                    f"is needed, [{len(rows)}]"
+                )
+            done = change < tolerance
             if done.any():
                 outputs[rows[done]], n_loops[rows[done]] = now.outputs[done], i
                 left = (~done).nonzero()[:, 0]

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from looped_fast.config import check_whole, check_window
-from looped_fast.model.adaptive import AdaptivePrediction, Criterion, run_until
+from looped_fast.model.adaptive import (
+    AdaptivePrediction,
+    Criterion,
+    prediction_change,
+    run_until,
+)
 from looped_fast.model.prompts import check_queries, check_seen, check_tensors
 from looped_fast.ops import op, reference
 from looped_fast.ops.prompt import read_in
@@ -150,12 +155,17 @@ def _one_prompt_each(
 def _run_steps(
     model: LoopedTransformer, embeddings: Tensor, seen: Tensor | None, options: Options
 ) -> Tensor | AdaptivePrediction:
-    """Predictions by one call of the op for each step."""
+    """Predictions by one call of the op for each step, or by one that stops by itself."""
     config = model.config
     given = options.n_loops if options.tolerance is None else options.max_loops
     max_loops, _ = model._loop_counts(given, 1)
     check_window(max_loops, 1)
     tokens = None if seen is None else 2 * seen
+    tolerance, by_default = options.tolerance, options.criterion is prediction_change
+    if tolerance is not None and by_default and not (options.anderson or model.deviations()):
+        arguments = embeddings, None, max_loops, 1, config.injection, tokens
+        if (result := op.run_until(*model._loop_arguments(*arguments), tolerance)) is not None:
+            return AdaptivePrediction(model._squeeze(result[0]), result[1])
 
     def step(state: Tensor, embeddings: Tensor) -> Tensor:
         return model._run(embeddings, state, 1, tokens)[0]
@@ -171,9 +181,9 @@ def _run_steps(
         embeddings,
         reference.initial_state(embeddings, config.injection),
         max_loops=max_loops,
-        tolerance=options.tolerance,
+        tolerance=tolerance,
         criterion=options.criterion,
         anderson=options.anderson,
     )
     predictions = model._squeeze(outputs)
-    return predictions if options.tolerance is None else AdaptivePrediction(predictions, n_loops)
+    return predictions if tolerance is None else AdaptivePrediction(predictions, n_loops)

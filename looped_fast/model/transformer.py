@@ -21,7 +21,7 @@ from looped_fast.config import (
 )
 from looped_fast.errors import check_name
 from looped_fast.model import prediction
-from looped_fast.model.adaptive import AdaptivePrediction, Criterion, prediction_change
+from looped_fast.model.adaptive import Criterion, prediction_change
 from looped_fast.model.blocks import Backbone, Part, weights_and_biases
 from looped_fast.model.prediction import Options
 from looped_fast.model.prompts import check_prompt, check_tensors
@@ -240,7 +240,7 @@ class LoopedTransformer(nn.Module):
         max_loops: int | None = None,
         criterion: Criterion = prediction_change,
         anderson: int = 0,
-    ) -> Tensor | AdaptivePrediction:
+    ) -> Any:
         """Predict without gradient: many queries for one set of examples, or loops until enough.
 
             >>> model = LoopedTransformer(ModelConfig(n_embd=64, n_head=4, n_loops=8, window=4))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from looped_fast.ops import engine_file, forks, loop_autograd
-from looped_fast.ops.call import Call, LoopSettings
+from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
 WIDTH_UNIT = 32  # D is a multiple of it
@@ -115,6 +115,17 @@ def loop(
     return outputs
 
 
+def loop_until(
+    tensors: LoopTensors, settings: LoopSettings, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Run ``ops.loop`` until predictions rest; see ``op.run_until``. Predictions of all tokens."""
+    embeddings, positions, state, weights, read_out, seen = tensors
+    return torch.ops.looped_fast.cpu_loop_until(
+        embeddings, positions, state, [*weights, *read_out], settings.n_heads, settings.n_loops,
+        settings.injection, settings.precision, tolerance, seen,
+    )  # fmt: skip
+
+
 def loop_mse(
     embeddings: Tensor,
     positions: Tensor,
@@ -187,6 +198,12 @@ def _forward_fake(embeddings, positions, state, weights, *flat):
     )
 
 
+def _until_fake(embeddings, positions, state, weights, *_):
+    B, S, _ = embeddings.shape
+    n_loops = embeddings.new_empty((B,), dtype=torch.int64)
+    return embeddings.new_empty((B, S, len(weights[-1]))), n_loops
+
+
 def _backward_fake(
     grad, operands, floats, states, start, embeddings, positions, state, weights, wanted, *settings
 ):
@@ -216,6 +233,7 @@ def _gradients(grad, saved, inputs, wanted, settings):
 
 def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_loop_infer")(_infer_fake)
+    torch.library.register_fake("looped_fast::cpu_loop_until")(_until_fake)
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)

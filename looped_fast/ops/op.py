@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from looped_fast.config import check_whole
 from looped_fast.ops import (
@@ -141,6 +142,27 @@ def run_mse(
     if torch.compiler.is_compiling():
         return torch.ops.looped_fast.loop_mse(*tensors[:5], targets, n_supervised, *settings)
     return _run_mse(tensors, settings, targets, n_supervised)
+
+
+def run_until(
+    tensors: LoopTensors, settings: LoopSettings, tolerance: float
+) -> tuple[Tensor, Tensor] | None:
+    """Run ``loop`` until each sequence's predictions rest, if the backend can stop by itself.
+
+    A sequence stops after the first step, from the second on, that moves each of its predictions by
+    less than ``tolerance``; after ``settings.n_loops`` steps at the latest. Without gradients.
+
+    Returns:
+        Predictions as of a window of 1, without that axis, and the steps run, [B] int64; or None
+        where the backend can't stop by itself: only ``cpu`` can, and not for an operation counter.
+    """
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return None
+    chosen, tensors, settings = _select(_check(tensors, settings), settings)
+    if chosen != "cpu" or not (tensors.read_out and cpu_engine.can_read_out(tensors.read_out)):
+        return None
+    predictions, n_loops = cpu_engine.loop_until(tensors, settings, tolerance)
+    return _predicting(predictions[None], tensors.seen)[0], n_loops
 
 
 def check_supervised(n_supervised: int | None, window: int) -> int:

@@ -126,7 +126,7 @@ def test_a_step_is_differentiable_in_state_embeddings_and_parameters(backend, pr
 @pytest.mark.parametrize("hooked", [False, True])
 def test_predictions_from_states_are_those_of_a_call(pred_type, hooked, prompt):
     model = build("modules" if hooked else "auto", pred_type=pred_type)
-    predictions = model.predict(model.states(*prompt))
+    predictions = model.read_out(model.states(*prompt))
     assert predictions.shape[:3] == (5, 2, 8)
     torch.testing.assert_close(predictions[-2:], model(*prompt), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(predictions[1], model(*prompt, 2, 1)[0], rtol=1e-5, atol=1e-5)
@@ -140,7 +140,7 @@ def test_a_patched_state_runs_on_from_its_step(prompt):
         state, embeddings = model.states(*other)[1], model.embed(*other)
         for _ in range(2, 5):
             state = model.step(state, embeddings)
-        torch.testing.assert_close(model.predict(state), model(*other)[-1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.read_out(state), model(*other)[-1], rtol=1e-5, atol=1e-5)
 
 
 def test_states_under_autocast_stay_in_float32(prompt):
@@ -149,7 +149,7 @@ def test_states_under_autocast_stay_in_float32(prompt):
     with torch.autocast("cpu", torch.bfloat16):
         low = model.states(*prompt)
         stepped = model.step(low[0], model.embed(*prompt))
-        predictions = model.predict(low)
+        predictions = model.read_out(low)
     assert low.dtype == stepped.dtype == predictions.dtype == torch.float32
     assert 1e-5 < relative_error(low, exact) < 0.1
     torch.testing.assert_close(stepped, low[1], rtol=1e-4, atol=1e-4)
