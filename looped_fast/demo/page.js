@@ -7,7 +7,7 @@ const controls = Object.fromEntries(
 const scenes = { curve: drawCurve, plane: drawPlane };
 const state = { loop: 1, prompt: 0, timer: null };
 const MARGIN = { left: 44, right: 8, top: 8, bottom: 36 };
-const MAP = { left: 24, right: 2, top: 2, bottom: 34 };
+const MAP = { left: 34, right: 2, top: 2, bottom: 34 };
 
 /** Numbers packed in Python: base64 of 8 or 16-bit integers, from low (0) to high (all bits). */
 function unpack({ base64, bits, low, high }) {
@@ -23,6 +23,14 @@ function current(scene) {
   const { truth, predictions } = prompt.arrays;
   const after = (loop) => predictions.subarray((loop - 1) * truth.length, loop * truth.length);
   return { ...prompt, truth, after };
+}
+
+/** The examples within the plot, each { x, y }. */
+function inside(scene, prompt) {
+  const [low, high] = scene.span;
+  return prompt.ys
+    .map((y, i) => ({ x: prompt.xs[i], y }))
+    .filter(({ x }) => x.every((at) => at >= low && at <= high));
 }
 
 const loops = (count) => `${count} ${count === 1 ? "loop" : "loops"}`;
@@ -54,8 +62,10 @@ function axes(svg, height, spans, marks, titles, margin = MARGIN) {
   const x = scale(spans.x, [box.left, box.right]);
   const y = scale(spans.y, [box.bottom, box.top]);
   const lines = marks.y.map(
+    ([at]) => `<line class="axis" x1="${box.left}" x2="${box.right}" y1="${y(at)}" y2="${y(at)}"/>`,
+  );
+  const beside = marks.y.map(
     ([at, text]) =>
-      `<line class="axis" x1="${box.left}" x2="${box.right}" y1="${y(at)}" y2="${y(at)}"/>` +
       `<text x="${box.left - 6}" y="${y(at) + 4}" text-anchor="end">${text}</text>`,
   );
   const below = marks.x.map(
@@ -63,8 +73,8 @@ function axes(svg, height, spans, marks, titles, margin = MARGIN) {
   );
   const names =
     `<text x="${(box.left + box.right) / 2}" y="${height - 4}" text-anchor="middle">${titles.x}</text>` +
-    `<text x="${box.left - 6}" y="${box.top + 4}" text-anchor="end">${titles.y}</text>`;
-  return { x, y, box, markup: lines.concat(below, names).join("") };
+    `<text x="0" y="${(box.top + box.bottom) / 2 + 4}">${titles.y}</text>`;
+  return { x, y, box, lines: lines.join(""), texts: [...beside, ...below, names].join("") };
 }
 
 const path = (xs, ys) => "M" + Array.from(xs, (x, i) => `${x.toFixed(1)} ${ys[i].toFixed(1)}`).join("L");
@@ -75,7 +85,7 @@ function drawCurve(root, scene, prompt) {
   const grid = prompt.truth.map((_, i, all) => scale([0, all.length - 1], scene.span)(i));
   const spans = { x: scene.span, y: prompt.span };
   const titles = { x: "x", y: "y" };
-  const { x, y, box, markup } = axes(
+  const { x, y, box, lines, texts } = axes(
     svg, 280, spans, { x: plain(ticks(spans.x)), y: plain(ticks(spans.y)) }, titles,
   );
   const line = (values, name, opacity = 1) =>
@@ -83,12 +93,12 @@ function drawCurve(root, scene, prompt) {
   const earlier = [3, 2, 1]
     .filter((back) => state.loop > back)
     .map((back) => line(prompt.after(state.loop - back), "model earlier", 0.5 - back * 0.12));
-  const dots = prompt.ys.map(
-    (value, i) => `<circle class="example" r="4" cx="${x(prompt.xs[i][0])}" cy="${y(value)}"/>`,
+  const dots = inside(scene, prompt).map(
+    (example) => `<circle class="example" r="4" cx="${x(example.x[0])}" cy="${y(example.y)}"/>`,
   );
   svg.innerHTML =
     `<clipPath id="frame"><rect x="${box.left}" y="${box.top}" width="${box.right - box.left}" ` +
-    `height="${box.bottom - box.top}"/></clipPath>${markup}<g clip-path="url(#frame)">` +
+    `height="${box.bottom - box.top}"/></clipPath>${lines}${texts}<g clip-path="url(#frame)">` +
     `${line(prompt.truth, "true")}${earlier.join("")}` +
     `${line(prompt.after(state.loop), "model now")}</g>${dots.join("")}`;
   return svg;
@@ -122,9 +132,9 @@ function drawPlane(root, scene, prompt) {
     const [svg, canvas] = [map.querySelector("svg"), map.querySelector("canvas")];
     const marks = plain(ticks(scene.span));
     const height = svg.clientWidth - MAP.left - MAP.right + MAP.top + MAP.bottom;
-    const { x, y, box, markup } = axes(
+    const { x, y, box, texts } = axes(
       svg, height, { x: scene.span, y: scene.span }, { x: marks, y: marks },
-      { x: "x₁", y: "" }, MAP,
+      { x: "x₁", y: "x₂" }, MAP,
     );
     const side = Math.sqrt(values.length);
     Object.assign(canvas, { width: side, height: side });
@@ -137,13 +147,10 @@ function drawPlane(root, scene, prompt) {
     const image = new ImageData(side, side);
     values.forEach((value, i) => image.data.set([...colour(value), 255], 4 * i));
     canvas.getContext("2d").putImageData(image, 0, 0);
-    const isInside = (at) => at >= scene.span[0] && at <= scene.span[1];
-    const dots = prompt.ys.map((value, i) => {
-      const [x1, x2] = prompt.xs[i];
-      if (!isInside(x1) || !isInside(x2)) return "";
-      return `<circle class="ring" r="4.5" cx="${x(x1)}" cy="${y(x2)}" fill="rgb(${colour(value)})"/>`;
-    });
-    svg.innerHTML = `${markup}<text x="0" y="${box.top + 10}">x₂</text>${dots.join("")}`;
+    const dots = inside(scene, prompt).map(({ x: [x1, x2], y: value }) =>
+      `<circle class="ring" r="4.5" cx="${x(x1)}" cy="${y(x2)}" fill="rgb(${colour(value)})"/>`,
+    );
+    svg.innerHTML = texts + dots.join("");
     svg.setAttribute("aria-label", name === "true" ? "The values of the true tree" : "");
   }
   return root.querySelector(".model svg");
@@ -156,7 +163,7 @@ function drawErrors(root, scene, prompt) {
   const powers = Array.from({ length: decades[1] - decades[0] + 1 }, (_, i) => decades[0] + i);
   const counts = Array.from({ length: data.loops }, (_, i) => i + 1);
   const shown = counts.filter((count) => count === 1 || count % scene.n_loops === 0);
-  const { x, y, box, markup } = axes(
+  const { x, y, box, lines, texts } = axes(
     svg, 190, { x: [1, data.loops], y: decades },
     {
       x: shown.map((count) => [count, count]),
@@ -166,18 +173,15 @@ function drawErrors(root, scene, prompt) {
   );
   const line = (errors, name) =>
     `<path class="${name}" d="${path(counts.map(x), errors.map((each) => y(Math.log10(each))))}"/>`;
-  const [error, average] = [prompt.errors[state.loop - 1], scene.average[data.loops - 1]];
+  const error = prompt.errors[state.loop - 1];
   const [b, at, up] = [x(scene.n_loops), x(state.loop), y(Math.log10(error))];
   const isLast = at > box.right - 60;
-  const isAbove = average > prompt.errors[data.loops - 1];
   svg.innerHTML =
     `<rect class="beyond" x="${b}" y="${box.top}" width="${box.right - b}" ` +
-    `height="${box.bottom - box.top}"/>${markup}` +
+    `height="${box.bottom - box.top}"/>${lines}${texts}` +
     `<line class="trained" x1="${b}" x2="${b}" y1="${box.top}" y2="${box.bottom}"/>` +
     `<text x="${b + 6}" y="${box.top + 15}">trained with ${loops(scene.n_loops)}</text>` +
     `${line(scene.average, "average")}${line(prompt.errors, "model")}` +
-    `<text x="${box.right}" y="${y(Math.log10(average)) + (isAbove ? -7 : 16)}" ` +
-    `text-anchor="end">average of ${data.averaged} other prompts</text>` +
     `<circle class="marker" r="6" cx="${at}" cy="${up}"/><text class="value" ` +
     `x="${at + (isLast ? -10 : 10)}" y="${up - 10}" text-anchor="${isLast ? "end" : "start"}">` +
     `${error.toPrecision(3)}</text>`;
@@ -244,6 +248,7 @@ function start() {
   for (const name of Object.keys(scenes)) {
     const root = document.getElementById(name);
     root.querySelector(".examples").textContent = data[name].n_examples;
+    root.querySelector(".averaged").textContent = data.averaged;
     root.querySelector(".note").textContent = data[name].note;
   }
   for (const name of ["command", "version"])
