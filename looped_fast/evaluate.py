@@ -36,8 +36,8 @@ from looped_fast.evaluation.report import can_write, error_table
 from looped_fast.evaluation.shifts import SHIFTS, shifted_prompts
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
-from looped_fast.tasks import Baseline, Batch
-from looped_fast.training.command_line import parse, program
+from looped_fast.tasks import Baseline, Batch, task_label
+from looped_fast.training.command_line import parse, program, task_imports
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,16 @@ class Command:
     """Folder to write to; files of an earlier evaluation are replaced."""
     device: str = "auto"
     """cpu, cuda, ...; auto: a GPU if there is one."""
+    allow_task_import: bool = False
+    """Import the module of a task that a run names by a path, which runs its code."""
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
-        evaluate(parse(Command, args, program("evaluate")))
+        command = parse(Command, args, program("evaluate"))
+        with task_imports(command.allow_task_import):
+            evaluate(command)
     except errors.EXPECTED as error:
         return errors.report(error)
     return 0
@@ -200,7 +204,7 @@ def evaluate_positions(
         errors = prompt_errors(predict, task, [prompts])
         curves[name] = bootstrap_curve(errors, seed=command.seed)
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-    title = f"{runs[0].config.task}, {command.prompts} prompts"
+    title = f"{task_label(runs[0].config.task)}, {command.prompts} prompts"
     means = {name: torch.tensor(curve.mean) for name, curve in curves.items()}
     print(f"\n{title}\n{error_table(means)}")
     write_csv(command.out / "positions.csv", "examples", range(n_points), curves)
@@ -221,7 +225,7 @@ def evaluate_loops(command: Command, runs: list[Run], n_points: int) -> dict[str
         errors = loop_errors(run.model, task, batches, counts)[..., -1]  # [C, P]
         curves[run.name] = bootstrap_curve(errors.T, seed=command.seed)
     examples = f"after {n_points - 1} examples"
-    title = f"{runs[0].config.task}, {examples}, {command.loop_prompts} prompts"
+    title = f"{task_label(runs[0].config.task)}, {examples}, {command.loop_prompts} prompts"
     write_csv(command.out / "loops.csv", "loops", counts, curves)
     if can_write("plots"):
         trained = {run.name: run.config.n_loops for run in runs}
@@ -256,7 +260,7 @@ def evaluate_shifts(command: Command, runs: list[Run], n_points: int) -> dict[st
             errors = (predictions.double() - prompts.targets.double()).square() / variance
             panels[shift][name] = bootstrap_curve(errors.cpu(), seed=command.seed)
         print(f"{shift}: {time.perf_counter() - started:.1f} s", flush=True)
-    title = f"{runs[0].config.task}, {command.prompts} prompts"
+    title = f"{task_label(runs[0].config.task)}, {command.prompts} prompts"
     rows = {f"{shift}: {name}": c for shift, curves in panels.items() for name, c in curves.items()}
     write_csv(command.out / "ood.csv", "examples", range(n_positions), rows)
     if can_write("plots"):

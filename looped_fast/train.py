@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import sys
@@ -28,14 +29,22 @@ from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.evaluation.baselines import quick_baselines
 from looped_fast.evaluation.report import can_write, error_table, plot
 from looped_fast.pretrained import load_start
+from looped_fast.tasks import task_label
 from looped_fast.training import checkpoint, distributed, lock
+from looped_fast.training.command_line import (
+    import_named_tasks,
+    option_flags,
+    program,
+    task_imports,
+    task_texts,
+)
 from looped_fast.training.command_line import parse as parse_flags
-from looped_fast.training.command_line import program
 from looped_fast.training.config import TrainConfig, config_from_dict, saved_config
 from looped_fast.training.distributed import resolve_device
 from looped_fast.training.log import METRICS_FILE, read_metrics
-from looped_fast.training.presets import describe, preset_config
+from looped_fast.training.presets import describe, entry, preset_config
 from looped_fast.training.step import Start
+from looped_fast.training.task_settings import flat
 from looped_fast.training.trainer import Interrupted, Trainer
 
 CONFIG_FILE = "config.yaml"
@@ -53,6 +62,20 @@ class Command:
     """YAML file of settings: ours, or an official one."""
     resume: Path | None = None
     """Folder of a run to continue from its latest checkpoint."""
+    allow_task_import: bool = False
+    """Import the module of a task that a file names (--resume, --config), which runs its code. The
+    module that --task names is imported in any case."""
+
+
+def with_task_flags(base: TrainConfig) -> Any:
+    """A ``Command`` that also has ``options``, of the task of ``base``: the flags --task.NAME."""
+    options = option_flags(base)
+    flags = Annotated[type(options), tyro.conf.arg(name="task")]  # type: ignore[valid-type]
+    command: Any = dataclasses.make_dataclass(
+        "Command", [("options", flags)], bases=(Command,), frozen=True, kw_only=True
+    )
+    command.__doc__ = Command.__doc__
+    return command(base, options=options)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -61,7 +84,15 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("looped_fast").setLevel(logging.INFO)  # says when kernels compile
     try:
-        with distributed.join() as processes, contextlib.ExitStack() as held:
+        chosen = _parse_early(args)
+        named = task_texts(args)
+        with (
+            distributed.join() as processes,
+            task_imports(chosen.allow_task_import),
+            contextlib.ExitStack() as held,
+        ):
+            with processes.failing_together():  # each needs the module
+                import_named_tasks(chosen.task, named.get("first"), named.get("second"))
             return run(*processes.broadcast(lambda: prepare(args, processes, held)), processes)
     except errors.EXPECTED as error:
         return errors.report(error)
@@ -75,6 +106,19 @@ def prepare(
     return command.settings, origin, make_run_dir(command.settings, command.resume, held), resumed
 
 
+def _parse_early(args: list[str]) -> argparse.Namespace:
+    """The flags on which the defaults of all others depend."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("task", "model", "preset", "device", "window"):
+        early.add_argument(f"--{name}")
+    early.add_argument("--n-loops", "--n_loops")
+    for name in ("config", "resume"):
+        early.add_argument(f"--{name}", type=Path)
+    early.add_argument("--allow-task-import", "--allow_task_import", action="store_true")
+    chosen, _ = early.parse_known_args(args)
+    return chosen
+
+
 def parse(
     args: list[str], world_size: int = 1, held: contextlib.ExitStack | None = None
 ) -> tuple[Command, str, checkpoint.Checkpoint | None]:
@@ -82,16 +126,11 @@ def parse(
 
     ``held`` gets the lock of the run to resume, before its latest checkpoint is looked up.
     """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("task", "model", "preset", "device", "window"):
-        early.add_argument(f"--{name}")
-    early.add_argument("--n-loops", "--n_loops")
-    for name in ("config", "resume"):
-        early.add_argument(f"--{name}", type=Path)
-    chosen, _ = early.parse_known_args(args)
+    chosen = _parse_early(args)
     # A window that nobody gave is lowered to the loop count. Others than numbers are for tyro.
     adapts = chosen.window is None and (chosen.n_loops or "").isdecimal()
     loops = {"n_loops": int(chosen.n_loops)} if adapts else {}
+    task = task_texts(args) | ({} if chosen.task is None else {"name": chosen.task})
 
     resumed = before = None
     if chosen.resume is not None:
@@ -99,25 +138,30 @@ def parse(
             held.enter_context(lock.hold(chosen.resume))
         resumed = load_latest(chosen.resume)
         before = saved_config(resumed)
-        base = config_from_dict(loops, before)
+        base = config_from_dict({"task": task, **loops}, before)
         origin = f"continuing {chosen.resume} from step {resumed.step}"
     else:
         on_gpu = resolve_device(chosen.device or "auto").type != "cpu"
         by_default = "paper" if on_gpu else "small"
         if chosen.config is not None:
-            names = ("preset", "task", "model")
+            names = ("preset", "model")
             given = {name: getattr(chosen, name) for name in names if getattr(chosen, name)}
-            base, origin = load_config(chosen.config, given | loops, by_default)
+            base, origin = load_config(chosen.config, {"task": task, **given, **loops}, by_default)
         else:
             base = preset_config(
-                chosen.preset or by_default, chosen.task or "lr", chosen.model or "looped"
+                chosen.preset or by_default, task.pop("name", "lr"), chosen.model or "looped", task
             )
             base = config_from_dict(loops, base)
             origin = f"preset {base.preset}"
             if chosen.preset is None:
                 origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"
-    default = Command(base, chosen.config, chosen.resume)
-    command = parse_flags(Command, args, program("train"), default)
+            if entry(base.task) != base.task:
+                origin += f", with the settings of {entry(base.task)}"
+    default = with_task_flags(base)
+    parsed = parse_flags(type(default), args, program("train"), default)
+    options = dataclasses.asdict(parsed.options)
+    settings = dataclasses.replace(parsed.settings, task_options=options)
+    command = dataclasses.replace(parsed, settings=settings)
     if resumed is not None and before is not None:
         changes = changed_settings(before.to_dict(), command.settings.to_dict())
         n_before = resumed.meta.get("processes", 1)
@@ -150,9 +194,13 @@ def _check_resume(command: Command, resumed: checkpoint.Checkpoint, before: Trai
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """``name old -> new`` for each top-level setting that differs."""
+    """``name old -> new`` for each setting that differs."""
+    before, after = flat(before), flat(after)
+    names = dict.fromkeys([*before, *after])
     return [
-        f"{name} {before[name]} -> {after[name]}" for name in after if before[name] != after[name]
+        f"{name} {before.get(name)} -> {after.get(name)}"
+        for name in names
+        if before.get(name) != after.get(name)
     ]
 
 
@@ -213,7 +261,7 @@ def _remove_if_empty(folder: Path) -> None:
 def _new_folder(config: TrainConfig) -> Path:
     """Make a new folder; runs that start within the same second get different ones."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    stem = f"{config.task}-{config.model}-{Path(config.preset).stem}-{stamp}"
+    stem = f"{task_label(config.task)}-{config.model}-{Path(config.preset).stem}-{stamp}"
     run_dir, tried = Path("runs") / stem, 1
     while True:
         try:
@@ -331,7 +379,7 @@ def report(trainer: Trainer, summary: str) -> None:
             task, n_prompts, config.n_points, seed=config.seed, device=trainer.device
         )
         errors[name] = position_errors(predict, task, batches)
-    title = f"{config.task}, {config.model}, {config.preset}: {summary}"
+    title = f"{task_label(config.task)}, {config.model}, {config.preset}: {summary}"
     print(f"\n{title}; {n_prompts} held-out prompts\n")
     print(error_table(errors))
     results = {

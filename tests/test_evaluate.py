@@ -144,7 +144,7 @@ def test_several_runs_share_figures_and_only_looped_ones_have_loops(run, tmp_pat
 
 
 def test_trees_are_looped_as_far_as_in_the_official_figure(tmp_path, out):
-    run = make_run(tmp_path / "tree", task="dt", depth=2)
+    run = make_run(tmp_path / "tree", task="dt", task_options={"depth": 2})
     assert evaluate(run, *QUICK, out=out) == 0
     assert list(results(out)["positions"])[:2] == ["tree", "tree, 200 loops"]
 
@@ -265,7 +265,7 @@ def test_a_folder_without_a_checkpoint_is_an_error(tmp_path, out, capsys):
 
 
 def test_runs_of_different_tasks_are_an_error(run, tmp_path, out, capsys):
-    other = make_run(tmp_path / "tree", task="dt", depth=2)
+    other = make_run(tmp_path / "tree", task="dt", task_options={"depth": 2})
     assert evaluate(run, other, out=out) == 2
     error = capsys.readouterr().err
     assert "tree was trained on DecisionTree(n_dims=3, depth=2)" in error
@@ -309,7 +309,7 @@ def test_one_checkpoint_under_two_names_is_an_error(run, out, capsys, monkeypatc
 def test_a_missing_package_is_an_error_with_the_command_that_installs_it(
     tmp_path, out, capsys, monkeypatch
 ):
-    run = make_run(tmp_path / "tree", task="dt", depth=2)
+    run = make_run(tmp_path / "tree", task="dt", task_options={"depth": 2})
     monkeypatch.setitem(sys.modules, "sklearn.tree", None)
     assert evaluate(run, "--prompts", 20, out=out) == 1
     assert "pip install scikit-learn pandas xgboost" in capsys.readouterr().err

@@ -27,7 +27,11 @@ pytestmark = pytest.mark.usefixtures("no_plot")
         (["--window", "9", "--n-loops", "8"], "window = 9 is outside 1..8"),
         (["--n-embd", "65"], "n_embd = 65 is not divisible by n_head"),
         (["--n-points", "50", "--n-positions", "41"], "n_points = 50 exceeds n_positions = 41"),
-        (["--depth", "3"], "depth = 3 is no setting of task 'lr'"),
+        (["--depth", "3"], "--depth is an option of task 'dt': give --task dt --task.depth on"),
+        (["--task.depth", "3"], "task 'lr' has no option 'depth', nor any other"),
+        (["--task", "dt", "--task.dept", "3"], "unknown option of task 'dt' 'dept'; did you mean"),
+        (["--task", "dt", "--task.depth", "x"], "task.depth = 'x': int is needed"),
+        (["--task", "fourier", "--period", "3"], "did you mean --task.period?"),
         (["--device", "gpu"], "device 'gpu'"),
         (["--device", "cuda:99"], "use --device cpu"),
         (["--train-prompts", "3"], "3 training prompts are fewer than a step uses"),
@@ -107,7 +111,7 @@ def test_weights_are_taken_from_a_run_or_a_shipped_model_by_name(tmp_path):
 
 
 def test_where_all_of_y_is_zero_there_is_no_relative_error(tmp_path):
-    few = ("--task", "sparse_lr", "--n-dims", 8, "--sparsity", 1, "--batch-size", 1)
+    few = ("--task", "sparse_lr", "--n-dims", 8, "--task.sparsity", 1, "--batch-size", 1)
     narrow = ("--curriculum.dims.start", 1, "--curriculum.dims.interval", 100)
     assert train(*few, *narrow, "--steps", 3, "--log-every", 1, "--out", tmp_path / "run") == 0
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]

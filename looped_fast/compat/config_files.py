@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from looped_fast.compat import FAMILIES, LOOP_FUNCS
 from looped_fast.config import PRED_TYPES
 from looped_fast.errors import check_name, naming, unknown_name
-from looped_fast.tasks import OFFICIAL_TASK_NAMES, TASKS
+from looped_fast.tasks import OFFICIAL_TASK_NAMES, find_task
 from looped_fast.training.config import (
     MODELS,
     CurriculumConfig,
@@ -23,6 +23,12 @@ from looped_fast.training.config import (
 )
 from looped_fast.training.presets import NAMES as PRESETS
 from looped_fast.training.presets import preset_config
+from looped_fast.training.task_settings import (
+    OPTIONS_OF_BEFORE,
+    merge_task,
+    moved_option,
+    task_settings,
+)
 from looped_fast.training.yaml_file import read_yaml
 
 MOST_FILES = 100  # that a file inherits; the official ones inherit two
@@ -56,9 +62,12 @@ def load_config(
         FileNotFoundError: no such file.
     """
     path, given = Path(path), given or {}
-    for kind, valid in (("preset", PRESETS), ("task", TASKS), ("model", MODELS)):
+    for kind, valid in (("preset", PRESETS), ("model", MODELS)):
         if kind in given:
             check_name(kind, given[kind], valid)
+    changed_task = task_settings(given.get("task", {}))
+    if "name" in changed_task:
+        find_task(changed_task["name"])
     try:
         content = read_yaml(path)
     except FileNotFoundError:
@@ -75,13 +84,21 @@ def load_config(
         with naming(path):
             config = config_from_dict(dict(given), _from_official(official, path))
         return config, f"official settings of {path} (not taken over: {NOT_TAKEN_OVER})"
-    content |= given
-    choices = {name: content.get(name) for name in ("preset", "task", "model")}
+    with naming(path):
+        if moved := [name for name in OPTIONS_OF_BEFORE if name in content]:
+            raise moved_option(moved[0], f"setting {moved[0]}")
+        task = task_settings(content.pop("task", {}))
+    task = merge_task(task, changed_task)
+    content |= {name: value for name, value in given.items() if name != "task"}
+    choices = {name: content.get(name) for name in ("preset", "model")}
     named = {name: value for name, value in choices.items() if isinstance(value, str)}
     if named.get("preset", "").endswith((".yaml", ".yml")):
         del named["preset"]  # only a label, of a run whose settings came from a file
+    options = {name: value for name, value in task.items() if name != "name"}
     with naming(path):
-        base = preset_config(**{"preset": by_default, **named})
+        base = preset_config(
+            **{"preset": by_default, **named}, task=task.get("name", "lr"), task_options=options
+        )
         config = config_from_dict({"preset": str(path), **content}, base)
     return config, f"settings of {path}"
 
@@ -139,7 +156,7 @@ def _from_official(official: dict[str, Any], path: Path) -> TrainConfig:
         n_loops=n_loops,
         window=window,
         # The official default of sparsity, 100, is the hidden width and means a dense network.
-        sparsity=training["sparsity"] if task == "sparse_lr" else None,
+        task_options={"sparsity": training["sparsity"]} if task == "sparse_lr" else {},
         train_prompts=training["train_size"] if training["use_fixed_dataset"] else None,
         curriculum=CurriculumConfig(**schedules),
         steps=training["train_steps"],

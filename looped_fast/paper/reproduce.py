@@ -194,8 +194,9 @@ def up_to_date(
 def describe(run: Run) -> dict[str, Any]:
     """The facts that the page shows of a model."""
     config = run.config
-    names = ("task", "n_dims", "n_points", "n_embd", "n_layer", "n_loops", "window", "depth")
+    names = ("task", "n_dims", "n_points", "n_embd", "n_layer", "n_loops", "window")
     settings = {name: getattr(config, name) for name in names}
+    settings["depth"] = config.task_options.get("depth")
     parameters = sum(p.numel() for p in run.model.parameters())
     trained = {"step": run.step, "steps": config.steps, "parameters": parameters}
     return {**settings, **trained, "sha256": run.sha256}

@@ -29,8 +29,9 @@ from looped_fast.evaluation.report import can_write
 from looped_fast.paper.ablations import SWEEPS
 from looped_fast.paper.experiments import last_checkpoint, shortened
 from looped_fast.pretrained.provenance import versions, weights_sha256
+from looped_fast.tasks import task_label
 from looped_fast.training import lock
-from looped_fast.training.command_line import parse, program
+from looped_fast.training.command_line import import_named_tasks, parse, program
 from looped_fast.training.config import TrainConfig, config_from_dict
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Interrupted, Trainer
@@ -49,7 +50,7 @@ class Command:
     name: tyro.conf.Positional[str]
     """The sweep."""
     task: str = "lr"
-    """Function class."""
+    """Function class: a name, or one of yours as mypackage.module:MyTask."""
     preset: str = "small"
     """Scale: tiny, small or paper."""
     steps: int | None = None
@@ -66,7 +67,9 @@ def main(args: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     try:
         command = parse(Command, args, program("sweep"))
-        out = command.out or Path("sweeps") / f"{command.name}-{command.task}-{command.preset}"
+        import_named_tasks(command.task)
+        stem = f"{command.name}-{task_label(command.task)}-{command.preset}"
+        out = command.out or Path("sweeps") / stem
         runs = sweep_runs(
             command.name, command.task, command.preset, steps=command.steps, seed=command.seed
         )
@@ -76,7 +79,7 @@ def main(args: list[str] | None = None) -> int:
         description = {
             "name": command.name,
             "question": SWEEPS[command.name].__doc__,
-            "scale": f"{command.task}, {command.preset}, {steps} steps",
+            "scale": f"{task_label(command.task)}, {command.preset}, {steps} steps",
             "prompts": command.prompts,
             "seed": command.seed,
         }

@@ -19,11 +19,13 @@ from tabulate import tabulate
 from looped_fast import errors, pretrained
 from looped_fast.evaluation import model_errors
 from looped_fast.model import LoopedTransformer
+from looped_fast.tasks import TASKS, task_label
 from looped_fast.training import checkpoint
-from looped_fast.training.command_line import Parser, program
+from looped_fast.training.command_line import Parser, program, task_imports
 from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import preset_config
+from looped_fast.training.task_settings import flat
 
 _PROMPTS = 1280  # held out for the evaluation, as in the paper
 
@@ -35,9 +37,13 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--cpu-minutes", type=float, required=True, help="processor time it took")
     parser.add_argument("--how", required=True, help="machine, threads, sittings: in sentences")
     parser.add_argument("--name", help="of the folder (default: by task, model and preset)")
+    parser.add_argument(
+        "--allow-task-import", action="store_true", help="import the module of the run's own task"
+    )
     options = parser.parse_args(args)
     try:
-        folder = release(options.run, options.cpu_minutes, options.how, name=options.name)
+        with task_imports(options.allow_task_import):
+            folder = release(options.run, options.cpu_minutes, options.how, name=options.name)
     except errors.EXPECTED as error:
         return errors.report(error)
     print((folder / "README.md").read_text(encoding="utf-8"))
@@ -53,7 +59,7 @@ def release(
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
-        ValueError: the run is not finished.
+        ValueError: the run is not finished, or its task's module is not imported.
         CheckpointError: the checkpoint is damaged.
     """
     latest = checkpoint.latest(run)
@@ -67,7 +73,7 @@ def release(
             f"python -m looped_fast.train --resume {run}"
         )
     kind = [] if config.model == "looped" else [config.model]
-    name = name or "-".join([config.task, *kind, config.preset])
+    name = name or "-".join([task_label(config.task), *kind, config.preset])
     folder = (to or Path(pretrained.__file__).parent) / name
     meta = {
         "minutes": round(_minutes(read_metrics(run / METRICS_FILE)), 1),
@@ -135,22 +141,15 @@ Error on {config.eval_prompts} held-out prompts while it trained:
 
 def command(config: TrainConfig) -> list[str]:
     """The command that repeats a run: its preset, and flags for settings that differ."""
-    base = _flat(preset_config(config.preset, config.task, config.model).to_dict())
+    options = None if config.task in TASKS else config.task_options  # which may have no defaults
+    base = preset_config(config.preset, config.task, config.model, options).to_dict()
+    known = flat(base if options is None else {**base, "task": config.task})
     words = ["python", "-m", "looped_fast.train", "--preset", config.preset]
     words += ["--task", config.task, "--model", config.model]
-    for name, value in _flat(config.to_dict()).items():
-        if value != base[name]:
+    for name, value in flat(config.to_dict()).items():
+        if name not in known or value != known[name]:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
 
 
 def _errors(source: checkpoint.Checkpoint, config: TrainConfig) -> dict[str, list[float]]:

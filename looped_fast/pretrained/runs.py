@@ -50,7 +50,8 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
     Raises:
         FileNotFoundError: ``source`` is none of these.
         CheckpointError: the checkpoint is damaged or of another model.
-        ValueError: a classifier of tabular sets, or a device that can't be used.
+        ValueError: a classifier of tabular sets, a device that can't be used, or a task in a
+            module that is not imported (``tasks.allow_task_import``).
     """
     loaded, sha256 = read_newest(source, lambda path: (checkpoint.load(path), file_sha256(path)))
     path = loaded.path

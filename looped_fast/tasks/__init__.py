@@ -15,6 +15,7 @@ from looped_fast.tasks.functions import (
 from looped_fast.tasks.mixture import Mixture
 from looped_fast.tasks.registry import (
     TASKS,
+    TaskNotImportedError,
     allow_task_import,
     find_task,
     make_task,
@@ -36,6 +37,7 @@ __all__ = [
     "EVALUATION", "OFFICIAL_TASK_NAMES", "TASKS", "Baseline", "Batch", "DecisionTree",
     "FixedPrompts", "FourierSeries", "LinearClassification", "LinearRegression", "Mixture",
     "NoisyLinearRegression", "QuadraticRegression", "Relu2LayerNetwork", "SparseLinearRegression",
-    "Task", "allow_task_import", "batch_generator", "batch_seed", "draw_batch", "find_task",
-    "make_task", "randn", "sample_batch", "task_label", "task_name", "task_options"
+    "Task", "TaskNotImportedError", "allow_task_import", "batch_generator", "batch_seed",
+    "draw_batch", "find_task", "make_task", "randn", "sample_batch", "task_label", "task_name",
+    "task_options"
 ]  # fmt: skip

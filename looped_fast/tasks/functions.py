@@ -42,7 +42,11 @@ class LinearRegression(Task):
 @register("noisy_lr")
 @dataclass(frozen=True)
 class NoisyLinearRegression(LinearRegression):
-    """y = w·x + noise, noise ~ N(0, noise_std^2)."""
+    """y = w·x + noise, noise ~ N(0, noise_std^2).
+
+    Attributes:
+        noise_std: standard deviation of the noise.
+    """
 
     noise_std: float = 0.1
 
@@ -81,7 +85,11 @@ class NoisyLinearRegression(LinearRegression):
 @register("sparse_lr")
 @dataclass(frozen=True)
 class SparseLinearRegression(LinearRegression):
-    """y = w·x, w ~ N(0, I_d) on ``sparsity`` coordinates chosen at random, 0 elsewhere."""
+    """y = w·x, w ~ N(0, I_d) on ``sparsity`` coordinates chosen at random, 0 elsewhere.
+
+    Attributes:
+        sparsity: number of weights that are not zero.
+    """
 
     sparsity: int = 3
 
@@ -114,7 +122,11 @@ class SparseLinearRegression(LinearRegression):
 @register("relu_2nn")
 @dataclass(frozen=True)
 class Relu2LayerNetwork(Task):
-    """y = sqrt(2 / h) W2·relu(W1·x), all weights ~ N(0, 1), h = ``hidden``."""
+    """y = sqrt(2 / h) W2·relu(W1·x), all weights ~ N(0, 1), h = ``hidden``.
+
+    Attributes:
+        hidden: hidden units.
+    """
 
     hidden: int = 100
 
@@ -154,6 +166,9 @@ class DecisionTree(Task):
     Inner nodes and leaves are numbered level by level; a positive coordinate goes right. Leaf
     values ~ N(0, 1), coordinates uniform. As in the official code the curriculum does not
     truncate x here.
+
+    Attributes:
+        depth: of the tree, which has 2^depth leaves.
     """
 
     depth: int = 4

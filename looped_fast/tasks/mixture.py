@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 
 from looped_fast.errors import naming
 from looped_fast.tasks.base import Baseline, Task
-from looped_fast.tasks.registry import make_task, register
+from looped_fast.tasks.options import TaskOptions
+from looped_fast.tasks.registry import make_task, register, task_name
 
 
 @register("mixture")
@@ -24,9 +25,11 @@ class Mixture(Task):
     truncates x if it does so for both.
 
     Attributes:
-        first, second: names of the tasks, short or paths.
+        first: name of a task, short or a path.
+        second: name of the other task.
         share: share of prompts from ``first``.
-        first_options, second_options: options of the tasks; defaults where not given.
+        first_options: options of the first task; defaults where not given.
+        second_options: options of the second.
 
     Raises:
         ValueError: a task or option is unknown, ``share`` is outside 0..1, or a task draws its
@@ -49,7 +52,9 @@ class Mixture(Task):
                     f"{name} = {getattr(self, name)!r} draws its points in its own way, and the "
                     f"tasks of a mixture share N(0, I); choose a task without points()"
                 )
-            object.__setattr__(self, f"{name}_options", task.options)
+            known_as = task_name(type(task))
+            object.__setattr__(self, name, known_as)
+            object.__setattr__(self, f"{name}_options", TaskOptions.of(known_as, task))
         both = all(task.truncates for task in self.components.values())
         object.__setattr__(self, "truncates", both)
 
@@ -58,9 +63,10 @@ class Mixture(Task):
         """``first`` and ``second``, made."""
         made = {}
         for name in ("first", "second"):
-            with naming(f"{name} = {getattr(self, name)!r}"):
-                options = getattr(self, f"{name}_options")
-                made[name] = make_task(getattr(self, name), self.n_dims, **options)
+            component = getattr(self, name)
+            options = TaskOptions.fitting(getattr(self, f"{name}_options"), component)
+            with naming(f"{name} = {component!r}"):
+                made[name] = make_task(component, self.n_dims, **options)
         return made
 
     def _mean(self, first: float, second: float) -> float:

@@ -12,6 +12,45 @@ from looped_fast.errors import check_name, unknown_name
 from looped_fast.tasks.base import Task, option_fields
 
 
+class TaskOptions(dict[str, Any]):
+    """All options of one task, named ``task``: settings of another task drop them."""
+
+    task: str = ""
+
+    @classmethod
+    def of(cls, name: str, task: Task) -> TaskOptions:
+        """The options of ``task``, which settings know as ``name``."""
+        options = cls(task.options)
+        options.task = name
+        return options
+
+    @staticmethod
+    def fitting(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+        """``options``; none if they are another task's than ``name``."""
+        other = isinstance(options, TaskOptions) and options.task != name
+        return {} if other else options
+
+
+class FlagText(str):
+    """The text of a flag on the command line, of whatever type its option is."""
+
+
+def merge_options(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the options that ``changes`` names, and those of a component by name, too.
+
+    A component's options replace those of another component: ``second_options`` of a mixture go
+    with the task that ``second`` names.
+    """
+    merged = {**before, **changes}
+    for name, value in changes.items():
+        old = before.get(name)
+        if isinstance(old, TaskOptions) and isinstance(value, Mapping):
+            component = changes.get(name.removesuffix("_options"), old.task)
+            if component == old.task:
+                merged[name] = merge_options(old, value)
+    return merged
+
+
 def option_types(task: type[Task], label: str) -> dict[str, Any]:
     """Option -> its annotated type, of a task that messages call ``label``.
 
@@ -26,6 +65,11 @@ def option_types(task: type[Task], label: str) -> dict[str, Any]:
             f"names where {task.__name__} is defined"
         ) from error
     found = {f.name: hints[f.name] for f in option_fields(task)}
+    if "name" in found:
+        raise ValueError(
+            f"task {label!r} has an option called name, under which files keep the task's own "
+            f"name; call it otherwise"
+        )
     for name, hint in found.items():
         for kind in _members(hint):
             if _plain(kind) not in (int, float, bool, str, dict, Literal, types.NoneType):
@@ -72,6 +116,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         ValueError: it is of another type; the message names the setting.
     """
     members = _members(hint)
+    if isinstance(value, FlagText):
+        value = _read(value, [_plain(kind) for kind in members])
     if value is None and types.NoneType in members:
         return None
     kind = members[0]
@@ -90,6 +136,17 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     elif isinstance(value, plain) and isinstance(value, bool) == (plain is bool):
         return value
     raise ValueError(f"setting {name} = {value!r}: {plain.__name__} is needed")
+
+
+def _read(text: str, kinds: list[Any]) -> Any:
+    """What a flag's text stands for, or the text itself."""
+    if types.NoneType in kinds and text == "None":
+        return None
+    if bool in kinds and text in ("True", "False"):
+        return text == "True"
+    if int in kinds and text.removeprefix("-").isdecimal():
+        return int(text)
+    return str(text)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -26,6 +26,10 @@ _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _may_import: ContextVar[bool] = ContextVar("may_import", default=False)
 
 
+class TaskNotImportedError(ValueError):
+    """A task is defined in a module that is not imported, and may not be."""
+
+
 def register(name: str) -> Callable[[_T], _T]:
     """Give a task of this package its short name."""
 
@@ -54,9 +58,12 @@ def find_task(name: str) -> type[Task]:
     """Find a task's class by its short name or by its path, ``module:Class``.
 
     Raises:
-        ValueError: an unknown name; a module that is not imported (and may not be), does not exist
-            or fails; or an object that is missing there, is no ``Task``, or is an incomplete one.
+        TaskNotImportedError: the module is not imported, and may not be.
+        ValueError: an unknown name; a module that does not exist or fails on import; or an object
+            that is missing there, is no ``Task``, or is an incomplete one.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"task {name!r}: a name is needed, such as lr or mypackage.module:MyTask")
     if name in TASKS:
         return TASKS[name]
     if ":" not in name:
@@ -73,7 +80,7 @@ def find_task(name: str) -> type[Task]:
     if _may_import.get() and module_name not in sys.modules:
         _import(module_name, name)
     elif module_name not in sys.modules:
-        raise ValueError(
+        raise TaskNotImportedError(
             f"task {name!r} is defined in module {module_name}, which is not imported; a name in a "
             f"file imports no code by itself. If you trust that module, import {module_name} "
             f"first, or give --allow-task-import (in Python: with "

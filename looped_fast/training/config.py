@@ -13,16 +13,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import tyro
+
 from looped_fast.config import BACKENDS, ModelConfig
 from looped_fast.errors import CheckpointError, check_name, unknown_name
-from looped_fast.tasks import TASKS, Task, make_task, task_options
-from looped_fast.tasks.options import coerce
+from looped_fast.tasks import Task, TaskNotImportedError, find_task, make_task, task_name
+from looped_fast.tasks.options import TaskOptions, coerce
 from looped_fast.training import checkpoint
 from looped_fast.training.curriculum import Curriculum, Schedule
+from looped_fast.training.task_settings import (
+    OPTIONS_OF_BEFORE,
+    merge_task,
+    moved_option,
+    plain,
+    task_settings,
+    with_options_of_before,
+)
 
 MODELS = ("looped", "standard", "tied")
-
-_TASK_SETTINGS = ("sparsity", "noise_std", "depth", "hidden")
 
 # Names of the official code and of other libraries -> ours, for hints.
 KNOWN_AS = {
@@ -70,7 +78,10 @@ class TrainConfig:
     """Settings of a training run; defaults are the paper's where it gives any."""
 
     task: str = "lr"
-    """Function class: lr, noisy_lr, sparse_lr, dt, relu_2nn."""
+    """Function class: lr, noisy_lr, sparse_lr, dt, relu_2nn, quadratic, classification, fourier,
+    mixture; or one of yours, as mypackage.module:MyTask (in Python also the class)."""
+    task_options: tyro.conf.Fixed[tyro.conf.Suppress[dict[str, Any]]] = field(default_factory=dict)
+    """Options of the task, --task.NAME on the command line; defaults where not given."""
     model: Literal["looped", "standard", "tied"] = "looped"
     """looped: a block run n_loops times on the injected prompt; standard: n_layer blocks;
     tied: a block run n_loops times, without injection."""
@@ -98,14 +109,6 @@ class TrainConfig:
     window: int = None  # type: ignore[assignment]  # an int once the record is made
     """Last steps T that carry gradient and loss; lowered to n_loops if it is not given."""
 
-    sparsity: int | None = None
-    """sparse_lr: non-zero weights (3)."""
-    noise_std: float | None = None
-    """noisy_lr: standard deviation of the noise (0.1)."""
-    depth: int | None = None
-    """dt: depth of the trees (4)."""
-    hidden: int | None = None
-    """relu_2nn: hidden units (100)."""
     train_prompts: int | None = None
     """Train on a fixed set of this many prompts; none: fresh prompts every step."""
 
@@ -168,11 +171,11 @@ class TrainConfig:
         if self.window is None:  # nobody gave it, so it fits
             window = self.n_loops if self.model == "tied" else min(15, self.n_loops)
             object.__setattr__(self, "window", window)
-        check_name("task", self.task, TASKS)
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
+        self._complete_task()
+        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in (numbers | self.task_options).items():
             if isinstance(value, int) and value >= 2**63:
-                raise ValueError(f"{f.name} has {value.bit_length()} bits; at most 63 are possible")
+                raise ValueError(f"{name} has {value.bit_length()} bits; at most 63 are possible")
         whole = "steps batch_size log_every eval_every eval_prompts save_every keep"
         for name in whole.split():
             if getattr(self, name) < 1:
@@ -192,7 +195,6 @@ class TrainConfig:
             )
         self._check_model()
         # Each of these raises ValueError for its part of the settings.
-        self.make_task()
         self.model_config()
         self.make_curriculum()
 
@@ -220,15 +222,22 @@ class TrainConfig:
                 f"valid: {', '.join(valid[self.model])}"
             )
 
+    def _complete_task(self) -> None:
+        """Put the task's name in place of its class, and values of all its options.
+
+        Options that come from settings of another task are dropped: ``dataclasses.replace`` may
+        change the task alone.
+        """
+        task: Any = self.task
+        name = task_name(task if isinstance(task, type) else find_task(task))
+        options = TaskOptions.fitting(self.task_options, name)
+        made = make_task(name, self.n_dims, **options)
+        object.__setattr__(self, "task", name)
+        object.__setattr__(self, "task_options", TaskOptions.of(name, made))
+
     def make_task(self) -> Task:
-        """Make the task; raises ValueError for a setting of another task."""
-        options = {
-            name: getattr(self, name) for name in _TASK_SETTINGS if getattr(self, name) is not None
-        }
-        for name in options:
-            if name not in task_options(self.task):
-                raise ValueError(f"{name} = {options[name]} is no setting of task {self.task!r}")
-        return make_task(self.task, self.n_dims, **options)
+        """Make the task."""
+        return make_task(self.task, self.n_dims, **self.task_options)
 
     def model_config(self) -> ModelConfig:
         """The model's part of the settings."""
@@ -264,23 +273,38 @@ class TrainConfig:
         return self.window if self.model == "looped" else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a plain nested dict, for YAML and JSON."""
-        return dataclasses.asdict(self)
+        """The settings as a plain nested dict, for YAML and JSON.
+
+        ``task`` is a dict of the task's name and its options: ``{"name": "dt", "depth": 4}``.
+        """
+        settings = dataclasses.asdict(self)
+        options = settings.pop("task_options")
+        return settings | {"task": {"name": self.task, **plain(options)}}
 
 
 def config_from_dict(settings: dict[str, Any], base: TrainConfig) -> TrainConfig:
     """Replace the given settings of ``base``; a nested dict replaces only what it names.
 
+    ``task`` is a name, or a dict of a name and options. Another task starts from its defaults.
     If ``n_loops`` is given without a ``window``, that of ``base`` is lowered to fit.
 
     Raises:
         ValueError: a setting is unknown (the message has the nearest) or of a wrong type.
     """
+    if moved := [name for name in OPTIONS_OF_BEFORE if name in settings]:
+        raise moved_option(moved[0], f"setting {moved[0]}")
     if "n_loops" in settings and "window" not in settings:
         n_loops = coerce("n_loops", settings["n_loops"], int)
         tied = settings.get("model", base.model) == "tied"
         settings = {**settings, "window": n_loops if tied else min(base.window, n_loops)}
-    return _replace(base, settings, prefix="")
+    if "task" not in settings:
+        return _replace(base, settings, prefix="")
+    before = {"name": base.task, **base.task_options}
+    options = merge_task(before, task_settings(settings["task"]))
+    task = options.pop("name", base.task)
+    others = {name: value for name, value in settings.items() if name != "task"}
+    changes = _changes(base, others, prefix="")
+    return dataclasses.replace(base, task=task, task_options=options, **changes)
 
 
 def saved_config(saved: checkpoint.Checkpoint, base: TrainConfig | None = None) -> TrainConfig:
@@ -292,9 +316,11 @@ def saved_config(saved: checkpoint.Checkpoint, base: TrainConfig | None = None) 
 
     Raises:
         CheckpointError: its settings are unknown or out of range; the message names the file.
+        ValueError: the module of its task is not imported, see ``tasks.find_task``.
     """
     with _naming_index(saved):
-        return config_from_dict(saved.config, TrainConfig() if base is None else base)
+        settings = with_options_of_before(saved.config)
+        return config_from_dict(settings, TrainConfig() if base is None else base)
 
 
 def saved_model_config(saved: checkpoint.Checkpoint) -> ModelConfig:
@@ -303,7 +329,7 @@ def saved_model_config(saved: checkpoint.Checkpoint) -> ModelConfig:
     Raises:
         CheckpointError: as in ``saved_config``, for settings other than those of the task.
     """
-    settings = {k: v for k, v in saved.config.items() if k not in ("task", *_TASK_SETTINGS)}
+    settings = {k: v for k, v in saved.config.items() if k not in ("task", *OPTIONS_OF_BEFORE)}
     with _naming_index(saved):
         return config_from_dict(settings, TrainConfig()).model_config()
 
@@ -311,17 +337,25 @@ def saved_model_config(saved: checkpoint.Checkpoint) -> ModelConfig:
 @contextlib.contextmanager
 def _naming_index(saved: checkpoint.Checkpoint) -> Iterator[None]:
     """Raise a ValueError about settings as a CheckpointError that names their file."""
+    index = saved.path / checkpoint.INDEX
     try:
         yield
+    except TaskNotImportedError as error:  # the file is sound
+        raise ValueError(f"{index}: {error}") from error
     except ValueError as error:
         raise CheckpointError(
-            f"{saved.path / checkpoint.INDEX} holds settings that can't be used: {error}. It is "
-            f"corrupt, or of another version of looped_fast"
+            f"{index} holds settings that can't be used: {error}. It is corrupt, or of another "
+            f"version of looped_fast or of its task"
         ) from error
 
 
 def _replace(record: Any, settings: dict[str, Any], prefix: str) -> Any:
+    return dataclasses.replace(record, **_changes(record, settings, prefix))
+
+
+def _changes(record: Any, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
     hints = typing.get_type_hints(type(record))
+    hints.pop("task_options", None)  # in files these are part of task
     changes = {}
     for name, value in settings.items():
         if name not in hints:
@@ -334,4 +368,4 @@ def _replace(record: Any, settings: dict[str, Any], prefix: str) -> Any:
             changes[name] = _replace(current, value, f"{prefix}{name}.")
         else:
             changes[name] = coerce(prefix + name, value, hints[name])
-    return dataclasses.replace(record, **changes)
+    return changes

@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 
 from looped_fast import LoopedTransformer, evaluate
+from looped_fast.evaluation.baselines import QUICK_BASELINES
 from looped_fast.evaluation.figures import OFFICIAL_LOOPS
 from looped_fast.paper import openml, published, reproduce, results_figures, results_page, sweep
 from looped_fast.paper.tabular_data import OPENML_IDS
@@ -37,7 +38,7 @@ def quick(monkeypatch):
     for task in OFFICIAL_LOOPS:
         monkeypatch.setitem(OFFICIAL_LOOPS, task, 30)
     for module in (evaluate, reproduce):
-        monkeypatch.setattr(module, "figure_baselines", lambda task: evaluate.QUICK_BASELINES)
+        monkeypatch.setattr(module, "figure_baselines", lambda task: QUICK_BASELINES)
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_baselines_stay_when_models_change_and_not_when_their_packages_do(
         calls.append(len(xs))
         return torch.zeros_like(ys)
 
-    monkeypatch.setitem(evaluate.QUICK_BASELINES, "least squares", counted)
+    monkeypatch.setitem(QUICK_BASELINES, "least squares", counted)
     save_run(tmp_path)
     run(tmp_path, "lr")
     path = tmp_path / "docs" / "results" / "lr.json"

@@ -282,7 +282,7 @@ def test_graphs_say_to_the_op_that_calls_are_replayed(monkeypatch):
 
 RUN = {
     "n_embd": 16, "n_head": 2, "batch_size": 4, "n_points": 5, "n_positions": 5, "n_loops": 3,
-    "window": 2, "n_dims": 4, "steps": 10**6, "device": "cpu", "depth": None,
+    "window": 2, "n_dims": 4, "steps": 10**6, "device": "cpu",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from fake_graphs import FakeGraph, Recorder
 
 from looped_fast import LoopedTransformer
 from looped_fast.ops.graphs import Graphs
-from looped_fast.tasks import TASKS
+from looped_fast.tasks import OFFICIAL_TASK_NAMES, TASKS
 from looped_fast.training.config import CurriculumConfig, ScheduleConfig
 from looped_fast.training.presets import preset_config
 from looped_fast.training.trainer import Trainer
@@ -28,6 +28,14 @@ MINI = {
 }  # fmt: skip
 
 
+PAPERS = OFFICIAL_TASK_NAMES.values()
+EVERY = pytest.mark.parametrize(
+    ("task", "amp"),
+    [(task, amp) for task in PAPERS for amp in ("off", "bf16", "fp16")]
+    + [(task, "off") for task in TASKS if task not in PAPERS],
+)
+
+
 @pytest.fixture(autouse=True)
 def unchecked_prompts(monkeypatch):
     """Turn off the check of prompt values, which only runs on CPUs."""
@@ -35,7 +43,7 @@ def unchecked_prompts(monkeypatch):
 
 
 def make_trainer(tmp_path, task="lr", **changes):
-    config = dataclasses.replace(preset_config("tiny", task), **{**MINI, "depth": None, **changes})
+    config = dataclasses.replace(preset_config("tiny", task), **{**MINI, **changes})
     return Trainer(config, tmp_path)
 
 
@@ -61,8 +69,7 @@ def assert_same(states, expected):
         assert torch.equal(states[name], expected[name]), name
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("task", TASKS)
+@EVERY
 def test_replayed_steps_train_as_eager_ones_bit_for_bit(tmp_path, task, amp):
     expected = train(make_trainer(tmp_path, task, amp=amp))
     trainer = make_trainer(tmp_path, task, amp=amp)
@@ -109,8 +116,7 @@ def test_a_skipped_step_of_fp16_is_skipped_in_a_replay(tmp_path):
     assert trainer.scaler.get_scale() == 2.0**116
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("task", TASKS)
+@EVERY
 def test_steps_of_a_stage_allocate_the_same_and_read_only_what_lasts(tmp_path, task, amp):
     trainer = make_trainer(tmp_path, task, amp=amp, curriculum=DIMS_ALONE)
     train(trainer, 1)

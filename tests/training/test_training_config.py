@@ -73,7 +73,7 @@ def official_files(folder, task, family="gpt2_loop", n_layer=1):
 def same_run(config):
     """The settings that a run's numbers depend on."""
     settings = config.to_dict()
-    for name in ("preset", "curriculum", "eval_every", "sparsity"):
+    for name in ("preset", "curriculum", "eval_every"):
         del settings[name]
     return settings, config.make_curriculum(), config.make_task()
 
@@ -243,9 +243,9 @@ def test_a_value_that_yaml_reads_as_another_type_is_converted(settings, name, va
     ("settings", "message"),
     [
         ({"task": "lrr"}, "unknown task 'lrr'; did you mean 'lr'"),
-        ({"depth": 3}, "depth = 3 is no setting of task 'lr'"),
-        ({"task": "dt", "sparsity": 3}, "sparsity = 3 is no setting of task 'dt'"),
-        ({"task": "sparse_lr", "sparsity": 30}, "sparsity = 30 exceeds n_dims = 20"),
+        ({"task": {"depth": 3}}, "task 'lr' has no option 'depth', nor any other"),
+        ({"task": {"name": "dt", "sparsity": 3}}, "unknown option of task 'dt' 'sparsity'"),
+        ({"task": {"name": "sparse_lr", "sparsity": 30}}, "sparsity = 30 exceeds n_dims = 20"),
         ({"n_points": 102}, "n_points = 102 exceeds n_positions = 101; lower n_points or raise"),
         ({"window": 31}, "window = 31 is outside 1..30"),
         ({"n_head": 7}, "n_embd = 256 is not divisible by n_head = 7"),
@@ -338,10 +338,12 @@ def test_the_loop_count_of_a_window_is_checked_first():
         TrainConfig(n_loops=0)
 
 
-@pytest.mark.parametrize("name", ["steps", "seed", "n_embd", "batch_size", "warmup_steps", "depth"])
+@pytest.mark.parametrize("name", ["steps", "seed", "n_embd", "batch_size", "warmup_steps"])
 def test_a_number_beyond_64_bits_is_refused(name):
     with pytest.raises(ValueError, match=rf"{name} has 1994 bits; at most 63 are possible"):
-        TrainConfig(**{name: 10**600, "task": "dt"})
+        TrainConfig(**{name: 10**600})
+    with pytest.raises(ValueError, match="depth has 1994 bits; at most 63 are possible"):
+        TrainConfig(task="dt", task_options={"depth": 10**600})
 
 
 @pytest.mark.parametrize(

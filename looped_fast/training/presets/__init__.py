@@ -6,16 +6,19 @@ a laptop, ``tiny`` takes minutes on two cores. ``python -m looped_fast.presets``
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from looped_fast.errors import check_name, naming, unknown_name
-from looped_fast.tasks import TASKS
+from looped_fast.tasks import TASKS, find_task, task_name
 from looped_fast.training.command_line import Parser, program
 from looped_fast.training.config import MODELS, TrainConfig, config_from_dict
+from looped_fast.training.task_settings import merge_task
 from looped_fast.training.yaml_file import read_yaml
 
 Settings = dict[str, Any]
@@ -37,41 +40,54 @@ def _file(name: str) -> Path:
     return Path(__file__).parent / f"{name}.yaml"
 
 
-def preset_config(preset: str, task: str = "lr", model: str = "looped") -> TrainConfig:
+def preset_config(
+    preset: str,
+    task: str = "lr",
+    model: str = "looped",
+    task_options: Mapping[str, Any] | None = None,
+) -> TrainConfig:
     """The settings of ``preset`` for that task and model.
 
+    Args:
+        preset: one of ``NAMES``.
+        task: a name that ``tasks.find_task`` takes. One without an entry in the preset takes the
+            settings of ``entry(task)``.
+        model: one of ``MODELS``.
+        task_options: options that replace those of the preset.
+
     Raises:
-        ValueError: a preset, task or model is unknown; the message has the nearest valid name.
+        ValueError: a preset, task or model is unknown; the message has the nearest valid name. Or
+            the task can't be found, or an option of it is wrong or missing.
     """
-    for kind, name, valid in (
-        ("preset", preset, NAMES),
-        ("task", task, TASKS),
-        ("model", model, MODELS),
-    ):
-        check_name(kind, name, valid)
+    check_name("preset", preset, NAMES)
+    name = task_name(find_task(task))
+    check_name("model", model, MODELS)
     size = _read(preset)
-    settings: Settings = {"task": task, "model": model, "preset": preset}
-    for layer in (size["all"], _of(size["task"], task), _model_settings(size, task, model)):
+    settings: Settings = {"model": model, "preset": preset}
+    for layer in (size["all"], size["task"][entry(name)], _model_settings(size, name, model)):
         settings = _merge(settings, layer)
-    with naming(_file(preset)):
+    options = merge_task(settings.get("task", {}), dict(task_options or {}))
+    settings["task"] = {**options, "name": name}
+    is_preset = name in TASKS and not task_options  # else an error may be of these
+    with naming(_file(preset)) if is_preset else contextlib.nullcontext():
         return config_from_dict(settings, TrainConfig())
 
 
 def _model_settings(size: dict[str, Any], task: str, model: str) -> Settings:
     no_growth = {"start": None, "inc": 1, "interval": 1}
     if model == "looped":
-        looped = _of(size["looped"], task)
+        looped = size["looped"][entry(task)]
         # The loop count starts at the window, as in the official scripts.
         return _merge({"curriculum": {"loops": {"start": looped["window"]}}}, looped)
-    once = {"curriculum": {"loops": no_growth}, "injection": "none", **_of(size["others"], task)}
+    once = {"curriculum": {"loops": no_growth}, "injection": "none", **size["others"][entry(task)]}
     if model == "standard":
         return {**once, "n_layer": size["depth"], "n_loops": 1, "window": 1}
     return {**once, "n_loops": size["depth"], "window": size["depth"]}
 
 
-def _of(settings: dict[str, Settings], task: str) -> Settings:
-    """The settings of a task; one without an entry of its own takes those of ``lr``."""
-    return settings.get(task, settings["lr"])
+def entry(task: str) -> str:
+    """The task whose settings a preset gives to ``task``: its own, or those of ``lr``."""
+    return task if task in TASKS else "lr"
 
 
 def _merge(base: Settings, changes: Settings) -> Settings:
