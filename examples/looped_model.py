@@ -69,7 +69,7 @@ class LoopedModel(nn.Module):
         self._backbone = Backbone(2 * n_positions, n_embd, n_head)
 
     def forward(self, xs, ys, n_loop_start, n_loops):
-        """Predictions [B, n] after each step from n_loop_start on; earlier ones have no gradient."""
+        """Predictions [B, n] of every step after the first n_loop_start, which have no gradient."""
         y_tokens = F.pad(ys[..., None], (0, xs.shape[2] - 1))
         e = self._read_in(torch.stack((xs, y_tokens), 2).flatten(1, 2))
         z, predictions = torch.zeros_like(e), []

@@ -48,7 +48,10 @@ def test_a_chromium_on_the_path_is_enough(run, name):
 
 
 def test_a_named_chromium_is_enough(run):
-    assert run(("apt-get", 0), LOOPED_FAST_CHROMIUM="/opt/chrome") == (["make lint", "make test"], "")
+    assert run(("apt-get", 0), LOOPED_FAST_CHROMIUM="/opt/chrome") == (
+        ["make lint", "make test"],
+        "",
+    )
 
 
 def test_root_installs_one(run):

@@ -97,8 +97,9 @@ def test_the_loops_lower_the_error_of_other_prompts(data, name, view):
     average = data[name]["average"]
     b = data[name]["n_loops"]
     assert average[b - 1] < 0.1 < average[0]
-    assert f"after {b} loops: {average[b - 1]:#.2g}; after {LOOPS}: {average[-1]:#.2g}." in (
-        data[name]["note"]
+    assert (
+        f"after {b} loops: {average[b - 1]:#.2g}; after {LOOPS}: {average[-1]:#.2g}."
+        in (data[name]["note"])
     )
 
 

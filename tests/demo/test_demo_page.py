@@ -74,7 +74,8 @@ def changes(before, after):
 def test_the_recorder_sees_requests_and_errors(browser, tmp_path):
     """Else a page that loads things, or fails, would pass the fixture above."""
     (tmp_path / "bad.html").write_text(
-        "<img src='nowhere.png'><script>console.error('said'); undefined.x</script>", encoding="utf-8"
+        "<img src='nowhere.png'><script>console.error('said'); undefined.x</script>",
+        encoding="utf-8",
     )
     page = browser.new_page()
     found = recorded(page)
@@ -126,7 +127,10 @@ def errors_of_first_prompt(view):
     values = torch.cat((ys[0].expand(len(queries), -1), torch.zeros(len(queries), 1)), 1)
     with torch.no_grad():
         predictions = torch.cat(
-            [model(x, y, b, 1)[-1, :, -1] for x, y in zip(prompts.split(256), values.split(256))]
+            [
+                model(x, y, b, 1)[-1, :, -1]
+                for x, y in zip(prompts.split(256), values.split(256), strict=True)
+            ]
         )
     return (predictions - truth).square().mean().item() / task.variance
 
