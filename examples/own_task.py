@@ -50,6 +50,7 @@ methods = {
     "least squares on sin, cos": on_features(task.features, least_squares),
 }
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+axes.set_prop_cycle(color=["#c04f00", "#0a4a86", "#676d75"])
 for name, predict in methods.items():
     errors = position_errors(predict, task, evaluation_batches(task, 512, 11, seed=0, device="cpu"))
     axes.plot(errors, label=name)
