@@ -1,4 +1,4 @@
-"""The examples run, as scripts and as notebooks, which hold the same cells; docs show their pictures."""
+"""The examples run, as scripts and as notebooks of the same cells, and docs show their pictures."""
 
 from __future__ import annotations
 
