@@ -84,15 +84,14 @@ def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("looped_fast").setLevel(logging.INFO)  # says when kernels compile
     try:
-        chosen = _parse_early(args)
-        named = task_texts(args)
-        with (
-            distributed.join() as processes,
-            task_imports(chosen.allow_task_import),
-            contextlib.ExitStack() as held,
-        ):
-            with processes.failing_together():  # each needs the module
-                import_named_tasks(chosen.task, named.get("first"), named.get("second"))
+        with distributed.join() as processes, contextlib.ExitStack() as held:
+            with processes.failing_together():  # each of them needs the task's module
+                chosen, options = _parse_early(args), task_texts(args)
+                named = [chosen.task]
+                if chosen.task == "mixture":
+                    named += [options.get("first"), options.get("second")]
+                import_named_tasks(*named)
+                held.enter_context(task_imports(chosen.allow_task_import))
             return run(*processes.broadcast(lambda: prepare(args, processes, held)), processes)
     except errors.EXPECTED as error:
         return errors.report(error)
@@ -111,7 +110,8 @@ def _parse_early(args: list[str]) -> argparse.Namespace:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "model", "preset", "device", "window"):
         early.add_argument(f"--{name}")
-    early.add_argument("--n-loops", "--n_loops")
+    for name in ("loops", "dims"):
+        early.add_argument(f"--n-{name}", f"--n_{name}")
     for name in ("config", "resume"):
         early.add_argument(f"--{name}", type=Path)
     early.add_argument("--allow-task-import", "--allow_task_import", action="store_true")
@@ -127,10 +127,15 @@ def parse(
     ``held`` gets the lock of the run to resume, before its latest checkpoint is looked up.
     """
     chosen = _parse_early(args)
-    # A window that nobody gave is lowered to the loop count. Others than numbers are for tyro.
-    adapts = chosen.window is None and (chosen.n_loops or "").isdecimal()
-    loops = {"n_loops": int(chosen.n_loops)} if adapts else {}
-    task = task_texts(args) | ({} if chosen.task is None else {"name": chosen.task})
+    # A window that nobody gave is lowered to the loop count, and options of the task must fit the
+    # width. Others than numbers are for tyro.
+    numbers = {"n_loops": chosen.n_loops, "n_dims": chosen.n_dims}
+    if chosen.window is not None:
+        del numbers["n_loops"]
+    given: dict[str, Any] = {n: int(v) for n, v in numbers.items() if v and v.isdecimal()}
+    given["task"] = task_texts(args)
+    if chosen.task is not None:
+        given["task"]["name"] = chosen.task
 
     resumed = before = None
     if chosen.resume is not None:
@@ -138,20 +143,21 @@ def parse(
             held.enter_context(lock.hold(chosen.resume))
         resumed = load_latest(chosen.resume)
         before = saved_config(resumed)
-        base = config_from_dict({"task": task, **loops}, before)
+        base = config_from_dict(given, before)
         origin = f"continuing {chosen.resume} from step {resumed.step}"
     else:
         on_gpu = resolve_device(chosen.device or "auto").type != "cpu"
         by_default = "paper" if on_gpu else "small"
         if chosen.config is not None:
             names = ("preset", "model")
-            given = {name: getattr(chosen, name) for name in names if getattr(chosen, name)}
-            base, origin = load_config(chosen.config, {"task": task, **given, **loops}, by_default)
+            given |= {name: getattr(chosen, name) for name in names if getattr(chosen, name)}
+            base, origin = load_config(chosen.config, given, by_default)
         else:
             base = preset_config(
-                chosen.preset or by_default, task.pop("name", "lr"), chosen.model or "looped", task
-            )
-            base = config_from_dict(loops, base)
+                chosen.preset or by_default, chosen.task or "lr", chosen.model or "looped",
+                n_dims=given.get("n_dims"), task_options=task_texts(args),
+            )  # fmt: skip
+            base = config_from_dict(given, base)
             origin = f"preset {base.preset}"
             if chosen.preset is None:
                 origin += f" (the default on a {'GPU' if on_gpu else 'CPU'})"

@@ -97,8 +97,9 @@ def load_config(
     options = {name: value for name, value in task.items() if name != "name"}
     with naming(path):
         base = preset_config(
-            **{"preset": by_default, **named}, task=task.get("name", "lr"), task_options=options
-        )
+            **{"preset": by_default, **named}, task=task.get("name", "lr"),
+            n_dims=content.get("n_dims"), task_options=options,
+        )  # fmt: skip
         config = config_from_dict({"preset": str(path), **content}, base)
     return config, f"settings of {path}"
 

@@ -19,12 +19,12 @@ from tabulate import tabulate
 from looped_fast import errors, pretrained
 from looped_fast.evaluation import model_errors
 from looped_fast.model import LoopedTransformer
-from looped_fast.tasks import TASKS, task_label
+from looped_fast.tasks import task_label
 from looped_fast.training import checkpoint
 from looped_fast.training.command_line import Parser, program, task_imports
 from looped_fast.training.config import TrainConfig, saved_config
 from looped_fast.training.log import METRICS_FILE, read_metrics
-from looped_fast.training.presets import preset_config
+from looped_fast.training.presets import entry, preset_config
 from looped_fast.training.task_settings import flat
 
 _PROMPTS = 1280  # held out for the evaluation, as in the paper
@@ -141,14 +141,17 @@ Error on {config.eval_prompts} held-out prompts while it trained:
 
 def command(config: TrainConfig) -> list[str]:
     """The command that repeats a run: its preset, and flags for settings that differ."""
-    options = None if config.task in TASKS else config.task_options  # which may have no defaults
-    base = preset_config(config.preset, config.task, config.model, options).to_dict()
-    known = flat(base if options is None else {**base, "task": config.task})
+    known = flat(preset_config(config.preset, entry(config.task), config.model).to_dict())
     words = ["python", "-m", "looped_fast.train", "--preset", config.preset]
     words += ["--task", config.task, "--model", config.model]
     for name, value in flat(config.to_dict()).items():
-        if name not in known or value != known[name]:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        if name == "task" or (name in known and value == known[name]):
+            continue
+        section, dot, leaf = name.replace("_", "-").rpartition(".")
+        if isinstance(value, bool):
+            words.append(f"--{section}{dot}{'' if value else 'no-'}{leaf}")
+        else:
+            words += [f"--{section}{dot}{leaf}", str(value)]
     return words
 
 

@@ -174,7 +174,11 @@ def _draw(
     task: Task, n_prompts: int, n_points: int, generator: Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     xs = task.points(n_prompts, n_points, generator)
-    return xs, task.draw(n_prompts, n_points, generator)
+    _check_shape(task, "points gave xs", xs, (n_prompts, n_points, task.n_dims))
+    function = task.draw(n_prompts, n_points, generator)
+    for name, value in function.items():
+        _check_shape(task, f"draw gave {name}", value, (n_prompts, *value.shape[1:]))
+    return xs, function
 
 
 def _evaluate(
@@ -184,7 +188,22 @@ def _evaluate(
     if task.truncates and n_dims is not None:
         # Zeroing x is enough: the trailing weights no longer count.
         xs = xs.masked_fill(torch.arange(task.n_dims, device=xs.device) >= n_dims, 0)
-    return Batch(xs, task.evaluate(xs, **function))
+    ys = task.evaluate(xs, **function)
+    _check_shape(task, "evaluate gave ys", ys, xs.shape[:2])
+    if ys.dtype != xs.dtype:
+        raise ValueError(
+            f"{type(task).__name__}.evaluate gave ys of {ys.dtype}; {xs.dtype}, that of xs, is "
+            f"needed"
+        )
+    return Batch(xs, ys)
+
+
+def _check_shape(task: Task, what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a tensor of another shape, from a class that a user wrote."""
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{type(task).__name__}.{what} of shape {list(tensor.shape)}; {list(shape)} is needed"
+        )
 
 
 def _hash64(value: int) -> int:

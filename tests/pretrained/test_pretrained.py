@@ -92,7 +92,7 @@ def finished_run(tmp_path, monkeypatch):
         preset_config("tiny"), steps=4, batch_size=2, n_points=4, eval_every=2, eval_prompts=8,
         log_every=2, save_every=2, preset="small",
     )  # fmt: skip
-    monkeypatch.setattr("looped_fast.train.preset_config", lambda *_: config)
+    monkeypatch.setattr("looped_fast.train.preset_config", lambda *_, **__: config)
     monkeypatch.setattr(release, "_PROMPTS", 16)
     assert train(["--preset", "small", "--out", str(tmp_path / "run")]) == 0
     return tmp_path / "run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import pytest
@@ -13,6 +14,7 @@ from polynomials import Polynomials
 from looped_fast.evaluation.baselines import figure_baselines, quick_baselines
 from looped_fast.evaluation.shifts import sample_shifted
 from looped_fast.tasks import (
+    TASKS,
     LinearRegression,
     Task,
     allow_task_import,
@@ -123,6 +125,23 @@ def test_a_task_draws_its_own_points():
     assert task.variance == 3  # stated by LinearRegression, for other points
     shifted = sample_shifted("inputs x 2", task, 500, 8, seed=0)
     assert 3.8 < shifted.xs.abs().max() <= 4
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "message"),
+    [
+        ("points", lambda xs: xs[:, :4], r"Lines.points gave xs of shape \[8, 4, 3\]; \[8, 5, 3\]"),
+        ("draw", lambda f: {"w": f["w"][:1]}, r"draw gave w of shape \[1, 3, 1\]; \[8, 3, 1\]"),
+        ("evaluate", lambda ys: ys[..., None], r"evaluate gave ys of shape \[8, 5, 1\]; \[8, 5\]"),
+        ("evaluate", lambda ys: ys.double(), "gave ys of torch.float64; torch.float32, that of xs"),
+    ],
+)
+def test_a_method_that_gives_another_shape_or_dtype_is_named(method, wrong, message, monkeypatch):
+    right = getattr(LinearRegression(3), method)
+    wrongly = staticmethod(lambda *args, **function: wrong(right(*args, **function)))
+    monkeypatch.setattr(Lines, method, wrongly)
+    with pytest.raises(ValueError, match=message):
+        sample_batch(Lines(3), 8, 5, seed=0, step=0)
 
 
 def test_evaluations_add_a_tasks_own_baselines():
@@ -319,6 +338,17 @@ def test_a_module_in_a_package_is_found_from_the_working_directory(module):
     module("there", package="module_of_package")
     with allow_task_import():
         assert find_task("module_of_package.there:Mine").__module__ == "module_of_package.there"
+
+
+def test_the_page_shows_the_example_that_is_tested():
+    root = Path(__file__).parents[2]
+    example = (root / "tests" / "tasks" / "polynomials.py").read_text(encoding="utf-8")
+    page = (root / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert f"```python\n{example}```\n" in page
+    lines = [line for line in example.splitlines() if line.strip() and "import" not in line]
+    assert len(lines) <= 15
+    for name in TASKS:
+        assert f"| `{name}` |" in page
 
 
 def test_the_default_points_have_the_bits_of_before():

@@ -340,3 +340,21 @@ def test_other_commands_refuse_several_processes(tmp_path, monkeypatch, capsys):
         Trainer(preset_config("tiny"), tmp_path)
     assert reproduce.main(["--out", str(tmp_path)]) == 2
     assert "start this one without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_each_process_imports_the_module_of_a_task(tmp_path, monkeypatch, resumed):
+    """``--task`` is enough for a new run; a run that is resumed names it, so it needs a word."""
+    (tmp_path / "module_of_ranks.py").write_text(
+        "from looped_fast.tasks import LinearRegression\nclass Mine(LinearRegression): pass\n"
+    )
+    args = [*MINI, "--task", "module_of_ranks:Mine", "--out", str(tmp_path / "run")]
+    if resumed:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        assert main([*args, "--steps", "2"]) == 0
+        del sys.modules["module_of_ranks"]
+        args = ["--resume", str(tmp_path / "run"), "--steps", "3", "--allow-task-import"]
+    status, printed, errors = torchrun(tmp_path, *args, n_processes=2, forked="pass")
+    assert status == 0, errors
+    assert "task module_of_ranks:Mine" in printed

@@ -44,6 +44,8 @@ def preset_config(
     preset: str,
     task: str = "lr",
     model: str = "looped",
+    *,
+    n_dims: int | None = None,
     task_options: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """The settings of ``preset`` for that task and model.
@@ -53,6 +55,7 @@ def preset_config(
         task: a name that ``tasks.find_task`` takes. One without an entry in the preset takes the
             settings of ``entry(task)``.
         model: one of ``MODELS``.
+        n_dims: width of x in place of the preset's, which options of the task must fit.
         task_options: options that replace those of the preset.
 
     Raises:
@@ -66,6 +69,8 @@ def preset_config(
     settings: Settings = {"model": model, "preset": preset}
     for layer in (size["all"], size["task"][entry(name)], _model_settings(size, name, model)):
         settings = _merge(settings, layer)
+    if n_dims is not None:
+        settings["n_dims"] = n_dims
     options = merge_task(settings.get("task", {}), dict(task_options or {}))
     settings["task"] = {**options, "name": name}
     is_preset = name in TASKS and not task_options  # else an error may be of these
