@@ -39,6 +39,11 @@ class Options(NamedTuple):
     anderson: int
 
     @property
+    def last_steps(self) -> int:
+        """How many of the last steps predict."""
+        return 1 if self.window is None else self.window
+
+    @property
     def steps_one_by_one(self) -> bool:
         """True if something happens between steps, so that no single op runs them all."""
         return self.tolerance is not None or self.anderson > 0
@@ -115,7 +120,7 @@ def _windowed(outputs: Tensor, options: Options) -> Tensor:
 
 def _run_prompt(model: LoopedTransformer, xs: Tensor, ys: Tensor, options: Options) -> Tensor:
     """Predictions at the positions of xs, [W, B, n]."""
-    n_loops, window = model._loop_counts(options.n_loops, options.window or 1)
+    n_loops, window = model._loop_counts(options.n_loops, options.last_steps)
     return model._predict(xs, ys, n_loops, window, model.config.injection)
 
 
@@ -123,7 +128,7 @@ def _run_loop(
     model: LoopedTransformer, examples: Tensor, queries: Tensor, seen: Tensor, options: Options
 ) -> Tensor:
     """Predictions [W, B, m] in one op, or in several where many queries would need much memory."""
-    n_loops, window = model._loop_counts(options.n_loops, options.window or 1)
+    n_loops, window = model._loop_counts(options.n_loops, options.last_steps)
     check_window(n_loops, window)
     bytes_of_query = len(queries) * queries.shape[2] * queries.element_size()
     size = max(_LEAST_QUERIES, _MOST_BYTES // max(1, bytes_of_query))

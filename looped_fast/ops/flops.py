@@ -97,7 +97,8 @@ def _forward(call: Arguments) -> int:
     n_layer, n_last = divmod(len(call["weights"]), _N_FIELDS)
     read_out = call.get("read_out") or (call["weights"][-2:] if n_last == 4 else [])
     n_outputs = read_out[0][0] if read_out else 0
-    loop = loop_flops(B, S, D, n_layer, call["n_loops"])
+    (n_queries,) = call.get("seen") or (0,)
+    loop = loop_flops(B, S, D, n_layer, call["n_loops"], keys=S - n_queries)
     return int(loop) + 2 * call["window"] * B * S * D * n_outputs
 
 

@@ -29,7 +29,7 @@ from looped_fast.ops.call import SCHEMA, Call, LoopSettings, LoopTensors, is_rep
 
 _library = torch.library.Library("looped_fast", "DEF")
 _TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
-_library.define(f"loop({_TENSORS}, Tensor? seen, {SCHEMA}) -> Tensor")
+_library.define(f"loop({_TENSORS}, {SCHEMA}, Tensor? seen=None) -> Tensor")
 _library.define(f"loop_mse({_TENSORS}, Tensor targets, SymInt n_supervised, {SCHEMA}) -> Tensor")
 
 
@@ -123,7 +123,7 @@ def run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:
     """Run ``loop`` with its arguments in records."""
     tensors = _check(tensors, settings)
     if torch.compiler.is_compiling():  # otherwise the dispatcher would only cost time
-        return torch.ops.looped_fast.loop(*tensors, *settings)
+        return torch.ops.looped_fast.loop(*tensors[:5], *settings, tensors.seen)
     return _run(tensors, settings)
 
 
@@ -247,8 +247,11 @@ def _select(tensors: LoopTensors, settings: LoopSettings) -> tuple[str, LoopTens
     return selection.chosen, tensors, settings
 
 
+_N_FLAT = 5 + len(LoopSettings._fields)  # tensors and settings; ``seen`` follows unless it is None
+
+
 def _impl(*flat: Any) -> Tensor:
-    return _run(LoopTensors(*flat[:6]), LoopSettings(*flat[6:]))
+    return _run(LoopTensors(*flat[:5], *flat[_N_FLAT:]), LoopSettings(*flat[5:_N_FLAT]))
 
 
 def _impl_mse(*flat: Any) -> Tensor:
@@ -263,8 +266,10 @@ for _key in ("CompositeExplicitAutograd", "Autograd", "FuncTorchBatched"):
 
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
-def _fake(embeddings, positions, state, weights, read_out, seen, *flat):
-    (B, S, D), window = embeddings.shape, LoopSettings(*flat).window
+def _fake(embeddings, positions, state, weights, read_out, *flat):
+    n_settings = len(LoopSettings._fields)
+    (B, S, D), window = embeddings.shape, LoopSettings(*flat[:n_settings]).window
+    seen = flat[n_settings] if len(flat) > n_settings else None
     if not read_out:
         return embeddings.new_empty((window, B, S, D))
     return _predicting(embeddings.new_empty((window, B, S, len(read_out[0]))), seen)

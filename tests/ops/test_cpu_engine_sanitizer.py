@@ -19,7 +19,8 @@ STEPS = """
     import torch
     from conftest import leaves, loop_inputs, require_grad
     from looped_fast import ops
-    from looped_fast.ops import cpu_engine
+    from looped_fast.ops import cpu_engine, op
+    from looped_fast.ops.call import LoopSettings, LoopTensors
 
     shapes = [  # with tails of every kind: odd S, D and 4 D that end inside a panel, S > 256
         dict(B=1, S=1, D=32, n_heads=4, window=1, injection="none"),
@@ -47,6 +48,15 @@ STEPS = """
                 outputs.square().sum().backward()
                 for name, leaf in leaves(inputs).items():
                     assert leaf.grad is None or leaf.grad.isfinite().all(), (name, shape)
+            for B, n_shared, m in [(1, 0, 3), (3, 37, 45), (1, 260, 33), (20, 5, 2)]:
+                inputs = loop_inputs(B=B, S=n_shared + m, D=96, dtype=torch.float32, n_outputs=2)
+                seen = torch.randint(0, n_shared + 1, (m,))
+                call = dict(n_heads=4, n_loops=3, window=1, precision=precision, backend="cpu")
+                assert ops.loop(**inputs, seen=seen, **call).isfinite().all()
+                for queries in (seen, None):
+                    tensors = LoopTensors(**inputs, seen=queries)
+                    predictions, _ = op.run_until(tensors, LoopSettings(**call), 0.5)
+                    assert predictions.isfinite().all()
     print(*precisions)
 """
 
