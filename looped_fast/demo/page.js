@@ -176,6 +176,15 @@ function drawErrors(root, scene, prompt) {
   const error = prompt.errors[state.loop - 1];
   const [b, at, up] = [x(scene.n_loops), x(state.loop), y(Math.log10(error))];
   const isLast = at > box.right - 60;
+  const label = at + (isLast ? -10 : 10);
+  // The number stands beside the marker, or else above the line that passes there.
+  let above = up - 10;
+  counts
+    .filter((count) => Math.abs(x(count) - label - (isLast ? -25 : 25)) < 40)
+    .flatMap((count) => [prompt.errors[count - 1], scene.average[count - 1]])
+    .map((passing) => y(Math.log10(passing)))
+    .sort((low, high) => high - low)
+    .forEach((at) => (above = Math.abs(at - above + 5) < 11 ? at - 10 : above));
   svg.innerHTML =
     `<rect class="beyond" x="${b}" y="${box.top}" width="${box.right - b}" ` +
     `height="${box.bottom - box.top}"/>${lines}${texts}` +
@@ -183,7 +192,7 @@ function drawErrors(root, scene, prompt) {
     `<text x="${b + 6}" y="${box.top + 15}">trained with ${loops(scene.n_loops)}</text>` +
     `${line(scene.average, "average")}${line(prompt.errors, "model")}` +
     `<circle class="marker" r="6" cx="${at}" cy="${up}"/><text class="value" ` +
-    `x="${at + (isLast ? -10 : 10)}" y="${up - 10}" text-anchor="${isLast ? "end" : "start"}">` +
+    `x="${label}" y="${above}" text-anchor="${isLast ? "end" : "start"}">` +
     `${error.toPrecision(3)}</text>`;
   svg.setAttribute("aria-label", `Error after ${loops(state.loop)}: ${error.toPrecision(3)}`);
 }

@@ -10,7 +10,7 @@ from browsers import chromium
 
 from looped_fast.demo.__main__ import main
 
-LOOP, PROMPT, WIDTH, HEIGHT = 5, 1, 1200, 860
+LOOP, PROMPT, WIDTH, HEIGHT = 5, 6, 1200, 916
 
 
 def take(out: str) -> None:
@@ -21,7 +21,7 @@ def take(out: str) -> None:
             sys.exit(1)
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(page_file.as_uri())
-        page.get_by_label(f"Prompt {PROMPT}").check()
+        page.locator("#prompts label").nth(PROMPT - 1).click()
         page.locator("#loop").fill(str(LOOP))
         page.evaluate("document.activeElement.blur()")
         page.screenshot(path=out)
