@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from looped_fast.model.prompts import check_queries, check_seen, check_tensors
 from looped_fast.ops import op, reference
 from looped_fast.ops.prompt import read_in
 
-if TYPE_CHECKING:
-    from looped_fast.model.transformer import LoopedTransformer
+Model = Any  # a LoopedTransformer, whose module imports this one
 
 _MOST_BYTES = 2**28  # of the embedded tokens in one call, if the examples leave a choice
 _LEAST_QUERIES = 512  # in one call: each call runs the examples again
@@ -75,7 +74,7 @@ class Options(NamedTuple):
 
 
 def predict(
-    model: LoopedTransformer,
+    model: Model,
     xs: Tensor,
     ys: Tensor,
     queries: Tensor | None,
@@ -118,14 +117,14 @@ def _windowed(outputs: Tensor, options: Options) -> Tensor:
     return outputs[-1] if options.window is None else outputs
 
 
-def _run_prompt(model: LoopedTransformer, xs: Tensor, ys: Tensor, options: Options) -> Tensor:
+def _run_prompt(model: Model, xs: Tensor, ys: Tensor, options: Options) -> Tensor:
     """Predictions at the positions of xs, [W, B, n]."""
     n_loops, window = model._loop_counts(options.n_loops, options.last_steps)
     return model._predict(xs, ys, n_loops, window, model.config.injection)
 
 
 def _run_loop(
-    model: LoopedTransformer, examples: Tensor, queries: Tensor, seen: Tensor, options: Options
+    model: Model, examples: Tensor, queries: Tensor, seen: Tensor, options: Options
 ) -> Tensor:
     """Predictions [W, B, m] in one op, or in several where many queries would need much memory."""
     n_loops, window = model._loop_counts(options.n_loops, options.last_steps)
@@ -141,7 +140,7 @@ def _run_loop(
 
 
 def _one_prompt_each(
-    model: LoopedTransformer,
+    model: Model,
     xs: Tensor,
     ys: Tensor,
     queries: Tensor,
@@ -158,7 +157,7 @@ def _one_prompt_each(
 
 
 def _run_steps(
-    model: LoopedTransformer, embeddings: Tensor, seen: Tensor | None, options: Options
+    model: Model, embeddings: Tensor, seen: Tensor | None, options: Options
 ) -> Tensor | AdaptivePrediction:
     """Predictions by one call of the op for each step, or by one that stops by itself."""
     config = model.config
@@ -169,8 +168,9 @@ def _run_steps(
     tolerance, by_default = options.tolerance, options.criterion is prediction_change
     if tolerance is not None and by_default and not (options.anderson or model.deviations()):
         arguments = embeddings, None, max_loops, 1, config.injection, tokens
-        if (result := op.run_until(*model._loop_arguments(*arguments), tolerance)) is not None:
-            return AdaptivePrediction(model._squeeze(result[0]), result[1])
+        tensors, settings = model._loop_arguments(*arguments)
+        if (stopped := op.run_until(tensors, settings, tolerance)) is not None:
+            return AdaptivePrediction(model._squeeze(stopped[0]), stopped[1])
 
     def step(state: Tensor, embeddings: Tensor) -> Tensor:
         return model._run(embeddings, state, 1, tokens)[0]
