@@ -68,14 +68,31 @@ class Command:
 
 
 def with_task_flags(base: TrainConfig) -> Any:
-    """A ``Command`` that also has ``options``, of the task of ``base``: the flags --task.NAME."""
+    """A ``Command`` with settings ``base`` whose ``options`` are the flags --task.NAME of its task.
+
+    These take the place of ``task_options`` in the settings.
+    """
     options = option_flags(base)
-    flags = Annotated[type(options), tyro.conf.arg(name="task")]  # type: ignore[valid-type]
-    command: Any = dataclasses.make_dataclass(
-        "Command", [("options", flags)], bases=(Command,), frozen=True, kw_only=True
+    no_flag = tyro.conf.Fixed[tyro.conf.Suppress[dict]]
+    settings: Any = _subclass(TrainConfig, task_options=no_flag)
+    command: Any = _subclass(
+        Command,
+        settings=Annotated[settings, tyro.conf.arg(name="")],
+        options=Annotated[type(options), tyro.conf.arg(name="task")],
     )
-    command.__doc__ = Command.__doc__
-    return command(base, options=options)
+    return command(settings=settings(**_values(base)), options=options)
+
+
+def _subclass(record: type, **fields: Any) -> type:
+    subclass = dataclasses.make_dataclass(
+        record.__name__, list(fields.items()), bases=(record,), frozen=True, kw_only=True
+    )
+    subclass.__doc__ = record.__doc__
+    return subclass
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
 
 
 def main(args: list[str] | None = None) -> int:
@@ -166,8 +183,8 @@ def parse(
     default = with_task_flags(base)
     parsed = parse_flags(type(default), args, program("train"), default)
     options = dataclasses.asdict(parsed.options)
-    settings = dataclasses.replace(parsed.settings, task_options=options)
-    command = dataclasses.replace(parsed, settings=settings)
+    settings = TrainConfig(**{**_values(parsed.settings), "task_options": options})
+    command = Command(settings, parsed.config, parsed.resume, parsed.allow_task_import)
     if resumed is not None and before is not None:
         changes = changed_settings(before.to_dict(), command.settings.to_dict())
         n_before = resumed.meta.get("processes", 1)

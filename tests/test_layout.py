@@ -26,8 +26,8 @@ PUBLIC = {
     "looped_fast.tasks": "EVALUATION OFFICIAL_TASK_NAMES TASKS Baseline Batch DecisionTree "
     "FixedPrompts FourierSeries LinearClassification LinearRegression Mixture "
     "NoisyLinearRegression QuadraticRegression Relu2LayerNetwork SparseLinearRegression Task "
-    "allow_task_import batch_generator batch_seed draw_batch find_task make_task randn "
-    "sample_batch task_label task_name task_options",
+    "TaskNotImportedError allow_task_import batch_generator batch_seed draw_batch find_task "
+    "make_task randn sample_batch task_label task_name task_options",
     "looped_fast.evaluation": "Curve bootstrap_curve evaluation_batches loop_errors model_errors "
     "model_predictor position_errors prompt_errors",
     "looped_fast.pretrained": "Run find_checkpoint from_pretrained load_run load_start names path "

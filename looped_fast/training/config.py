@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import tyro
-
 from looped_fast.config import BACKENDS, ModelConfig
 from looped_fast.errors import CheckpointError, check_name, unknown_name
 from looped_fast.tasks import Task, TaskNotImportedError, find_task, make_task, task_name
@@ -80,7 +78,7 @@ class TrainConfig:
     task: str = "lr"
     """Function class: lr, noisy_lr, sparse_lr, dt, relu_2nn, quadratic, classification, fourier,
     mixture; or one of yours, as mypackage.module:MyTask (in Python also the class)."""
-    task_options: tyro.conf.Fixed[tyro.conf.Suppress[dict[str, Any]]] = field(default_factory=dict)
+    task_options: dict[str, Any] = field(default_factory=dict)
     """Options of the task, --task.NAME on the command line; defaults where not given."""
     model: Literal["looped", "standard", "tied"] = "looped"
     """looped: a block run n_loops times on the injected prompt; standard: n_layer blocks;
