@@ -53,6 +53,28 @@ def test_a_script_runs_and_draws(name, tmp_path, environment):
     assert pictures(tmp_path) == {f"examples-{name.replace('_', '-')}.png"}
 
 
+CHECKOUT = """
+from foreign_models import Looped, Settings
+
+def TransformerModelLooped(n_dims, n_positions, n_embd, n_layer, n_head):
+    print("the checkout's model")
+    return Looped(Settings(n_embd, n_head, n_layer, positions=2 * n_positions), n_dims=n_dims)
+"""
+
+
+def test_the_drop_in_takes_the_model_of_an_official_checkout(tmp_path, environment):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "models.py").write_text(CHECKOUT, encoding="utf-8")
+    environment["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
+    done = subprocess.run(
+        [sys.executable, "drop_in.py"], cwd=FOLDER, capture_output=True, text=True,
+        env={**environment, "LOOPED_TRANSFORMER": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the checkout's model\n")
+    assert "fp32: gradients differ by at most" in done.stdout
+
+
 @EVERY
 def test_a_notebook_has_the_cells_of_its_script(name):
     jupytext = pytest.importorskip("jupytext", reason="pip install jupytext")
