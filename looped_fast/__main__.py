@@ -19,6 +19,7 @@ COMMANDS = {
     "openml": "evaluate on each tabular set, held out of training in turn",
     "state-probes": "probe what the hidden states encode at each loop step",
     "reproduce": "reproduce the paper's figures",
+    "demo": "write a page that shows trained models loop by loop",
     "presets": "print the presets",
     "pretrained": "make a folder of pretrained weights from a finished run",
     "build": "build the CPU engine for the PyTorch that is installed, ahead of its first use",
@@ -51,9 +52,8 @@ def _module(command: str) -> str:
         )
     if command.replace("_", "-") not in COMMANDS:
         raise errors.unknown_name("command", command, COMMANDS)
-    if command == "pretrained":  # a package
-        return "looped_fast.pretrained.__main__"
-    return f"looped_fast.{command.replace('-', '_')}"
+    module = f"looped_fast.{command.replace('-', '_')}"
+    return f"{module}.__main__" if command in ("demo", "pretrained") else module  # packages
 
 
 def _usage() -> str:

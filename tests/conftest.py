@@ -76,7 +76,7 @@ LONGEST = (
     "test_compiled_backend.py", "test_collection.py", "test_compile_report.py", "test_loop_mse.py",
     "test_triton_backend.py", "test_kernels_backward.py", "test_reproduce.py",
     "test_trainer_graphs.py", "test_evaluate.py", "test_benchmarks_gpu.py",
-    "test_train_command_errors.py",
+    "test_train_command_errors.py", "test_examples.py",
 )  # fmt: skip
 
 

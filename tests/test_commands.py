@@ -42,7 +42,8 @@ def script(tmp_path):
 def test_every_module_that_runs_is_a_command():
     runs = {
         f"looped_fast.{path.stem}"
-        for path in (ROOT / "looped_fast").glob("*.py")
+        for folder in ("looped_fast", "looped_fast/moved")
+        for path in (ROOT / folder).glob("*.py")
         if '\nif __name__ == "__main__":' in path.read_text() and path.stem != "__main__"
     }
     packages = {f"looped_fast.{p.parent.name}" for p in ROOT.glob("looped_fast/*/__main__.py")}
@@ -105,7 +106,7 @@ def test_a_flag_before_the_command_is_no_command(capsys, given):
 def test_a_command_gets_its_arguments_and_its_status_is_passed_on(monkeypatch, given):
     calls = []
     module = MODULES[given.replace("_", "-")]
-    module += ".__main__" if given == "pretrained" else ""
+    module += ".__main__" if given in ("demo", "pretrained") else ""
     command = importlib.import_module(module)
     monkeypatch.setattr(command, "main", lambda args: calls.append(args) or 143)
     assert main([given, "--a", "b"]) == 143
@@ -122,6 +123,7 @@ def test_a_command_gets_its_arguments_and_its_status_is_passed_on(monkeypatch, g
         (["sweep", "injektion"], "did you mean 'injection'?"),
         (["presets", "smal"], "did you mean 'small'?"),
         (["env-report", "--verbose"], "unknown flag --verbose"),
+        (["demo", "--max-loop", "3"], "did you mean --max-loops?"),
         (["pretrained", "nowhere", "--cpu-minutes", "1", "--how", "x"], "holds no checkpoint"),
     ],
     ids=" ".join,

@@ -40,6 +40,9 @@ def test_a_build_without_a_compiler_says_so_and_has_the_sources(tree):
         file.name for file in (ROOT / "csrc").iterdir() if file.name != "__pycache__"
     }
     assert (package / "kernels" / "candidates.json").exists()
+    assert {file.name for file in (package / "demo").glob("page.*")} == {
+        "page.css", "page.html", "page.js", "page.py",
+    }  # fmt: skip
     assert not list(package.rglob("*.so"))
 
 

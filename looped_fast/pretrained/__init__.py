@@ -1,8 +1,9 @@
 """Weights that were trained with this library and ship with it: ``from_pretrained("lr-small")``.
 
-A name is ``<task>-<preset>`` for a looped model, ``<task>-<model>-<preset>`` for another. Each is a
-folder here: ``model.safetensors`` and ``checkpoint.json`` (``checkpoint.export_weights``), and
-``README.md``, its card. ``python -m looped_fast.pretrained --help`` makes one from a run.
+A name is ``<task>-<preset>`` for a looped model, ``<task>-<model>-<preset>`` for another; those of
+the demo have their dimensions in place of the model. Each is a folder here: ``model.safetensors``
+and ``checkpoint.json`` (``checkpoint.export_weights``), and ``README.md``, its card.
+``python -m looped_fast.pretrained --help`` makes one from a run.
 """
 
 from looped_fast.pretrained.runs import Run, load_run

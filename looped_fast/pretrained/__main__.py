@@ -36,21 +36,26 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--cpu-minutes", type=float, required=True, help="processor time it took")
     parser.add_argument("--how", required=True, help="machine, threads, sittings: in sentences")
+    parser.add_argument("--name", help="of the folder (default: by task, model and preset)")
     parser.add_argument(
         "--allow-task-import", action="store_true", help="import the module of the run's own task"
     )
     options = parser.parse_args(args)
     try:
         with task_imports(options.allow_task_import):
-            folder = release(options.run, options.cpu_minutes, options.how)
+            folder = release(options.run, options.cpu_minutes, options.how, name=options.name)
     except errors.EXPECTED as error:
         return errors.report(error)
     print((folder / "README.md").read_text(encoding="utf-8"))
     return 0
 
 
-def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> Path:
+def release(
+    run: Path, cpu_minutes: float, how: str, to: Path | None = None, name: str | None = None
+) -> Path:
     """Write weights and card of ``run``; return their folder, in ``to`` or this package.
+
+    Its ``name`` is by default ``<task>-<preset>``, with the model before the preset unless looped.
 
     Raises:
         FileNotFoundError: the run has no checkpoint.
@@ -68,9 +73,8 @@ def release(run: Path, cpu_minutes: float, how: str, to: Path | None = None) -> 
             f"python -m looped_fast.train --resume {run}"
         )
     kind = [] if config.model == "looped" else [config.model]
-    folder = (to or Path(pretrained.__file__).parent) / "-".join(
-        [task_label(config.task), *kind, config.preset]
-    )
+    name = name or "-".join([task_label(config.task), *kind, config.preset])
+    folder = (to or Path(pretrained.__file__).parent) / name
     meta = {
         "minutes": round(_minutes(read_metrics(run / METRICS_FILE)), 1),
         "cpu_minutes": cpu_minutes,

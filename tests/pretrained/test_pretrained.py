@@ -101,6 +101,9 @@ def finished_run(tmp_path, monkeypatch):
 def test_a_release_is_the_weights_of_the_run_with_its_record(finished_run, tmp_path):
     folder = release.release(finished_run, 0.5, "One thread.", tmp_path)
     assert folder == tmp_path / "lr-small"
+    named = release.release(finished_run, 0.5, "One thread.", tmp_path, name="mine")
+    assert named == tmp_path / "mine"
+    assert (named / "README.md").read_text().startswith("# mine\n")
     shared, own = checkpoint.load(folder), checkpoint.load(checkpoint.latest(finished_run))
     for key, value in own.model_state.items():
         assert torch.equal(shared.model_state[key], value), key

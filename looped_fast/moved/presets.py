@@ -1,4 +1,4 @@
-"""Print the presets: ``python -m looped_fast.presets``."""
+"""Print the presets: ``python -m looped_fast.presets``, from before they were in ``training``."""
 
 import sys
 

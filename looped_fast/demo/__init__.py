@@ -1,0 +1,1 @@
+"""One HTML page that shows trained models loop by loop; ``python -m looped_fast.demo``."""
