@@ -111,5 +111,6 @@ def _compiled_step(kind: Hashable) -> Callable[..., Tensor]:
     kind gets a copy of the code; dropping the copy from the cache also frees what was compiled.
     """
     step = reference.step
-    copied = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+    code, scope, name, defaults = step.__code__, step.__globals__, step.__name__, step.__defaults__
+    copied = types.FunctionType(code.replace(), scope, name, defaults)
     return torch.compile(copied, dynamic=False, fullgraph=True)
