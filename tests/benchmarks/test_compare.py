@@ -300,7 +300,7 @@ def test_replays_are_checked_and_timed(mode, monkeypatch):
         return Graphs(lambda: FakeGraph(calls), budget=10**9, unsupported=unsupported)
 
     monkeypatch.setattr(workload, "graphs_on", fake_graphs_on)
-    monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, *_: None)
+    monkeypatch.setattr("looped_fast.model.transformer.check_prompt", lambda *_: None)
     contender = dataclasses.replace(EAGER, graphs=True)
     monkeypatch.setattr(workload, "LoopedTransformer", without_graphs)
     check(TINY, contender, mode)

@@ -7,7 +7,6 @@ import torch
 from conftest import needs_engine, needs_triton
 from fake_graphs import FakeGraph, Recorder
 
-from looped_fast import LoopedTransformer
 from looped_fast.ops.graphs import Graphs
 from looped_fast.tasks import OFFICIAL_TASK_NAMES, TASKS
 from looped_fast.training.config import CurriculumConfig, ScheduleConfig
@@ -39,7 +38,7 @@ EVERY = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def unchecked_prompts(monkeypatch):
     """Turn off the check of prompt values, which only runs on CPUs."""
-    monkeypatch.setattr(LoopedTransformer, "_check_prompt", lambda self, *_: None)
+    monkeypatch.setattr("looped_fast.model.transformer.check_prompt", lambda *_: None)
 
 
 def make_trainer(tmp_path, task="lr", **changes):
