@@ -79,9 +79,12 @@ def _in_turns(calls: list[Callable[[], Tensor]], repeats: int) -> list[float]:
 
 
 def _peak() -> float:
-    """Operations a second of ``torch.mm`` on a product of the hidden layer's size."""
-    a, b = torch.randn(1536, 1024), torch.randn(1024, 1024)
-    return 2 * 1536 * 1024**2 / _in_turns([lambda: a @ b], 20)[0]
+    """Operations a second of ``torch.mm`` at its best of three sizes."""
+    speeds = []
+    for n in (512, 1024, 2048):
+        a, b = torch.randn(n, n), torch.randn(n, n)
+        speeds.append(2 * n**3 / _in_turns([lambda a=a, b=b: a @ b], 20)[0])
+    return max(speeds)
 
 
 def steps_errors(model: LoopedTransformer, xs: Tensor, ys: Tensor, n: int, depth: int) -> Tensor:
@@ -103,7 +106,7 @@ def loops_row(name: str, n_prompts: int, n_steps: int) -> dict[str, Any]:
 
     ``to_trained_error`` counts loops until the error is that of the trained number of plain ones,
     or None if it never is. ``at_rest`` has the mean loops of prompts that stop when a step moves
-    the prediction by less than ``REST`` of the targets' deviation, and the error there.
+    no prediction by ``REST`` of the targets' deviation, and the error of the last one there.
     """
     model, config = from_pretrained(name), pretrained.train_config(name)
     task: Task = config.make_task()
@@ -112,11 +115,11 @@ def loops_row(name: str, n_prompts: int, n_steps: int) -> dict[str, Any]:
     trained = errors[0][config.n_loops - 1].item()
     at_rest = {}
     for d in DEPTHS:
+        tolerance = REST * task.variance**0.5
         predictions, n_loops = model.predict(
-            xs[:, :-1], ys[:, :-1], xs[:, -1:],
-            tolerance=REST * task.variance**0.5, max_loops=n_steps, anderson=d,
-        )  # fmt: skip
-        error = (predictions[:, 0] - ys[:, -1]).square().mean() / task.variance
+            xs, ys, tolerance=tolerance, max_loops=n_steps, anderson=d
+        )
+        error = (predictions[:, -1] - ys[:, -1]).square().mean() / task.variance
         at_rest[d] = {"loops": n_loops.double().mean().item(), "error": error.item()}
     row: dict[str, Any] = {
         "model": name,
