@@ -6,10 +6,11 @@ python -m benchmarks.prediction  # minutes; writes benchmarks/results/prediction
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.provenance import provenance
 from looped_fast import LoopedTransformer, ModelConfig, from_pretrained, pretrained
-from looped_fast.model.adaptive import Snapshot
+from looped_fast.model.adaptive import Snapshot, state_change
 from looped_fast.ops.flops import loop_flops
 from looped_fast.tasks import EVALUATION, Task, sample_batch
 
@@ -67,7 +68,31 @@ def queries_rows(n_queries: int, n_loops: int, repeats: int) -> list[dict[str, A
     return rows
 
 
-def _in_turns(calls: list[Callable[[], Tensor]], repeats: int) -> list[float]:
+def steps_rows(n_loops: int, repeats: int) -> list[dict[str, Any]]:
+    """Time the same number of steps as one op, stopped by the engine, one by one, accelerated."""
+    rows = []
+    for shape, (n_embd, n_head) in SHAPES.items():
+        model = LoopedTransformer(
+            ModelConfig(n_embd=n_embd, n_head=n_head, n_loops=n_loops, window=1)
+        )
+        for batch in (1, 64):
+            xs, ys = torch.randn(batch, 40, 20), torch.randn(batch, 40)
+            ways: dict[str, dict[str, Any]] = {
+                "one_op": {},
+                "engine_stops": {"tolerance": 0},
+                "own_criterion": {"tolerance": 0, "criterion": state_change},
+                "anderson_1": {"anderson": 1},
+                "anderson_5": {"anderson": 5},
+            }
+            calls = [functools.partial(model.predict, xs, ys, **way) for way in ways.values()]
+            seconds = _in_turns(calls, repeats)
+            times = {f"{name}_ms": 1e3 * s for name, s in zip(ways, seconds, strict=True)}
+            rows.append({"shape": shape, "prompts": batch, **times})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _in_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Median seconds of each call."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats):
@@ -148,6 +173,14 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {r['shape']} | `{r['backend']}` | {r['shared_ms']:.0f} ms | {r['each_ms']:.0f} ms "
             f"| {r['times_faster']:.0f} | {r['share_of_peak']:.0%} |"
         )
+    lines += [
+        "",
+        "| model | prompts | one op | engine stops | own criterion | m = 1 | m = 5 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results["steps"]:
+        times = (f"{value:.1f} ms" for name, value in r.items() if name.endswith("_ms"))
+        lines.append(f"| {r['shape']} | {r['prompts']} | {' | '.join(times)} |")
     depths = " | ".join("plain" if d == 0 else f"m = {d}" for d in DEPTHS)
     lines += [
         "",
@@ -191,6 +224,7 @@ def main(args: list[str] | None = None) -> None:
         "provenance": provenance("benchmarks.prediction"),
         "n_steps": chosen.steps,
         "queries": queries_rows(chosen.queries, chosen.loops, chosen.repeats),
+        "steps": steps_rows(chosen.loops, 5 * chosen.repeats),
         "loops": [loops_row(name, chosen.prompts, chosen.steps) for name in looped],
     }
     chosen.out.mkdir(parents=True, exist_ok=True)
