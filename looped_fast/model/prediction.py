@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +25,8 @@ from looped_fast.ops.prompt import read_in
 
 Model = Any  # a LoopedTransformer, whose module imports this one
 
-_MOST_BYTES = 2**28  # of the embedded tokens in one call, if the examples leave a choice
-_LEAST_QUERIES = 512  # in one call: each call runs the examples again
+_MOST_BYTES = 2**23  # of embedded queries in one call, of which the engine keeps several copies
+_LEAST_QUERIES = 512  # in one call all the same: each call runs the examples again
 
 
 class Options(NamedTuple):
@@ -108,9 +110,20 @@ def predict(
             points = queries, queries.new_zeros(queries.shape[:2])
             bias = model._read_in.bias
             embedded = read_in(*points, weight, bias, backend=model.backend)[:, ::2]
+        if model.backend == "auto" and queries.device.type != "cpu":
+            _say_once_that_nothing_shares(queries.device.type)
         if options.steps_one_by_one:
             return _run_steps(model, torch.cat((examples, embedded), 1), seen, options)
         return _windowed(_run_loop(model, examples, embedded, seen, options), options)
+
+
+@functools.cache
+def _say_once_that_nothing_shares(device: str) -> None:
+    warnings.warn(
+        f"no fast backend shares examples among queries on {device} yet: predict runs them in "
+        f"plain PyTorch (backend='reference' silences this)",
+        stacklevel=4,
+    )
 
 
 def _windowed(outputs: Tensor, options: Options) -> Tensor:
