@@ -141,7 +141,7 @@ def test_a_thousand_queries_are_ten_times_faster_than_as_many_prompts(backend):
     shared, predictions = seconds(lambda: model.predict(xs, ys, queries)[0], 3)
     each, expected = seconds(lambda: model.predict(points, values)[:, -1], 1)
     torch.testing.assert_close(predictions, expected, rtol=1e-4, atol=1e-5)
-    assert each > 10 * shared  # docs/queries.md has 55 times and more
+    assert each > 10 * shared  # docs/queries.md has 43 times and more
 
 
 @pytest.mark.parametrize("name", ["random quadrants", "orthogonal queries", "overlapping queries"])
