@@ -19,8 +19,9 @@ from looped_fast.model.adaptive import (
     prediction_change,
     run_until,
 )
-from looped_fast.model.prompts import check_queries, check_seen, check_tensors
+from looped_fast.model.prompts import check_prompt, check_queries, check_seen, check_tensors
 from looped_fast.ops import op, reference
+from looped_fast.ops.call import predicting
 from looped_fast.ops.prompt import read_in
 
 Model = Any  # a LoopedTransformer, whose module imports this one
@@ -93,22 +94,23 @@ def predict(
                 return _windowed(_run_prompt(model, xs, ys, options), options)
             return _run_steps(model, model.embed(xs, ys), None, options)
         check_tensors(xs=xs, ys=ys, queries=queries)
-        by_modules = model.deviations()
-        weight = next(model.parameters()) if by_modules else model._read_in.weight
-        queries = op.cast_in_autocast(queries, weight.dtype)
-        examples = model.embed(xs, ys)  # which checks xs and ys
-        check_queries(model.config, queries, xs, weight)
-        seen = check_seen(seen, queries, xs.shape[1])
-        if by_modules:
+        if by_modules := model.deviations():
             if options.steps_one_by_one:
                 raise ValueError(
                     f"queries with a tolerance or Anderson acceleration need ops.loop, but "
                     f"{'; '.join(by_modules)}; leave out the option, or predict without queries"
                 )
+            check_prompt(model.config, xs, ys, None)
+            check_queries(model.config, queries, xs, None)
+            seen = check_seen(seen, queries, xs.shape[1])
             return _windowed(_one_prompt_each(model, xs, ys, queries, seen, options), options)
+        weight, bias = model._read_in.weight, model._read_in.bias
+        queries = op.cast_in_autocast(queries, weight.dtype)
+        examples = model._embed(xs, ys, by_modules)  # which checks xs and ys
+        check_queries(model.config, queries, xs, weight)
+        seen = check_seen(seen, queries, xs.shape[1])
         with reference.autocast(queries.device.type, "fp32"):  # y = 0 completes the points
             points = queries, queries.new_zeros(queries.shape[:2])
-            bias = model._read_in.bias
             embedded = read_in(*points, weight, bias, backend=model.backend)[:, ::2]
         if model.backend == "auto" and queries.device.type != "cpu":
             _say_once_that_nothing_shares(queries.device.type)
@@ -189,9 +191,8 @@ def _run_steps(
         return model._run(embeddings, state, 1, tokens)[0]
 
     def read_out(states: Tensor) -> Tensor:
-        predicting = slice(0, None, 2) if seen is None else slice(states.shape[1] - len(seen), None)
         with reference.autocast(states.device.type, "fp32"):
-            return model._read_out(states[:, predicting])
+            return model._read_out(states[:, predicting(states.shape[1], seen)])
 
     outputs, n_loops = run_until(
         step,

@@ -40,8 +40,8 @@ def check_prompt(config: ModelConfig, xs: Tensor, ys: Tensor, weight: Tensor | N
     check_finite(xs=xs, ys=ys)
 
 
-def check_queries(config: ModelConfig, queries: Tensor, xs: Tensor, weight: Tensor) -> None:
-    """Check queries for the examples ``xs``, which are checked, and that they are like ``weight``.
+def check_queries(config: ModelConfig, queries: Tensor, xs: Tensor, weight: Tensor | None) -> None:
+    """Check queries for the examples ``xs``, which are checked; ``weight`` as in ``check_prompt``.
 
     Raises:
         ValueError: as in ``check_prompt``.
@@ -58,7 +58,8 @@ def check_queries(config: ModelConfig, queries: Tensor, xs: Tensor, weight: Tens
             f"{config.n_positions}; give fewer examples, or build the model with a larger "
             f"n_positions"
         )
-    _check_fit(weight, queries=queries)
+    if weight is not None:
+        _check_fit(weight, queries=queries)
     check_finite(queries=queries)
 
 

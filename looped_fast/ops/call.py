@@ -93,6 +93,11 @@ class Call(NamedTuple):
         return self.n_embd // self.settings.n_heads
 
 
+def predicting(n_tokens: int, seen: Tensor | None) -> slice:
+    """The tokens of a sequence that predict: queries, or else the even ones, which are x."""
+    return slice(0, None, 2) if seen is None else slice(n_tokens - len(seen), None)
+
+
 UNSHARED = "it has no queries that share examples"  # a backend's reason not to run a call
 
 

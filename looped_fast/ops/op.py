@@ -25,7 +25,7 @@ from looped_fast.ops import (
     reference,
     triton_backend,
 )
-from looped_fast.ops.call import SCHEMA, Call, LoopSettings, LoopTensors, is_replayed
+from looped_fast.ops.call import SCHEMA, Call, LoopSettings, LoopTensors, is_replayed, predicting
 
 _library = torch.library.Library("looped_fast", "DEF")
 _TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
@@ -162,7 +162,7 @@ def run_until(
     if chosen != "cpu" or not (tensors.read_out and cpu_engine.can_read_out(tensors.read_out)):
         return None
     predictions, n_loops = cpu_engine.loop_until(tensors, settings, tolerance)
-    return _predicting(predictions[None], tensors.seen)[0], n_loops
+    return predictions[:, predicting(predictions.shape[1], tensors.seen)], n_loops
 
 
 def check_supervised(n_supervised: int | None, window: int) -> int:
@@ -220,12 +220,7 @@ def _run_on(chosen: str, tensors: LoopTensors, settings: LoopSettings) -> Tensor
         if read_out:
             with reference.autocast(outputs.device.type, "fp32"):  # 0.1 % of the work
                 outputs = F.linear(outputs, *read_out)
-    return _predicting(outputs, seen) if read_out else outputs
-
-
-def _predicting(outputs: Tensor, seen: Tensor | None) -> Tensor:
-    """Outputs of the tokens that predict: the queries, or else the even tokens, which are x."""
-    return outputs[:, :, ::2] if seen is None else outputs[:, :, outputs.shape[2] - len(seen) :]
+    return outputs[:, :, predicting(outputs.shape[2], seen)] if read_out else outputs
 
 
 def _select(tensors: LoopTensors, settings: LoopSettings) -> tuple[str, LoopTensors, LoopSettings]:
@@ -272,7 +267,7 @@ def _fake(embeddings, positions, state, weights, read_out, *flat):
     seen = flat[n_settings] if len(flat) > n_settings else None
     if not read_out:
         return embeddings.new_empty((window, B, S, D))
-    return _predicting(embeddings.new_empty((window, B, S, len(read_out[0]))), seen)
+    return embeddings.new_empty((window, B, S, len(read_out[0])))[:, :, predicting(S, seen)]
 
 
 @torch.library.register_fake("looped_fast::loop_mse", lib=_library)

@@ -10,7 +10,12 @@ import pytest
 import torch
 from conftest import needs_engine
 from golden_cases import GARG_CASES, assert_as_good_as_plain, load_case
-from test_dropin import PROMPT, build, outputs_and_gradients
+from test_dropin import (
+    PROMPT,
+    assert_an_optimizer_made_before_trains_alike,
+    build,
+    outputs_and_gradients,
+)
 
 from looped_fast import UnsupportedModel, accelerate, explain_backend, restore
 
@@ -89,19 +94,7 @@ def test_points_that_are_not_there_are_refused(inds):
 
 
 def test_an_optimizer_made_before_trains_the_model_as_it_would_have():
-    trained = []
-    for prepare in (lambda model: model, accelerate):
-        model = build(foreign.Garg).double()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        prepare(model)
-        xs, ys = (t.double() for t in PROMPT)
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss = (model(xs, ys) - ys).square().mean()
-            loss.backward()
-            optimizer.step()
-        trained.append([loss, *model.parameters()])
-    torch.testing.assert_close(trained[1], trained[0], rtol=1e-6, atol=1e-8)
+    assert_an_optimizer_made_before_trains_alike(foreign.Garg)
 
 
 @needs_engine

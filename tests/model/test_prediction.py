@@ -92,6 +92,15 @@ def test_none_to_the_most_examples_are_possible(n):
     assert model.predict(xs, ys, queries[:, :0]).shape == (2, 0)
 
 
+def test_a_hook_sees_each_query_s_prompt_once():
+    model, calls = small_model(), []
+    model._read_in.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
+    xs, ys = prompt()
+    with pytest.warns(UserWarning, match="_read_in has a forward_hook"):
+        model.predict(xs, ys, torch.randn(2, 3, 3))
+    assert calls == [(2, 12, 3)] * 3
+
+
 def test_many_queries_go_in_parts(monkeypatch):
     model, (xs, ys) = small_model(dtype=torch.float64), prompt(dtype=torch.float64)
     queries, seen = torch.randn(2, 23, 3, dtype=torch.float64), torch.arange(23) % 6
