@@ -58,7 +58,7 @@ def loop_backward(
         fp32, in the order of the arguments. Shape [0] where not wanted, for embeddings that are not
         injected, and for a state that was None or lies before the window.
     """
-    blocks, norm_weight, norm_bias = split_weights(weights)
+    blocks, final = split_weights(weights)
     L, D = len(blocks), embeddings.shape[-1]
     n_heads, n_loops, window, injection, *_ = settings
     states = saved.states
@@ -70,6 +70,7 @@ def loop_backward(
         steps, saved = 1, with_scratch(saved, embeddings, n_heads, L)
         inputs, scratch = injected(embeddings, positions, injection), torch.empty_like(states[:1])
     outputs = empty_outputs(saved.xhat1, L, steps)
+    norm_weight, norm_bias = final["ln_f_weight"], final["ln_f_bias"]
     rows = _Rows(
         grad, states, start, embeddings, norm_weight, read_out, saved, outputs, injection, window
     )

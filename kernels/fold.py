@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from looped_fast.ops.reference import Block
+from looped_fast.ops.block import GPT2
 
 from .candidates import Config
 from .launch import launch
@@ -86,7 +86,7 @@ def fold(weights: Sequence[Tensor], folded_weights: Tensor, folded_biases: Tenso
         folded_biases: [L, 9 D] fp32, in the same order.
     """
     D, rows = weights[-1].numel(), 32
-    n = len(Block._fields)
+    n = GPT2.n_block_weights
     for i in range(len(folded_weights)):
         launch(
             fold_kernel,

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from looped_fast.ops.reference import Block
+from looped_fast.ops.block import GPT2, block_names
+from looped_fast.ops.reference import BlockWeights
 
 from .saved_activations import SavedActivations
 
@@ -54,7 +55,7 @@ def wanted_products(wanted: Sequence[bool], n_layer: int) -> list[bool]:
     ``wanted``: which gradients of the loop's weights are, twelve per block and more. The scale of a
     LayerNorm needs the product of the weights that it folds into.
     """
-    names, products = Block._fields, []
+    names, products = block_names(GPT2), []
     for i in range(0, n_layer * len(names), len(names)):
         block = dict(zip(names, wanted[i : i + len(names)], strict=True))
         products += [
@@ -104,7 +105,7 @@ def _product(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def unfold(
-    block: Block, d_weights: Sequence[Tensor | None], d_biases: Sequence[Tensor]
+    block: BlockWeights, d_weights: Sequence[Tensor | None], d_biases: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Gradients of a block's parameters, in their order, given those of its folded weights.
 

@@ -111,7 +111,7 @@ def weight_and_bias(module: Model) -> list[Tensor]:
 
 
 def block_weights(block: Model) -> list[Tensor]:
-    """The block's parameters in the order of ``reference.Block``."""
+    """The block's parameters in the order of the loop op."""
     attn, mlp = block.attn, block.mlp
     modules = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
     return [tensor for module in modules for tensor in weight_and_bias(module)]

@@ -139,7 +139,7 @@ def _different_far_back(
 
 def _our_attention(n_heads: int) -> Function:
     def attention(block: Model, x: Tensor) -> Tensor:
-        return reference.attention(x, reference.Block(*block_weights(block)), n_heads)
+        return reference.attention(x, reference.BlockWeights.of(block_weights(block)), n_heads)
 
     return attention
 
@@ -152,7 +152,7 @@ def _different_layers(
     their_attention, our_attention = architecture.blocks.attention, _our_attention(n_heads)
 
     def mlp(block: Model, x: Tensor) -> Tensor:
-        return reference.mlp(x, reference.Block(*block_weights(block)))
+        return reference.mlp(x, reference.BlockWeights.of(block_weights(block)))
 
     for i, block in enumerate(stack.h):
         why = _mismatch(block, their_attention, our_attention, Example(x), generator)

@@ -62,7 +62,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
     def op_weights(self) -> list[Tensor]:
-        """The block's parameters in the order of ``reference.Block``."""
+        """The block's parameters in the order of the loop op."""
         modules: Any = self._modules
         attn, mlp = modules["attn"]._modules, modules["mlp"]._modules
         return weights_and_biases(

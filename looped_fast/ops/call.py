@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from looped_fast.config import ATTENTION, INJECTIONS, PRECISIONS, check_window
 from looped_fast.errors import check_name
+from looped_fast.ops.block import GPT2, Block
 
 
 class LoopTensors(NamedTuple):
     """Tensors of one call of the loop, as documented in ``ops.loop``."""
 
     embeddings: Tensor
-    positions: Tensor
+    positions: Tensor | None
     state: Tensor | None
     weights: list[Tensor]
     read_out: list[Tensor]
@@ -39,6 +41,7 @@ class LoopSettings(NamedTuple):
         backend: ``auto``, or one of ``config.BACKENDS`` to force it.
         attention: its implementation on the triton backend: ``auto``, or ``flash_attn``, ``sdpa``
             (PyTorch's flash attention) or ``triton`` (this project's kernel) to force one.
+        block: settings of the blocks; GPT-2's by default.
     """
 
     n_heads: int
@@ -49,6 +52,17 @@ class LoopSettings(NamedTuple):
     recompute: bool = False
     backend: str = "auto"
     attention: str = "auto"
+    block: Block = GPT2
+
+    def flat(self) -> tuple[Any, ...]:
+        """The settings one by one, those of the block last, as an op takes them."""
+        return *self[:-1], *self.block
+
+    @classmethod
+    def from_flat(cls, flat: Sequence[Any]) -> LoopSettings:
+        """The inverse of ``flat``."""
+        n = len(cls._fields) - 1
+        return cls._make((*flat[:n], Block(*flat[n:])))
 
     def check(self, dtype: torch.dtype) -> None:
         """Raise ValueError for a setting out of range, or one that tensors of ``dtype`` rule out.
@@ -59,6 +73,8 @@ class LoopSettings(NamedTuple):
         check_name("injection", self.injection, INJECTIONS)
         check_name("precision", self.precision, PRECISIONS)
         check_name("attention", self.attention, ("auto", *ATTENTION))
+        if self.block is not GPT2:
+            self.block.check()
         if self.precision != "fp32" and dtype != torch.float32:
             raise ValueError(
                 f"precision {self.precision!r} needs float32 tensors, not {dtype}; "
@@ -69,8 +85,16 @@ class LoopSettings(NamedTuple):
 # The settings one by one for the schema of an op, which can't take a record. Loop counts may be
 # symbolic: torch.compile would make an op of its own for each value of an int.
 _SYMBOLIC = {"n_loops": "SymInt", "window": "SymInt"}
-_KINDS = {name: kind.__name__ for name, kind in get_type_hints(LoopSettings).items()}
+_OF_BLOCK = {f"block_{name}": kind for name, kind in get_type_hints(Block).items()}
+_KINDS = {
+    name: "int?" if kind == int | None else kind.__name__
+    for name, kind in (get_type_hints(LoopSettings) | _OF_BLOCK).items()
+    if kind is not Block
+}
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in (_KINDS | _SYMBOLIC).items())
+# With those of GPT-2's block as defaults, for ops that people call themselves.
+SCHEMA_GPT2 = re.sub(r" block_(\w+)", lambda m: f"{m[0]}={getattr(GPT2, m[1])!r}", SCHEMA)
+N_FLAT = len(_KINDS)
 
 
 class Call(NamedTuple):

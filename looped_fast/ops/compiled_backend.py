@@ -71,17 +71,18 @@ def _missing_compiler(device: str) -> str | None:
 
 def loop(
     embeddings: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     state: Tensor,
     weights: Sequence[Tensor],
     settings: LoopSettings,
 ) -> Tensor:
     """Run ``reference.loop`` with a compiled step (same arguments and result)."""
-    tensors = (embeddings, positions, *weights)
-    detached = embeddings.detach(), positions.detach(), [w.detach() for w in weights]
-    n_heads, injection = settings.n_heads, settings.injection
+    tensors = [t for t in (embeddings, positions, *weights) if t is not None]
+    without = None if positions is None else positions.detach()
+    detached = embeddings.detach(), without, [w.detach() for w in weights]
+    constants = settings.n_heads, settings.injection, settings.block
     kind = (
-        embeddings.shape, embeddings.dtype, embeddings.device, len(weights), n_heads, injection,
+        embeddings.shape, embeddings.dtype, embeddings.device, len(weights), constants,
         settings.precision,
     )  # fmt: skip
 
@@ -90,7 +91,7 @@ def loop(
         # state is the embeddings. Making these equal lets all steps of a kind share one.
         recorded = loop_autograd.needs_grad((state, *tensors))
         if not recorded:
-            state, arguments = state.detach(), (*detached, n_heads, injection)
+            state, arguments = state.detach(), (*detached, *constants)
         elif not state.requires_grad:
             state = state.detach().requires_grad_()  # its gradient is not read
         return _compiled_step((*kind, recorded))(state, *arguments)

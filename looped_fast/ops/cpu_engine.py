@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from looped_fast.ops import engine_file, forks, loop_autograd
+from looped_fast.ops.block import GPT2, unlike
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
@@ -73,6 +74,8 @@ def unsupported(call: Call) -> str | None:
         return f"it takes float32 tensors, not {call.dtype}"
     if call.n_embd % WIDTH_UNIT or call.n_embd > MAX_WIDTH:
         return f"D = {call.n_embd} is not a multiple of {WIDTH_UNIT} up to {MAX_WIDTH}"
+    if differing := unlike(call.settings.block, [GPT2], free=()):
+        return f"it has no kernels for a block with {differing}"
     if call.head_dim % 8:
         return f"head_dim = {call.head_dim} is not a multiple of 8"
     precision = call.settings.precision
@@ -237,6 +240,6 @@ def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)
-    loop_autograd.register("cpu", _gradients, N_SETTINGS, states=2)
+    loop_autograd.register("cpu", _gradients, N_SETTINGS, 2, lambda settings: GPT2)
     torch.library.register_fake("looped_fast::cpu_loop_mse_backward")(_mse_backward_fake)
     loop_autograd.register_mse()

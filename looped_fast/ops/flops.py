@@ -7,6 +7,7 @@ causal mask hides, and its backward computes the scores again, 5 products to the
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-# Matrices of a block, in D x D: one number for each weight and bias in ``reference.Block``.
-_C_ATTN = 3
-_WIDTHS = (0, _C_ATTN, 1, 0, 4, 4)  # ln_1, c_attn, attn_c_proj, ln_2, c_fc, mlp_c_proj
+from looped_fast.ops.block import GPT2, Block, block_names, final_names, shape_of
 
 Arguments = dict[str, Any]  # of an op by name, with shapes for tensors
 
@@ -29,6 +28,7 @@ def loop_flops(
     forward: int,
     backward: int = 0,
     keys: float | None = None,
+    block: Block = GPT2,
 ) -> float:
     """Count the operations in the blocks of a loop whose parameters are all trained.
 
@@ -41,11 +41,19 @@ def loop_flops(
         backward: loop steps backward.
         keys: keys that a query meets, on average; S by default, as PyTorch counts. Kernels that
             skip what the causal mask hides compute (S + 1) / 2.
+        block: settings of the blocks.
     """
     keys = seq_len if keys is None else keys
-    matrices, attention = 2 * sum(_WIDTHS) * n_embd**2, 2 * n_embd * keys  # of a token
+    n_weights = sum(_numel(name, block, n_embd) for name in block_names(block))
+    matrices, attention = 2 * n_weights, 2 * n_embd * keys  # of a token
     steps = forward * (matrices + 2 * attention) + backward * (2 * matrices + 5 * attention)
     return batch * seq_len * n_layer * steps
+
+
+def _numel(name: str, block: Block, n_embd: int) -> int:
+    """Elements of a block's weight if it is a matrix, else 0."""
+    shape = shape_of(name, n_embd, block.hidden(n_embd), block.fc_width(n_embd))
+    return math.prod(shape) if len(shape) == 2 else 0
 
 
 def register() -> None:
@@ -94,36 +102,41 @@ def _by_name(packet: Any, formula: Callable[[Arguments], int]) -> Callable[..., 
 def _forward(call: Arguments) -> int:
     """The loop and the read-out, of all tokens, as the reference computes it."""
     B, S, D = call["embeddings"]
-    n_layer, n_last = divmod(len(call["weights"]), _N_FIELDS)
-    read_out = call.get("read_out") or (call["weights"][-2:] if n_last == 4 else [])
+    block, n_weights = _block(call), len(call["weights"])
+    own = call["weights"][-2:] if block.has_read_out(n_weights) else []
+    read_out = call.get("read_out") or own
     n_outputs = read_out[0][0] if read_out else 0
     (n_queries,) = call.get("seen") or (0,)
-    loop = loop_flops(B, S, D, n_layer, call["n_loops"], keys=S - n_queries)
+    n_layer, keys = block.n_layer(n_weights), S - n_queries
+    loop = loop_flops(B, S, D, n_layer, call["n_loops"], keys=keys, block=block)
     return int(loop) + 2 * call["window"] * B * S * D * n_outputs
 
 
 def _backward(call: Arguments) -> int:
     """Gradients that are wanted, and those of inputs that they flow through."""
     B, S, D = call["embeddings"]
-    n_layer, n_last = divmod(len(call["weights"]), _N_FIELDS)
+    block, n_weights = _block(call), len(call["weights"])
+    n_outputs = call["weights"][-1][0] if block.has_read_out(n_weights) else 0
     window, injection = call["window"], call["injection"]
     of_embeddings, of_positions, of_state, *of_weights = call["wanted"]
-    of_loop, of_read_out = of_weights[: n_layer * _N_FIELDS + 2], of_weights[-2:]
+    of_loop, of_read_out = of_weights[: -2 if n_outputs else None], of_weights[-2:]
     of_state = of_state and window == call["n_loops"]
     flows = (of_embeddings and injection != "none") or of_positions or of_state
-    first, flows = _step_backward(flows, of_loop, S, D)
-    others, _ = _step_backward(flows, of_loop, S, D)
-    n_outputs = call["weights"][-1][0] if n_last == 4 else 0
+    first, flows = _step_backward(flows, of_loop, block, S, D)
+    others, _ = _step_backward(flows, of_loop, block, S, D)
     read_out = 2 * D * n_outputs * (flows + of_read_out[0])
     return B * S * (first + (window - 1) * others + window * read_out)
 
 
-def _step_backward(flows: bool, wanted: Sequence[bool], S: int, D: int) -> tuple[int, bool]:
+def _step_backward(
+    flows: bool, wanted: Sequence[bool], block: Block, S: int, D: int
+) -> tuple[int, bool]:
     """A token's operations in a step backward.
 
     Args:
         flows: whether a gradient flows into the step's input.
-        wanted: whether that of each weight of the blocks and of the final LayerNorm is.
+        wanted: whether that of each weight of the blocks and of the final norm is.
+        block: settings of the blocks.
         S: tokens.
         D: width.
 
@@ -131,21 +144,27 @@ def _step_backward(flows: bool, wanted: Sequence[bool], S: int, D: int) -> tuple
         The operations, and whether a gradient flows into the step's result.
     """
     flops = 0
-    n_layer = len(wanted) // _N_FIELDS
-    for width, weight, bias in zip((*_WIDTHS * n_layer, 0), wanted[::2], wanted[1::2], strict=True):
-        flops += 2 * width * D * D * (flows + weight)
-        flows = flows or weight or bias
-        if width == _C_ATTN:
+    names = (*block_names(block) * block.n_layer(len(wanted)), *final_names(block))
+    for name, is_wanted in zip(names, wanted, strict=True):
+        if name == "attn_c_proj_weight":  # attention comes first
             flops += 10 * D * S * flows
+        flops += 2 * _numel(name, block, D) * (flows + is_wanted)
+        flows = flows or is_wanted
     return flops, flows
+
+
+def _block(call: Arguments) -> Block:
+    """Settings of the blocks of a call of any of the ops."""
+    return Block(**{name: call.get(f"block_{name}", getattr(GPT2, name)) for name in Block._fields})
 
 
 def _recomputing_backward(call: Arguments) -> int:
     """The backward of activations, or of states that they are recomputed from."""
     recomputes = call["recompute"] if "recompute" in call else call["operands"][0] == 0
     B, S, D = call["embeddings"]
-    n_layer = len(call["weights"]) // _N_FIELDS
-    again = loop_flops(B, S, D, n_layer, call["window"]) if recomputes else 0
+    block = _block(call)
+    n_layer = block.n_layer(len(call["weights"]))
+    again = loop_flops(B, S, D, n_layer, call["window"], block=block) if recomputes else 0
     return int(again) + _backward(call)
 
 
@@ -154,7 +173,6 @@ def _read_in(call: Arguments) -> int:
     return 2 * B * 2 * n * d * D
 
 
-_N_FIELDS = 2 * len(_WIDTHS)
 _FORMULAS: dict[str, Callable[[Arguments], int]] = {
     "loop": _forward,
     "loop_mse": _forward,

@@ -58,7 +58,7 @@ class GraphedLoop:
 
         embeddings, positions, state, weights, read_out, _ = tensors
         inputs = (embeddings,) if state is None else (embeddings, state)
-        parameters = (positions, *weights, *read_out)
+        parameters = [t for t in (positions, *weights, *read_out) if t is not None]
         if not self._applies((*inputs, *parameters)):
             return run(*inputs)
         device = embeddings.device

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from looped_fast.ops import flops
+from looped_fast.ops.block import Block
 
 # (grad, saved, [e, p, z, weights], wanted, settings) -> gradients of e, p, z, *weights; any
 # tensor where not wanted.
@@ -40,6 +41,7 @@ def register(
     gradients: Gradients,
     n_settings: int,
     states: int,
+    block_of: Callable[[Sequence[Any]], Block],
     lib: torch.library.Library | None = None,
 ) -> None:
     """Make ``looped_fast::{backend}_loop_forward`` differentiable, once.
@@ -52,13 +54,15 @@ def register(
         gradients: calls ``looped_fast::{backend}_loop_backward``.
         n_settings: number of settings that the op takes.
         states: index, in what the op saved, of the states; empty where they are the result.
+        block_of: the settings of the blocks, from the op's.
         lib: the library that defines the ops; None where the extension does.
     """
 
     def setup_context(ctx, inputs, output) -> None:
         embeddings, positions, state, weights, *others = inputs
         result, *saved = output
-        reads_out, needs_states = len(weights) % 12 == 4, others[-1]
+        needs_states = others[-1]
+        reads_out = block_of(others[:n_settings]).has_read_out(len(weights))
         # A result is saved only if it has to be, so that callers may change it in place.
         if needs_states and not reads_out:
             saved[states] = result

@@ -25,17 +25,30 @@ from looped_fast.ops import (
     reference,
     triton_backend,
 )
-from looped_fast.ops.call import SCHEMA, Call, LoopSettings, LoopTensors, is_replayed, predicting
+from looped_fast.ops.block import GPT2, Block, block_names, final_names, shape_of
+from looped_fast.ops.call import (
+    N_FLAT,
+    SCHEMA_GPT2,
+    Call,
+    LoopSettings,
+    LoopTensors,
+    is_replayed,
+    predicting,
+)
 
 _library = torch.library.Library("looped_fast", "DEF")
-_TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
-_library.define(f"loop({_TENSORS}, {SCHEMA}, Tensor? seen=None) -> Tensor")
-_library.define(f"loop_mse({_TENSORS}, Tensor targets, SymInt n_supervised, {SCHEMA}) -> Tensor")
+_TENSORS = (
+    "Tensor embeddings, Tensor? positions, Tensor? state, Tensor[] weights, Tensor[] read_out"
+)
+_library.define(f"loop({_TENSORS}, {SCHEMA_GPT2}, Tensor? seen=None) -> Tensor")
+_library.define(
+    f"loop_mse({_TENSORS}, Tensor targets, SymInt n_supervised, {SCHEMA_GPT2}) -> Tensor"
+)
 
 
 def loop(
     embeddings: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     state: Tensor | None,
     weights: Sequence[Tensor],
     *,
@@ -47,11 +60,12 @@ def loop(
 
     Args:
         embeddings: e, the embedded prompt, [B, S, D]; float32, or float64 on the reference.
-        positions: p, added at the start of every step, [S, D].
+        positions: p, added at the start of every step, [S, D]; for a block with rotary ones their
+            tables, cosines and sines [2, S, D / n_heads], without gradient; None for one without.
         state: z before the first step, [B, S, D]; None for the injection's neutral element (0 for
             ``add``, 1 for ``mul``), or for ``embeddings`` where the injection has none.
-        weights: per block, the twelve tensors of ``reference.Block``; then the weight and bias
-            of the final LayerNorm: ``12 * n_layer + 2`` tensors.
+        weights: per block, the tensors that ``block.block_names`` lists, as ``BlockWeights``
+            describes them: twelve of GPT-2's; then the weight and bias of the final norm.
         read_out: weight [n_outputs, D] and bias [n_outputs] of a Linear. With it the result is
             predictions at the even tokens, which are x, and the ``cpu`` and ``triton`` backends
             keep no states for a backward that does not need them.
@@ -60,7 +74,7 @@ def loop(
             ``read_out`` the result is the queries' predictions, [W, B, m, n_outputs]. The ``cpu``
             and ``reference`` backends have it.
         settings: the fields of ``LoopSettings`` by name; ``n_heads``, ``n_loops`` and ``window``
-            are required.
+            are required. ``block`` describes the transformer blocks: GPT-2's by default.
 
     Returns:
         States after steps ``n_loops - window + 1 .. n_loops``: [W, B, S, D]; or with ``read_out``
@@ -71,8 +85,8 @@ def loop(
         with the injection ``mul`` on the triton backend. PyTorch then refuses the backward.
 
     Raises:
-        ValueError: a shape, dtype or setting that does not fit, or ``seen`` in a call that autograd
-            records; the message names it.
+        ValueError: a shape, dtype or setting that does not fit, ``seen`` in a call that autograd
+            records, or rotary tables that need a gradient; the message names it.
         TypeError: a setting that is missing or unknown.
 
     Source: arXiv 2311.12424, section 4; official ``scripts/models.py``,
@@ -84,7 +98,7 @@ def loop(
 
 def loop_mse(
     embeddings: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     state: Tensor | None,
     weights: Sequence[Tensor],
     targets: Tensor,
@@ -123,7 +137,7 @@ def run(tensors: LoopTensors, settings: LoopSettings) -> Tensor:
     """Run ``loop`` with its arguments in records."""
     tensors = _check(tensors, settings)
     if torch.compiler.is_compiling():  # otherwise the dispatcher would only cost time
-        return torch.ops.looped_fast.loop(*tensors[:5], *settings, tensors.seen)
+        return torch.ops.looped_fast.loop(*tensors[:5], *_in_graph(settings), seen=tensors.seen)
     return _run(tensors, settings)
 
 
@@ -140,8 +154,18 @@ def run_mse(
     targets = cast_in_autocast(targets, tensors.embeddings.dtype)
     _check_tensor("targets", targets, shape, tensors.embeddings)
     if torch.compiler.is_compiling():
-        return torch.ops.looped_fast.loop_mse(*tensors[:5], targets, n_supervised, *settings)
+        return torch.ops.looped_fast.loop_mse(
+            *tensors[:5], targets, n_supervised, *_in_graph(settings)
+        )
     return _run_mse(tensors, settings, targets, n_supervised)
+
+
+def _in_graph(settings: LoopSettings) -> tuple[Any, ...]:
+    """The settings for an op in a graph of torch.compile; those of GPT-2's block are its defaults.
+
+    ``torch.compile(dynamic=True)`` would take ``norm_eps`` for symbolic, and start over.
+    """
+    return settings[:-1] if settings.block is GPT2 else settings.flat()
 
 
 def run_until(
@@ -194,7 +218,7 @@ def _run_mse(
             errors = triton_backend.loop(embeddings, *arguments)
             return errors.square().sum() / (n_supervised * targets.numel())  # 0 at odd tokens
         # If only the read-out is trained, predictions keep what little its gradient needs.
-        recorded = [embeddings, positions, *([] if state is None else [state]), *weights]
+        recorded = [t for t in (embeddings, positions, state, *weights) if t is not None]
         if loop_autograd.needs_grad(recorded):
             return backend.loop_mse(embeddings, *arguments)
     predictions = _run_on(chosen, tensors, settings)
@@ -228,7 +252,7 @@ def _select(tensors: LoopTensors, settings: LoopSettings) -> tuple[str, LoopTens
     embeddings, _, state, weights, _, seen = tensors
     replayed = is_replayed()
     training = replayed and loop_autograd.needs_grad((embeddings, *weights))
-    n_layer = (len(weights) - 2) // len(reference.Block._fields)
+    n_layer = settings.block.n_layer(len(weights))
     device, dtype, (B, S, D) = embeddings.device, embeddings.dtype, embeddings.shape
     n_queries = 0 if seen is None else len(seen)
     call = Call(settings, device, dtype, B, S, D, n_layer, replayed, training, n_queries)
@@ -242,15 +266,15 @@ def _select(tensors: LoopTensors, settings: LoopSettings) -> tuple[str, LoopTens
     return selection.chosen, tensors, settings
 
 
-_N_FLAT = 5 + len(LoopSettings._fields)  # tensors and settings; ``seen`` follows unless it is None
+_END = 5 + N_FLAT  # of tensors and settings; ``seen`` follows unless it is None
 
 
 def _impl(*flat: Any) -> Tensor:
-    return _run(LoopTensors(*flat[:5], *flat[_N_FLAT:]), LoopSettings(*flat[5:_N_FLAT]))
+    return _run(LoopTensors(*flat[:5], *flat[_END:]), LoopSettings.from_flat(flat[5:_END]))
 
 
 def _impl_mse(*flat: Any) -> Tensor:
-    return _run_mse(LoopTensors(*flat[:5]), LoopSettings(*flat[7:]), *flat[5:7])
+    return _run_mse(LoopTensors(*flat[:5]), LoopSettings.from_flat(flat[7:]), *flat[5:7])
 
 
 # One function for all keys: below autograd it only computes, at Autograd it is differentiated, at
@@ -262,9 +286,8 @@ for _key in ("CompositeExplicitAutograd", "Autograd", "FuncTorchBatched"):
 
 @torch.library.register_fake("looped_fast::loop", lib=_library)
 def _fake(embeddings, positions, state, weights, read_out, *flat):
-    n_settings = len(LoopSettings._fields)
-    (B, S, D), window = embeddings.shape, LoopSettings(*flat[:n_settings]).window
-    seen = flat[n_settings] if len(flat) > n_settings else None
+    (B, S, D), window = embeddings.shape, LoopSettings.from_flat(flat[:N_FLAT]).window
+    seen = flat[N_FLAT] if len(flat) > N_FLAT else None
     if not read_out:
         return embeddings.new_empty((window, B, S, D))
     return embeddings.new_empty((window, B, S, len(read_out[0])))[:, :, predicting(S, seen)]
@@ -288,9 +311,10 @@ _CAST_BY_AUTOCAST = (torch.float32, torch.bfloat16, torch.float16)
 def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
     """Return the tensors, as autocast casts them. Raises ValueError: see ``loop``."""
     embeddings, positions, state, weights, read_out, seen = tensors
-    if embeddings.dtype != positions.dtype or state is not None:
-        embeddings = cast_in_autocast(embeddings, positions.dtype)
-        state = None if state is None else cast_in_autocast(state, positions.dtype)
+    like = weights[0] if positions is None and weights else positions
+    if like is not None and (embeddings.dtype != like.dtype or state is not None):
+        embeddings = cast_in_autocast(embeddings, like.dtype)
+        state = None if state is None else cast_in_autocast(state, like.dtype)
         tensors = tensors._replace(embeddings=embeddings, state=state)
     settings.check(embeddings.dtype)
     if embeddings.dim() != 3:
@@ -301,27 +325,46 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
         raise ValueError(
             f"D = {D} is not divisible by n_heads = {n_heads}; choose n_heads as a divisor of {D}"
         )
-    n_fields = len(reference.Block._fields)
-    if len(weights) < n_fields + 2 or (len(weights) - 2) % n_fields:
+    block = settings.block
+    n, n_last = block.n_block_weights, block.n_final_weights
+    if len(weights) < n + n_last or (len(weights) - n_last) % n:
         raise ValueError(
-            f"{len(weights)} weights; {n_fields} per block and 2 for the final LayerNorm are needed"
+            f"{len(weights)} weights; {n} per block and {n_last} for the final norm are needed"
         )
     if len(read_out) not in (0, 2):
         raise ValueError(f"read_out holds {len(read_out)} tensors; weight and bias are needed")
     expected = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
-    names, shapes = expected(D, len(weights), len(read_out) and len(read_out[1]))
-    given, shapes = [*weights, *read_out, positions], [*shapes, (S, D)]
+    each = block_names(block) * ((len(weights) - n_last) // n)
+    last, n_outputs = final_names(block), len(read_out) and len(read_out[1])
+    names, shapes = expected(each, last, n, D, block.hidden(D), block.fc_width(D), n_outputs)
+    given = [*weights, *read_out, *_check_positions(positions, block, D // n_heads)]
+    if positions is not None:
+        of_positions = (2, S, D // n_heads) if block.positions == "rotary" else (S, D)
+        names, shapes = [*names, "positions"], [*shapes, of_positions]
     if state is not None:
         given, shapes = [*given, state], [*shapes, (B, S, D)]
     dtypes, devices = [embeddings.dtype] * len(given), [embeddings.device] * len(given)
     fit = [t.dtype for t in given] == dtypes and [t.device for t in given] == devices
     if not fit or [t.shape for t in given] != shapes:
-        names = [*names, "positions", "state"]
+        names = [*names, "state"]
         for name, tensor, shape in zip(names, given, shapes, strict=False):
             _check_tensor(name, tensor, shape, embeddings)
     if seen is not None:
         _check_seen(seen, tensors)
     return tensors
+
+
+def _check_positions(positions: Tensor | None, block: Block, head_dim: int) -> list[Tensor]:
+    """The positions, if the block has any. Raises ValueError unless they are given just then."""
+    if (block.positions == "none") != (positions is None):
+        given = "None" if positions is None else "given"
+        raise ValueError(f"positions are {given}, but the block's are {block.positions!r}")
+    found = [] if positions is None else [positions]
+    if block.positions == "rotary" and head_dim % 2:
+        raise ValueError(f"head_dim = {head_dim} is odd; rotary positions turn pairs")
+    if block.positions == "rotary" and loop_autograd.needs_grad(found):
+        raise ValueError("positions are rotary tables, which have no gradient; detach() them")
+    return found
 
 
 def _check_seen(seen: Tensor, tensors: LoopTensors) -> None:
@@ -347,17 +390,22 @@ def _check_seen(seen: Tensor, tensors: LoopTensors) -> None:
 
 
 @functools.lru_cache
-def _expected(D: int, n_weights: int, n_outputs: int) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs."""
-    matrices = {
-        "c_attn_weight": (3 * D, D), "c_attn_bias": (3 * D,), "attn_c_proj_weight": (D, D),
-        "c_fc_weight": (4 * D, D), "c_fc_bias": (4 * D,), "mlp_c_proj_weight": (D, 4 * D),
-    }  # fmt: skip  # all other weights are [D]
-    fields = reference.Block._fields
-    n_layer = (n_weights - 2) // len(fields)
-    names = [f"block {i} {name}" for i in range(n_layer) for name in fields]
-    shapes = [matrices.get(name, (D,)) for name in fields] * n_layer
-    names, shapes = [*names, "ln_f weight", "ln_f bias"], [*shapes, (D,), (D,)]
+def _expected(
+    of_blocks: tuple[str, ...],
+    last: tuple[str, ...],
+    n: int,
+    D: int,
+    F: int,
+    fc: int,
+    n_outputs: int,
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs.
+
+    ``of_blocks`` are names of n weights for each block, ``last`` of those of the final norm.
+    """
+    names = [f"block {i // n} {name}" for i, name in enumerate(of_blocks)]
+    names += [name.replace("ln_f_", "ln_f ") for name in last]
+    shapes = [shape_of(name, D, F, fc) for name in (*of_blocks, *last)]
     if n_outputs:
         names, shapes = (
             [*names, "read_out weight", "read_out bias"],

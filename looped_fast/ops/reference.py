@@ -1,11 +1,13 @@
 """The loop in plain PyTorch: the oracle that every other backend is tested against.
 
 It runs on any device in any floating dtype, float64 too, and autograd differentiates it. Source:
-arXiv 2311.12424, section 4; the block is GPT-2's (official ``scripts/nano_gpt.py``):
+arXiv 2311.12424, section 4. The block is GPT-2's (official ``scripts/nano_gpt.py``),
 
     x0 = inject(z, e) + p
     per block:  x1 = x0 + Wo·attn(LN1(x0)) ;  x2 = x1 + Wproj·gelu(Wfc·LN2(x1))
     z' = LNf(x2)
+
+or what other settings make of it: see ``block.Block``.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from looped_fast.config import LAYER_NORM_EPS
 from looped_fast.ops import loop_autograd
+from looped_fast.ops.block import GPT2, Block, block_names, final_names
 from looped_fast.ops.call import LoopSettings
 
 AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,21 +46,34 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager:
     return torch.autocast(device_type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-class Block(NamedTuple):
-    """Parameters of one transformer block, in the order that the loop op takes."""
+class BlockWeights(NamedTuple):
+    """Parameters of one transformer block; the loop op takes them as ``block.block_names`` lists.
 
-    ln_1_weight: Tensor  # [D]
-    ln_1_bias: Tensor  # [D]
+    F is the MLP's hidden width; without a gate ``c_fc`` has F outputs. Norms and biases that the
+    block has not are None.
+    """
+
     c_attn_weight: Tensor  # [3D, D], rows are q, k, v
-    c_attn_bias: Tensor  # [3D]
     attn_c_proj_weight: Tensor  # [D, D]
-    attn_c_proj_bias: Tensor  # [D]
-    ln_2_weight: Tensor  # [D]
-    ln_2_bias: Tensor  # [D]
-    c_fc_weight: Tensor  # [4D, D]
-    c_fc_bias: Tensor  # [4D]
-    mlp_c_proj_weight: Tensor  # [D, 4D]
-    mlp_c_proj_bias: Tensor  # [D]
+    c_fc_weight: Tensor  # [2F, D], rows are gates, then what they scale
+    mlp_c_proj_weight: Tensor  # [D, F]
+    c_attn_bias: Tensor | None = None  # [3D]
+    attn_c_proj_bias: Tensor | None = None  # [D]
+    c_fc_bias: Tensor | None = None  # [2F]
+    mlp_c_proj_bias: Tensor | None = None  # [D]
+    ln_1_weight: Tensor | None = None  # [D], likewise the other norms
+    ln_1_bias: Tensor | None = None
+    ln_1_after_weight: Tensor | None = None
+    ln_1_after_bias: Tensor | None = None
+    ln_2_weight: Tensor | None = None
+    ln_2_bias: Tensor | None = None
+    ln_2_after_weight: Tensor | None = None
+    ln_2_after_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], settings: Block = GPT2) -> BlockWeights:
+        """The weights of one block in the order of the loop op."""
+        return cls(**dict(zip(block_names(settings), weights, strict=True)))
 
 
 def interleave(xs: Tensor, ys: Tensor) -> Tensor:
@@ -84,29 +99,53 @@ def derivable() -> AbstractContextManager:
     return nullcontext() if loop_autograd.unsupported() is None else sdpa_kernel(SDPBackend.MATH)
 
 
-def split_weights(weights: Sequence[Tensor]) -> tuple[list[Block], Tensor, Tensor]:
-    """Split ``weights`` of the loop op into blocks and the final LayerNorm's weight and bias."""
-    n = len(Block._fields)
-    blocks = [Block(*weights[i : i + n]) for i in range(0, len(weights) - 2, n)]
-    return blocks, weights[-2], weights[-1]
+def split_weights(
+    weights: Sequence[Tensor], settings: Block = GPT2
+) -> tuple[list[BlockWeights], dict[str, Tensor]]:
+    """Split ``weights`` of the loop op into blocks and the final norm's, by name."""
+    n, last = settings.n_block_weights, final_names(settings)
+    end = len(weights) - len(last)
+    blocks = [BlockWeights.of(weights[i : i + n], settings) for i in range(0, end, n)]
+    return blocks, dict(zip(last, weights[end:], strict=True))
 
 
-def attend(qkv: Tensor, n_heads: int, seen: Tensor | None = None) -> Tensor:
-    """Causal attention, its heads side by side. qkv: [B, S, 3D] -> [B, S, D].
+def attend(
+    qkv: Tensor,
+    n_heads: int,
+    seen: Tensor | None = None,
+    mask: str = "causal",
+    tables: Tensor | None = None,
+) -> Tensor:
+    """Attention, its heads side by side. qkv: [B, S, 3D] -> [B, S, D].
 
     ``seen`` is that of ``ops.loop``: the last m tokens are queries that share those before them.
+    ``mask`` is that of ``Block``; ``tables`` [2, S, D/H], if any, rotate queries and keys.
     """
     B, S, width = qkv.shape
     D = width // 3
     q, k, v = qkv.view(B, S, 3, n_heads, D // n_heads).permute(2, 0, 3, 1, 4)  # [B, H, S, D/H]
+    if tables is not None:
+        q, k = rotate(q, tables), rotate(k, tables)
+    is_causal = mask == "causal"
     if seen is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     else:
         sizes = S - len(seen), len(seen)
         (q, q_own), (k, k_own), (v, v_own) = (t.split(sizes, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
         y = torch.cat((y, attend_to_shared(q_own, k_own, v_own, k, v, seen)), dim=2)
     return y.transpose(1, 2).reshape(B, S, D)
+
+
+def rotate(x: Tensor, tables: Tensor) -> Tensor:
+    """Rotary positions: pairs (j, j + D/2H) turned by the token's angles. x: [B, H, S, D/H].
+
+    ``tables`` [2, S, D/H] are cosines and sines. Source: arXiv 2104.09864, in the order of the
+    public ``models/layers.py``, ``apply_rotary_pos_emb``.
+    """
+    cos, sin = tables
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
 def attend_to_shared(
@@ -123,25 +162,56 @@ def attend_to_shared(
     return weights[..., :-1].to(v.dtype) @ v + weights[..., -1:] * v_own
 
 
-def attention(x: Tensor, block: Block, n_heads: int, seen: Tensor | None = None) -> Tensor:
-    """Causal self-attention with its output projection. x: [B, S, D] -> [B, S, D]."""
-    y = attend(F.linear(x, block.c_attn_weight, block.c_attn_bias), n_heads, seen)
+def attention(
+    x: Tensor,
+    block: BlockWeights,
+    n_heads: int,
+    seen: Tensor | None = None,
+    settings: Block = GPT2,
+    tables: Tensor | None = None,
+) -> Tensor:
+    """Self-attention with its output projection. x: [B, S, D] -> [B, S, D]."""
+    qkv = F.linear(x, block.c_attn_weight, block.c_attn_bias)
+    y = attend(qkv, n_heads, seen, settings.mask, tables)
     return F.linear(y, block.attn_c_proj_weight, block.attn_c_proj_bias)
 
 
-def mlp(x: Tensor, block: Block) -> Tensor:
-    """Linear, GELU (tanh form), Linear. x: [B, S, D] -> [B, S, D]."""
-    hidden = F.gelu(F.linear(x, block.c_fc_weight, block.c_fc_bias), approximate="tanh")
+def mlp(x: Tensor, block: BlockWeights, settings: Block = GPT2) -> Tensor:
+    """Linear, GELU (tanh form) or SwiGLU, Linear. x: [B, S, D] -> [B, S, D]."""
+    hidden = F.linear(x, block.c_fc_weight, block.c_fc_bias)
+    if settings.mlp == "swiglu":
+        gate, up = hidden.chunk(2, -1)
+        hidden = F.silu(gate) * up
+    else:
+        hidden = F.gelu(hidden, approximate="tanh")
     return F.linear(hidden, block.mlp_c_proj_weight, block.mlp_c_proj_bias)
 
 
-def transformer_block(x: Tensor, block: Block, n_heads: int, seen: Tensor | None = None) -> Tensor:
-    """One pre-norm block on the residual stream. x: [B, S, D] -> [B, S, D]."""
-    D = x.shape[-1]
-    h = F.layer_norm(x, (D,), block.ln_1_weight, block.ln_1_bias, LAYER_NORM_EPS)
-    x = x + attention(h, block, n_heads, seen)
-    h = F.layer_norm(x, (D,), block.ln_2_weight, block.ln_2_bias, LAYER_NORM_EPS)
-    return x + mlp(h, block)
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: Block) -> Tensor:
+    """LayerNorm or RMSNorm over the last dimension, scaled and shifted. x: [..., D]."""
+    if settings.norm == "layer_norm":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, settings.norm_eps)
+    y = x * (x.square().mean(-1, keepdim=True) + settings.norm_eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def transformer_block(
+    x: Tensor,
+    block: BlockWeights,
+    n_heads: int,
+    seen: Tensor | None = None,
+    settings: Block = GPT2,
+    tables: Tensor | None = None,
+) -> Tensor:
+    """One block on the residual stream, with its norms in their places. x: [B, S, D] -> same."""
+    before, after = settings.norm_place != "after", settings.norm_place != "before"
+    h = norm(x, block.ln_1_weight, block.ln_1_bias, settings) if before else x
+    x = x + attention(h, block, n_heads, seen, settings, tables)
+    x = norm(x, block.ln_1_after_weight, block.ln_1_after_bias, settings) if after else x
+    h = norm(x, block.ln_2_weight, block.ln_2_bias, settings) if before else x
+    x = x + mlp(h, block, settings)
+    return norm(x, block.ln_2_after_weight, block.ln_2_after_bias, settings) if after else x
 
 
 def initial_state(embeddings: Tensor, injection: str) -> Tensor:
@@ -165,26 +235,32 @@ def inject(state: Tensor, embeddings: Tensor, injection: str) -> Tensor:
 def step(
     state: Tensor,
     embeddings: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     weights: Sequence[Tensor],
     n_heads: int,
     injection: str,
+    settings: Block = GPT2,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """One loop step z -> z'. state, embeddings: [B, S, D]; positions: [S, D]."""
-    blocks, ln_f_weight, ln_f_bias = split_weights(weights)
-    D = state.shape[-1]
-    x = inject(state, embeddings, injection) + positions
+    """One loop step z -> z'. state, embeddings: [B, S, D]; positions: those of ``loop``."""
+    blocks, last = split_weights(weights, settings)
+    x, tables = inject(state, embeddings, injection), None
+    if settings.positions == "rotary":
+        tables = positions
+    elif positions is not None:
+        x = x + positions
     for block in blocks:
         if injection == "every_block":
             x = x + embeddings
-        x = transformer_block(x, block, n_heads, seen)
-    return F.layer_norm(x, (D,), ln_f_weight, ln_f_bias, LAYER_NORM_EPS)
+        x = transformer_block(x, block, n_heads, seen, settings, tables)
+    if not settings.final_norm:
+        return x
+    return norm(x, last.get("ln_f_weight"), last.get("ln_f_bias"), settings)
 
 
 def loop(
     embeddings: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     state: Tensor,
     weights: Sequence[Tensor],
     settings: LoopSettings,
@@ -199,7 +275,8 @@ def loop(
     ``step`` (same arguments and result), by a compiled one, say.
     """
     shared = () if seen is None else (seen,)
-    arguments = (embeddings, positions, weights, settings.n_heads, settings.injection, *shared)
+    n_heads, injection, block = settings.n_heads, settings.injection, settings.block
+    arguments = (embeddings, positions, weights, n_heads, injection, block, *shared)
     return iterate(run_step, state, arguments, settings)
 
 

@@ -20,7 +20,8 @@ from looped_fast.errors import pip_install
 from looped_fast.kernels.candidates import operand_precision
 from looped_fast.kernels.saved_activations import SavedActivations, empty_saved
 from looped_fast.ops import loop_autograd, reference
-from looped_fast.ops.call import SCHEMA, UNSHARED, Call, LoopSettings
+from looped_fast.ops.block import GPT2, unlike
+from looped_fast.ops.call import N_FLAT, SCHEMA, UNSHARED, Call, LoopSettings
 
 MIN_TRITON = "3.6"
 WIDTHS = (64, 128, 256, 512)
@@ -91,6 +92,8 @@ def unsupported(call: Call) -> str | None:
     D, precision = call.n_embd, call.settings.precision
     if call.n_queries:
         return UNSHARED
+    if differing := unlike(call.settings.block, [GPT2], free=()):
+        return f"it has no kernels for a block with {differing}"
     if call.head_dim not in HEAD_DIMS:
         return f"head_dim = {call.head_dim} is not one of {HEAD_DIMS}"
     if reason := unsupported_tensors(call.device.type, call.dtype, D):
@@ -118,7 +121,7 @@ def _has_little_shared_memory(device: str) -> bool:
 
 def loop(
     embeddings: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     state: Tensor | None,
     weights: Sequence[Tensor],
     settings: LoopSettings,
@@ -140,14 +143,14 @@ def loop(
     Returns:
         States [W, B, S, D], or with a read-out predictions [W, B, S, n_outputs].
     """
-    tensors = [embeddings, positions, *weights, *([] if state is None else [state])]
+    tensors = [t for t in (embeddings, positions, state, *weights) if t is not None]
     trains_loop = loop_autograd.needs_grad(tensors)
     save = trains_loop and not settings.recompute
     save_states = trains_loop and (settings.recompute or settings.injection == "mul")
     save_states = save_states or (not trains_loop and loop_autograd.needs_grad(read_out))
     result, *_ = torch.ops.looped_fast.triton_loop_forward(
-        embeddings, positions, state, [*weights, *read_out], *settings, targets, n_supervised, save,
-        save_states,
+        embeddings, positions, state, [*weights, *read_out], *settings.flat(), targets,
+        n_supervised, save, save_states,
     )  # fmt: skip
     return result
 
@@ -157,9 +160,11 @@ def can_read_out(read_out: Sequence[Tensor]) -> bool:
     return not read_out or 1 <= len(read_out[1]) <= MAX_OUTPUTS
 
 
-def _split(weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Split the loop's weights, 12 for each block and 2, from the read-out's, 2 or none."""
-    n = len(weights) - len(weights) % 12 + 2
+def _split(
+    weights: Sequence[Tensor], settings: LoopSettings
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Split the loop's weights from the read-out's, 2 or none."""
+    n = len(weights) - 2 * settings.block.has_read_out(len(weights))
     return weights[:n], weights[n:]
 
 
@@ -168,11 +173,11 @@ def _forward(embeddings, positions, state, weights, *others):
     from looped_fast.kernels.forward import loop_forward
 
     *flat, targets, n_supervised, save_activations, save_states = others
-    settings = LoopSettings(*flat)
-    weights, read_out = _split([w.contiguous() for w in weights])
+    settings = LoopSettings.from_flat(flat)
+    weights, read_out = _split([w.contiguous() for w in weights], settings)
     keep = _what_to_keep(read_out, settings, save_activations, save_states)
     arguments: list[Any] = [
-        embeddings.contiguous(), positions.contiguous(), _contiguous(state), weights, read_out,
+        embeddings.contiguous(), _contiguous(positions), _contiguous(state), weights, read_out,
         settings, *keep, _contiguous(targets), n_supervised,
     ]  # fmt: skip
 
@@ -204,9 +209,10 @@ def _what_to_keep(read_out, settings, save_activations, save_states) -> tuple[bo
 
 def _forward_fake(embeddings, positions, state, weights, *others):
     *flat, _, n_supervised, save_activations, save_states = others
-    settings, read_out = LoopSettings(*flat), _split(weights)[1]
+    settings = LoopSettings.from_flat(flat)
+    read_out = _split(weights, settings)[1]
     saved = empty_saved(
-        embeddings, len(weights) // 12, settings.n_heads, settings.window,
+        embeddings, settings.block.n_layer(len(weights)), settings.n_heads, settings.window,
         reference.AUTOCAST_DTYPES[settings.precision] or torch.float32,
         *_what_to_keep(read_out, settings, save_activations, save_states),
     )  # fmt: skip
@@ -219,11 +225,11 @@ def _backward_op(grad, saved, embeddings, positions, state, weights, wanted, *fl
     from looped_fast.kernels.ahead import compile_ahead
     from looped_fast.kernels.backward import loop_backward
 
-    settings = LoopSettings(*flat)
+    settings = LoopSettings.from_flat(flat)
     tensors = (
         grad.contiguous(), SavedActivations(*(tensor.contiguous() for tensor in saved)),
-        embeddings.contiguous(), positions.contiguous(), _contiguous(state),
-        *_split([w.contiguous() for w in weights]),
+        embeddings.contiguous(), _contiguous(positions), _contiguous(state),
+        *_split([w.contiguous() for w in weights], settings),
     )  # fmt: skip
 
     def run() -> list[Tensor]:
@@ -240,12 +246,13 @@ def _backward_op(grad, saved, embeddings, positions, state, weights, wanted, *fl
 
 
 def _backward_fake(grad, saved, embeddings, positions, state, weights, wanted, *flat):
-    settings = LoopSettings(*flat)
+    settings = LoopSettings.from_flat(flat)
 
     of_embeddings = wanted[0] and settings.injection != "none"
     of_state = wanted[2] and settings.window == settings.n_loops and state is not None
     wanted = [of_embeddings, wanted[1], of_state, *wanted[3:]]
-    shapes = [t.shape for t in (embeddings, positions, embeddings, *weights)]
+    of_positions = embeddings if positions is None else positions  # not wanted without them
+    shapes = [t.shape for t in (embeddings, of_positions, embeddings, *weights)]
     pairs = zip(shapes, wanted, strict=True)
     return [embeddings.new_empty(shape if flag else (0,)) for shape, flag in pairs]
 
@@ -254,7 +261,7 @@ def _gradients(grad, saved, inputs, wanted, settings):
     return torch.ops.looped_fast.triton_loop_backward(grad, saved, *inputs, wanted, *settings)
 
 
-_TENSORS = "Tensor embeddings, Tensor positions, Tensor? state, Tensor[] weights"
+_TENSORS = "Tensor embeddings, Tensor? positions, Tensor? state, Tensor[] weights"
 _OUTPUTS = ", ".join(["Tensor"] * (1 + len(SavedActivations._fields)))
 _library = torch.library.Library("looped_fast", "FRAGMENT")
 _library.define(
@@ -274,7 +281,8 @@ torch.library.register_fake(f"{_name}_backward", _backward_fake, lib=_library)
 loop_autograd.register(
     "triton",
     _gradients,
-    len(LoopSettings._fields),
+    N_FLAT,
     SavedActivations._fields.index("states"),
+    lambda flat: LoopSettings.from_flat(flat).block,
     _library,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from looped_fast import ops
 from looped_fast.ops import reference
+from looped_fast.ops.block import GPT2, block_names
 
 if NO_TRITON:
     pytest.skip(NO_TRITON, allow_module_level=True)
@@ -192,7 +193,9 @@ def test_a_trial_of_configurations_leaves_the_gradients_alone(monkeypatch):
 
 def test_folded_gradients_unfold_into_those_of_the_parameters():
     D = 64
-    block = reference.Block(*(w.requires_grad_() for w in loop_inputs(D=D)["weights"][:12]))
+    block = reference.BlockWeights.of(
+        [w.requires_grad_() for w in loop_inputs(D=D)["weights"][:12]]
+    )
     folded = [
         block.c_attn_weight * block.ln_1_weight,
         block.c_attn_bias + block.c_attn_weight @ block.ln_1_bias,
@@ -202,8 +205,9 @@ def test_folded_gradients_unfold_into_those_of_the_parameters():
         block.mlp_c_proj_weight, block.mlp_c_proj_bias,
     ]  # fmt: skip
     grads = [torch.randn_like(t) for t in folded]
-    expected = torch.autograd.grad(folded, block, grads)
+    names = block_names(GPT2)
+    expected = torch.autograd.grad(folded, [getattr(block, name) for name in names], grads)
     with torch.no_grad():
         unfolded = weight_gradients.unfold(block, grads[::2], grads[1::2])
-    for name, value, truth in zip(block._fields, unfolded, expected, strict=True):
+    for name, value, truth in zip(names, unfolded, expected, strict=True):
         torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-12, msg=name)

@@ -20,14 +20,15 @@ from conftest import (
 
 from looped_fast import ops
 from looped_fast.ops import cpu_engine, triton_backend
-from looped_fast.ops.reference import Block
+from looped_fast.ops.block import GPT2, block_names
 
 FAST = [
     pytest.param("cpu", marks=needs_engine),
     pytest.param("triton", marks=needs_triton),
 ]
-N = len(Block._fields)
-MATRICES = [i for i, name in enumerate(Block._fields) if "ln" not in name and "weight" in name]
+NAMES = block_names(GPT2)
+N = len(NAMES)
+MATRICES = [i for i, name in enumerate(NAMES) if "ln" not in name and "weight" in name]
 # Name -> names of ``leaves`` that are trained, of a loop of two blocks.
 PARTS = {
     "read-out": ["read_out[0]", "read_out[1]"],
@@ -35,13 +36,9 @@ PARTS = {
     "embeddings": ["embeddings"],
     "positions": ["positions"],
     "state": ["state"],
-    "LayerNorms": [
-        f"weights[{i}]" for i in range(2 * N + 2) if i >= 2 * N or "ln" in Block._fields[i % N]
-    ],
-    "biases": [
-        f"weights[{i}]" for i in range(2 * N + 1) if i < 2 * N and "bias" in Block._fields[i % N]
-    ],
-    **{f"{Block._fields[i]} of a block": [f"weights[{i + N * (i % 4 > 0)}]"] for i in MATRICES},
+    "LayerNorms": [f"weights[{i}]" for i in range(2 * N + 2) if i >= 2 * N or "ln" in NAMES[i % N]],
+    "biases": [f"weights[{i}]" for i in range(2 * N + 1) if i < 2 * N and "bias" in NAMES[i % N]],
+    **{f"{NAMES[i]} of a block": [f"weights[{i + N * (i % 4 > 0)}]"] for i in MATRICES},
 }
 SETTINGS = {"n_heads": 4, "n_loops": 3, "window": 3}
 

@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from without_coverage import untraced
 
 from looped_fast import ops
-from looped_fast.ops import backends, reference
+from looped_fast.ops import backends
+from looped_fast.ops.block import GPT2, block_names
 
 opcheck = untraced(torch.library.opcheck)  # it compiles the loop with symbolic shapes
 
@@ -212,7 +213,7 @@ def test_a_weight_that_does_not_fit_is_named(index, change):
     weight = inputs["weights"][index]
     inputs["weights"][index] = weight.double() if change == "dtype" else weight[1:]
     if index < 24:
-        name = f"block {index // 12} {reference.Block._fields[index % 12]}"
+        name = f"block {index // 12} {block_names(GPT2)[index % 12]}"
     else:
         name = ("ln_f weight", "ln_f bias")[index - 24]
     expected = "is torch.float64" if change == "dtype" else f"has shape {tuple(weight[1:].shape)}"

@@ -10,6 +10,7 @@ from looped_fast.kernels.saved_activations import SavedActivations
 from test_cpu_engine import golden_results, golden_truth
 
 from looped_fast import LoopedTransformer, ModelConfig, ops
+from looped_fast.ops.block import GPT2
 
 if NO_TRITON:
     pytest.skip(NO_TRITON, allow_module_level=True)
@@ -66,7 +67,7 @@ def test_the_ops_pass_opcheck(n_loops, n_outputs):
     if n_outputs:
         inputs["state"] = None
     targets = torch.randn(1, 2, n_outputs) if n_outputs else None
-    settings = (4, n_loops, 1, "mul", "bf16", False, "auto", "triton")
+    settings = (4, n_loops, 1, "mul", "bf16", False, "auto", "triton", *GPT2)
     others = (targets, None, True, n_loops > 1)
     forward = torch.ops.looped_fast.triton_loop_forward.default
     result, *saved = forward(*inputs.values(), *settings, *others)
