@@ -22,6 +22,7 @@ from looped_fast.tasks import Batch, FixedPrompts, batch_seed, draw_batch
 from looped_fast.training import checkpoint, distributed
 from looped_fast.training.checkpoint_check import check_moments, check_weights
 from looped_fast.training.config import TrainConfig
+from looped_fast.training.curriculum import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -265,11 +266,8 @@ class Stepper:
         return torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
-        config = self.config
-        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        return config.lr * warmup * (decay if config.lr_decay == "cosine" else 1.0)
+        """Learning rate of step ``step``, from 0."""
+        return learning_rate(self.config, step)
 
     def _loss(
         self, n_points: int, n_loops: int, objective: nn.Module | None = None
