@@ -1,6 +1,7 @@
 """Train a transformer on a function class: ``python -m looped_fast.train --task dt --amp bf16``.
 
 The command line overrides settings of a preset or a YAML file; ``--help`` lists all settings.
+``--model trm`` trains a Tiny Recursive Model on puzzles, and ``--model trm --help`` lists its own.
 ``torchrun --nproc-per-node 4 -m looped_fast.train ...`` trains with a batch in each process.
 """
 
@@ -24,6 +25,7 @@ from looped_fast import errors
 from looped_fast.compat.config_files import load_config
 from looped_fast.config import VERSION
 from looped_fast.dropin.explain import explain_backend
+from looped_fast.errors import check_name
 from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.evaluation.baselines import quick_baselines
 from looped_fast.evaluation.report import can_write, error_table, plot
@@ -38,12 +40,13 @@ from looped_fast.training.command_line import (
     task_texts,
 )
 from looped_fast.training.command_line import parse as parse_flags
-from looped_fast.training.config import TrainConfig, config_from_dict, saved_config
+from looped_fast.training.config import MODELS, TrainConfig, config_from_dict, saved_config
 from looped_fast.training.distributed import resolve_device
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import describe, entry, preset_config
 from looped_fast.training.step import Start
 from looped_fast.training.trainer import Interrupted, Trainer
+from looped_fast.training.trm import command as trm_command
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ def main(args: list[str] | None = None) -> int:
         with distributed.join() as processes, contextlib.ExitStack() as held:
             with processes.failing_together():  # each of them needs the task's module
                 chosen, options = _parse_early(args), task_texts(args)
+                check_name("model", chosen.model or "trm", (*MODELS, "trm"))
+                if trm_command.trains_trm(chosen):
+                    return trm_command.main(args, chosen, processes)
                 named = [chosen.task]
                 if chosen.task == "mixture":
                     named += [options.get("first"), options.get("second")]

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from looped_fast.tasks.sampling import EVALUATION, batch_generator
 
-BLANK = 1  # token of an empty cell; padding is 0, and digit d is d + 1
+PADDING, BLANK = 0, 1  # tokens; BLANK is an empty cell, and digit d is d + 1
 _TRAINING_POOL = 4096  # puzzles, each of which stands for the n! renamings of its digits
 _POOL = -4  # random stream of the training pool; those of batches are ranks, from 0
 
@@ -91,8 +91,7 @@ class Sudoku:
         count = torch.randint(self.given_back + 1, (len(grids), 1), generator=generator)
         emptied = (puzzles == 0).gather(1, order).flip(1)  # [B, S], last first
         again = (emptied & (emptied.cumsum(1) <= count)).flip(1)
-        given = (puzzles > 0).scatter(1, order, again) | (puzzles > 0)
-        return torch.where(given, grids, 0)
+        return torch.where(torch.zeros_like(again).scatter(1, order, again), grids, puzzles)
 
     def _renamed(self, puzzles: Tensor, grids: Tensor, generator: Generator) -> PuzzleBatch:
         """Tokens of puzzles [B, S] and their grids, with the digits of each renamed at random."""
@@ -129,7 +128,7 @@ def deduce(task: Sudoku, puzzles: Tensor) -> Tensor:
 def canonical_grids(task: Sudoku, *, held_out: bool) -> Tensor:
     """The grids [N, S] whose first row is 1 2 ... n: those held out, or all others.
 
-    >>> [len(canonical_grids(PUZZLES["sudoku4"], held_out=held_out)) for held_out in (True, False)]
+    >>> [len(canonical_grids(Sudoku(2, 2, 0), held_out=held_out)) for held_out in (True, False)]
     [2, 10]
     """
     grids = _all_canonical(task)
@@ -181,6 +180,3 @@ def _training_pool(task: Sudoku, seed: int) -> tuple[Tensor, Tensor]:
     grids = canonical_grids(task, held_out=False)
     chosen = grids[torch.randint(len(grids), (_TRAINING_POOL,), generator=generator)]
     return task.make_puzzles(chosen, generator), chosen
-
-
-PUZZLES = {"sudoku4": Sudoku(2, 2, given_back=4), "sudoku6": Sudoku(2, 3, given_back=8)}

@@ -51,7 +51,7 @@ class Fitting(ABC):
     step: int
     run_dir: Path
     precision: str
-    remedies = ("a lower --lr", "--clip-grad-norm 1", "--warmup-steps 1000")
+    remedies: tuple[str, ...] = ("a lower --lr", "--clip-grad-norm 1", "--warmup-steps 1000")
     _signal = 0  # number of the signal received
 
     @abstractmethod
