@@ -135,9 +135,10 @@ def find_puzzles(name: str) -> PuzzleTask:
         return PUZZLES[name]
     if (Path(name) / _INDEX).exists():
         return PuzzleFiles(Path(name))
+    unknown = unknown_name("task of --model trm", name, PUZZLES)
     raise ValueError(
-        f"{unknown_name('task of --model trm', name, PUZZLES)}; or give the folder of a data set of the TRM "
-        f"public code, which has {_INDEX.as_posix()} in it"
+        f"{unknown}; or give the folder of a data set of the TRM public code, which has "
+        f"{_INDEX.as_posix()} in it"
     )
 
 

@@ -16,10 +16,10 @@ import tyro
 import yaml
 
 from looped_fast.config import VERSION
-from looped_fast.dropin.explain import explain_backend
 from looped_fast.evaluation.puzzle_figures import save_report
 from looped_fast.evaluation.puzzles import accuracy_table
 from looped_fast.evaluation.report import can_write
+from looped_fast.ops import backends
 from looped_fast.training import checkpoint, distributed, lock, run_folder
 from looped_fast.training.command_line import parse as parse_flags
 from looped_fast.training.command_line import program
@@ -138,9 +138,8 @@ def announce(trainer: TRMTrainer) -> None:
     config, device = trainer.config, trainer.device
     settings = {name: value for name, value in config.to_dict().items() if value is not None}
     print("\n" + yaml.safe_dump(settings, sort_keys=False))
-    explanation = explain_backend(
-        trainer.model, config.batch_size, trainer.task.seq_len, trainer.precision
-    )
+    call = trainer.model.describe_call(config.batch_size, precision=trainer.precision)
+    explanation = backends.explain(call)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     parameters = sum(p.numel() for p in trainer.model.parameters())
