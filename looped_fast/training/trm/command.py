@@ -16,6 +16,7 @@ import tyro
 import yaml
 
 from looped_fast.config import VERSION
+from looped_fast.errors import read_json
 from looped_fast.evaluation.puzzle_figures import save_report
 from looped_fast.evaluation.puzzles import accuracy_table
 from looped_fast.evaluation.report import can_write
@@ -28,6 +29,7 @@ from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.trm.config import (
     KNOWN_AS,
     TRMTrainConfig,
+    is_trm,
     saved_trm_config,
     trm_config,
     trm_preset,
@@ -57,14 +59,11 @@ def trains_trm(chosen: argparse.Namespace) -> bool:
     """
     if chosen.model is not None:
         return bool(chosen.model == "trm")
-    if chosen.resume is not None and (latest := checkpoint.latest(chosen.resume)) is not None:
-        with contextlib.suppress(OSError, ValueError):  # the command itself reports it
-            index = json.loads((latest / checkpoint.INDEX).read_bytes())
-            return bool(index["config"]["model"] == "trm")
-    if chosen.config is not None:
-        with contextlib.suppress(OSError, ValueError):
-            settings = read_yaml(chosen.config)
-            return isinstance(settings, dict) and settings.get("model") == "trm"
+    with contextlib.suppress(OSError, ValueError):  # the command itself reports it
+        if chosen.resume is not None and (latest := checkpoint.latest(chosen.resume)) is not None:
+            return is_trm(read_json(latest / checkpoint.INDEX)["config"])
+        if chosen.config is not None and isinstance(settings := read_yaml(chosen.config), dict):
+            return is_trm(settings)
     return False
 
 

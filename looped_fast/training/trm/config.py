@@ -161,9 +161,9 @@ def trm_config(settings: Mapping[str, Any], base: TRMTrainConfig) -> TRMTrainCon
     return dataclasses.replace(base, **changed_fields(base, dict(settings), known_as=KNOWN_AS))
 
 
-def is_trm(saved: checkpoint.Checkpoint) -> bool:
-    """True for a checkpoint of a Tiny Recursive Model's run."""
-    return saved.config.get("model") == "trm"
+def is_trm(config: Mapping[str, Any]) -> bool:
+    """True for the settings of a Tiny Recursive Model's run, as its checkpoints hold them."""
+    return config.get("model") == "trm"
 
 
 def saved_trm_config(saved: checkpoint.Checkpoint) -> TRMTrainConfig:
