@@ -17,6 +17,14 @@ ALL = pytest.mark.parametrize("name", list(PUZZLES))
 SEED = 3
 
 
+@pytest.fixture(autouse=True)
+def small_pool(monkeypatch):
+    monkeypatch.setattr(sudoku, "_TRAINING_POOL", 256)
+    sudoku._training_pool.cache_clear()
+    yield
+    sudoku._training_pool.cache_clear()
+
+
 def canonical(task: Sudoku, grids: torch.Tensor) -> torch.Tensor:
     """Grids of digits 1..n with their digits renamed so that the first row is 1 2 ... n."""
     names = torch.zeros(len(grids), task.side + 1, dtype=torch.int64)
