@@ -98,4 +98,4 @@ def accuracy_table(accuracies: dict[str, Accuracy]) -> str:
         (name, f"{a.cells:.2%}", f"{a.solved:.2%}", f"{a.solved_by_q:.2%}", f"{a.steps_by_q:.2f}")
         for name, a in accuracies.items()
     ]
-    return tabulate(rows, headers, colalign=("left", *["right"] * 4))
+    return tabulate(rows, headers, colalign=("left", *["right"] * 4), disable_numparse=True)

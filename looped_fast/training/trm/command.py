@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-import yaml
 
 from looped_fast.config import VERSION
 from looped_fast.errors import read_json
@@ -35,7 +34,7 @@ from looped_fast.training.trm.config import (
     trm_preset,
 )
 from looped_fast.training.trm.trainer import TRMTrainer
-from looped_fast.training.yaml_file import read_yaml
+from looped_fast.training.yaml_file import read_yaml, without_none
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,7 @@ def parse(
 def announce(trainer: TRMTrainer) -> None:
     """Print the settings, backend and estimated time of the run."""
     config, device = trainer.config, trainer.device
-    settings = {name: value for name, value in config.to_dict().items() if value is not None}
-    print("\n" + yaml.safe_dump(settings, sort_keys=False))
+    print("\n" + without_none(config.to_dict()))
     call = trainer.model.describe_call(config.batch_size, precision=trainer.precision)
     explanation = backends.explain(call)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
