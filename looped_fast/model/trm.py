@@ -33,6 +33,8 @@ from looped_fast.ops.call import Call, LoopSettings
 from looped_fast.ops.graphed_loop import GraphedLoop
 from looped_fast.ops.modules import Reasons, Watch, constant_in_graphs, global_hooks
 
+# Children that are called as modules, on any backend; the op stands in for ``L_level``.
+CALLED = ("embed_tokens", "embed_pos", "puzzle_emb", "rotary_emb", "lm_head", "q_head")
 _SQRT_HALF = 0.707106781  # the public code's digits
 _Q_START = -5.0  # bias of q_head: nothing halts at first
 
@@ -122,7 +124,7 @@ class TinyRecursiveModel(nn.Module):
         self.attention = attention
         self.precision: str | None = None  # set by ``accelerate``; None follows autocast
         self.graphed = GraphedLoop(cuda_graphs)
-        self.watch = Watch(_deviations, of_model=False)
+        self.watch = Watch(_deviations, of_model=False, called=CALLED)
         D = config.hidden_size
         self.embed_tokens = Embedding(config.vocab_size, D)
         self.lm_head = linear(D, config.vocab_size)
@@ -300,21 +302,17 @@ class TinyRecursiveModel(nn.Module):
     def describe_call(
         self,
         batch_size: int,
-        n_tokens: int | None = None,
+        n_points: int | None = None,
         precision: str | None = None,
         replayed_training: bool = False,
     ) -> Call:
         """Describe an update of z_L for the choice of a backend; see ``explain_backend``.
 
         Raises:
-            ValueError: ``n_tokens`` is given, and is not the configuration's ``seq_len``.
+            ValueError: ``n_points`` is given, and is not the configuration's ``seq_len``.
         """
         config, weight = self.config, self.lm_head.weight
-        if n_tokens not in (None, config.seq_len):
-            raise ValueError(
-                f"n_points = {n_tokens}, but the model's puzzles have seq_len = {config.seq_len} "
-                f"tokens; leave n_points out"
-            )
+        trm_checks.check_n_points(n_points, config.seq_len)
         settings = self._settings(weight.device.type)
         if precision is not None:
             settings = settings._replace(precision=precision)

@@ -110,6 +110,15 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size = {batch_size}: at least 0 is needed")
 
 
+def check_n_points(n_points: int | None, seq_len: int) -> None:
+    """Raise ValueError unless ``n_points`` is None, or the length that all puzzles have."""
+    if n_points not in (None, seq_len):
+        raise ValueError(
+            f"n_points = {n_points}, but the model's puzzles have seq_len = {seq_len} tokens; "
+            f"leave n_points out"
+        )
+
+
 def _check_integers(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in _INTEGERS:
