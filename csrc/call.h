@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "select.h"
 
 namespace looped_fast {
 
@@ -89,7 +90,8 @@ class Call : public FloatTensors {
  public:
   Call(const Tensor& embeddings, const std::optional<Tensor>& positions, const Tensor& state,
        at::TensorList weights, const Settings& settings,
-       const std::optional<Tensor>& seen = std::nullopt) {
+       const std::optional<Tensor>& seen = std::nullopt,
+       const std::optional<Tensor>& packed = std::nullopt) {
     TORCH_CHECK_VALUE(embeddings.dim() == 3, "embeddings have shape ", embeddings.sizes(),
                       "; [B, S, D] is needed");
     const BlockKind kind = settings.kind();
@@ -114,7 +116,8 @@ class Call : public FloatTensors {
               .n_hidden = settings.n_hidden,
               .fc_width = settings.n_hidden * (kind == BlockKind::kTrm ? 2 : 1),
               .n_outputs = n_read_out ? weights.back().numel() : 0,
-              .n_queries = seen ? seen->numel() : 0};
+              .n_queries = seen ? seen->numel() : 0,
+              .is_packed = packed.has_value()};
     check_widths(kind);
     TORCH_CHECK_VALUE(1 <= shape_.window && shape_.window <= shape_.n_loops, "window = ",
                       shape_.window, "; 1 .. n_loops = ", shape_.n_loops, " is needed");
@@ -144,6 +147,7 @@ class Call : public FloatTensors {
       inputs_.read_out_bias = keep(last[n_last - 1], shape_.n_outputs);
     }
     if (seen) inputs_.seen = keep_seen(*seen);
+    if (packed) inputs_.packed = keep_packed(*packed, settings);
   }
   Call(const Call&) = delete;
 
@@ -178,9 +182,18 @@ class Call : public FloatTensors {
     return counts;
   }
 
+  void* keep_packed(const Tensor& packed, const Settings& settings) {
+    const size_t needed = engine_for(settings.precision, settings.kind()).packed_size(shape_);
+    TORCH_CHECK_VALUE(packed.is_contiguous() && packed.nbytes() == needed, "packed matrices have ",
+                      packed.nbytes(), " bytes; ", needed, " are needed");
+    packed_ = packed;
+    return packed_.data_ptr();
+  }
+
   LoopShape shape_;
   Inputs inputs_{};
   Tensor seen_;
+  Tensor packed_;
   std::vector<Block<const float>> blocks_;
 };
 

@@ -31,6 +31,7 @@ struct LoopShape {
   int64_t fc_width;   // outputs of the MLP's first Linear: F, or 2 F with gates
   int64_t n_outputs;  // of the read-out; 0 without one: states are returned
   int64_t n_queries;  // last tokens of a sequence, which see tokens before them all, and themselves
+  bool is_packed;     // Inputs::packed is given
 
   int64_t head_dim() const { return n_embd / n_heads; }
   bool has_gates() const { return fc_width > n_hidden; }
@@ -66,6 +67,7 @@ struct Inputs {
   const float* read_out_weight;       // [n_outputs, D]
   const float* read_out_bias;         // [n_outputs]
   const int64_t* seen;                // [n_queries], number of first tokens that a query sees
+  void* packed;                       // matrices as the forward multiplies them, of Engine::pack
 };
 
 // What the forward saves for the backward. Layouts: activations.h.
@@ -132,10 +134,12 @@ struct SavedColumns {
 };
 
 // Kernels for one instruction set, operand type and kind of block. `workspace` is 64-byte aligned memory, of the
-// size in bytes that the matching *_workspace function returns.
+// size in bytes that the matching *_workspace or *_size function returns.
 struct Engine {
   void (*read_in)(const ReadIn&, int n_threads);
   SavedColumns (*saved_columns)(const LoopShape&);
+  size_t (*packed_size)(const LoopShape&);
+  void (*pack)(const LoopShape&, const Inputs&, int n_threads);  // fills Inputs::packed
   size_t (*forward_workspace)(const LoopShape&, int n_threads);
   void (*forward)(const LoopShape&, const Inputs&, const ForwardOutputs&, void* workspace,
                   int n_threads);

@@ -17,12 +17,19 @@ struct ForwardPlan {
   std::vector<ForwardBuffers<T>> buffers;  // per thread, as owner of an item
   std::vector<ForwardScratch<T>> scratch;  // per thread
 
-  ForwardPlan(Arena& arena, const LoopShape& shape, int n_threads)
-      : weights(arena, shape, PackedWeights<T>::kForward) {
+  ForwardPlan(Arena& arena, const LoopShape& shape, const Inputs& inputs, int n_threads)
+      : weights(packed_or_new(arena, shape, inputs)) {
     for (int i = 0; i < n_threads; ++i) {
       buffers.emplace_back(arena, shape);
       scratch.emplace_back(arena, shape);
     }
+  }
+
+ private:
+  static PackedWeights<T> packed_or_new(Arena& arena, const LoopShape& shape,
+                                        const Inputs& inputs) {
+    Arena packed(inputs.packed);
+    return {shape.is_packed ? packed : arena, shape, PackedWeights<T>::kForward};
   }
 };
 
@@ -52,9 +59,9 @@ template <class T, class B>
 inline void loop_forward(const LoopShape& shape, const Inputs& inputs,
                          const ForwardOutputs& outputs, void* workspace, int n_threads) {
   Arena arena(workspace);
-  const ForwardPlan<T> plan(arena, shape, n_threads);
+  const ForwardPlan<T> plan(arena, shape, inputs, n_threads);
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
-    {
+    if (!shape.is_packed) {
       const Phase phase("looped_fast::pack_weights", thread);
       plan.weights.pack(inputs.blocks, thread, n);
       barrier.wait(n);
@@ -95,7 +102,8 @@ struct BackwardPlan {
   std::optional<ForwardPlan<T>> forward;    // if n_saved > 0
   std::vector<std::vector<StepActivations<T, B>>> activations;  // per thread, as owner of an item
 
-  BackwardPlan(Arena& arena, const LoopShape& shape, int64_t n_saved, int n_threads)
+  BackwardPlan(Arena& arena, const LoopShape& shape, const Inputs& inputs, int64_t n_saved,
+               int n_threads)
       : weights(arena, shape, PackedWeights<T>::kBackward), activations(n_threads) {
     for (int i = 0; i < n_threads; ++i) {
       buffers.emplace_back(arena, shape);
@@ -105,7 +113,7 @@ struct BackwardPlan {
         activations[i].push_back(scratch_step<T, B>(shape, arena));
       }
     }
-    if (n_saved > 0) forward.emplace(arena, shape, n_threads);
+    if (n_saved > 0) forward.emplace(arena, shape, inputs, n_threads);
   }
 
   // Each of n threads calls this before its items.
@@ -134,7 +142,7 @@ inline void loop_backward(const LoopShape& shape, const Inputs& inputs,
                           void* workspace, int n_threads) {
   const bool recompute = outer.saved.operands == nullptr;
   Arena arena(workspace);
-  BackwardPlan<T, B> plan(arena, shape, recompute ? 1 : 0, n_threads);
+  BackwardPlan<T, B> plan(arena, shape, inputs, recompute ? 1 : 0, n_threads);
   // One region: OpenMP may start another number of threads, and so of sums, in the next one.
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     plan.begin(inputs, gradients, thread, n, barrier);

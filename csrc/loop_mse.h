@@ -28,8 +28,8 @@ struct MsePlan {
   BackwardPlan<T, B> backward;
   std::vector<MseBuffers> buffers;  // per thread, as owner of an item
 
-  MsePlan(Arena& arena, const LoopShape& shape, int n_threads)
-      : backward(arena, shape, shape.window, n_threads) {
+  MsePlan(Arena& arena, const LoopShape& shape, const Inputs& inputs, int n_threads)
+      : backward(arena, shape, inputs, shape.window, n_threads) {
     for (int i = 0; i < n_threads; ++i) buffers.emplace_back(arena, shape);
   }
 };
@@ -67,7 +67,7 @@ template <class T, class B>
 inline float loop_mse(const LoopShape& shape, const Inputs& inputs, const Targets& targets,
                       const Gradients& gradients, void* workspace, int n_threads) {
   Arena arena(workspace);
-  MsePlan<T, B> plan(arena, shape, n_threads);
+  MsePlan<T, B> plan(arena, shape, inputs, n_threads);
   std::vector<double> errors(n_threads, 0.0);
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     BackwardPlan<T, B>& backward = plan.backward;

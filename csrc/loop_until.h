@@ -13,8 +13,8 @@ struct UntilPlan {
   ForwardPlan<T> forward;
   std::vector<float*> predictions;  // [2][rows, n_outputs] per thread, as owner: of two steps
 
-  UntilPlan(Arena& arena, const LoopShape& shape, int n_threads)
-      : forward(arena, shape, n_threads) {
+  UntilPlan(Arena& arena, const LoopShape& shape, const Inputs& inputs, int n_threads)
+      : forward(arena, shape, inputs, n_threads) {
     for (int i = 0; i < n_threads; ++i) {
       predictions.push_back(arena.take<float>(2 * rows_per_item(shape) * shape.n_outputs));
     }
@@ -71,7 +71,7 @@ template <class T, class B>
 inline void loop_until(const LoopShape& shape, const Inputs& inputs, const Until& until,
                        void* workspace, int n_threads) {
   Arena arena(workspace);
-  const UntilPlan<T> plan(arena, shape, n_threads);
+  const UntilPlan<T> plan(arena, shape, inputs, n_threads);
   std::atomic<int64_t> next_item{0};
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     {

@@ -18,27 +18,39 @@ constexpr Engine make_engine() {
         using Step = StepActivations<T, B>;
         return SavedColumns{Step::n_operands(shape), Step::n_floats(shape)};
       },
+      [](const LoopShape& shape) {
+        Arena arena(nullptr);
+        PackedWeights<T>(arena, shape, PackedWeights<T>::kForward);
+        return arena.size();
+      },
+      [](const LoopShape& shape, const Inputs& inputs, int n_threads) {
+        Arena arena(inputs.packed);
+        const PackedWeights<T> weights(arena, shape, PackedWeights<T>::kForward);
+        parallel(n_threads, [&](int thread, int n, Barrier&) {
+          weights.pack(inputs.blocks, thread, n);
+        });
+      },
       [](const LoopShape& shape, int n_threads) {
         Arena arena(nullptr);
-        ForwardPlan<T>(arena, shape, n_threads);
+        ForwardPlan<T>(arena, shape, Inputs{}, n_threads);
         return arena.size();
       },
       loop_forward<T, B>,
       [](const LoopShape& shape, int n_threads) {
         Arena arena(nullptr);
-        UntilPlan<T>(arena, shape, n_threads);
+        UntilPlan<T>(arena, shape, Inputs{}, n_threads);
         return arena.size();
       },
       loop_until<T, B>,
       [](const LoopShape& shape, bool recompute, int n_threads) {
         Arena arena(nullptr);
-        BackwardPlan<T, B>(arena, shape, recompute ? 1 : 0, n_threads);
+        BackwardPlan<T, B>(arena, shape, Inputs{}, recompute ? 1 : 0, n_threads);
         return arena.size();
       },
       loop_backward<T, B>,
       [](const LoopShape& shape, int n_threads) {
         Arena arena(nullptr);
-        MsePlan<T, B>(arena, shape, n_threads);
+        MsePlan<T, B>(arena, shape, Inputs{}, n_threads);
         return arena.size();
       },
       loop_mse<T, B>,

@@ -31,8 +31,8 @@ Tensor workspace(size_t n_bytes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_forward(
     const Tensor& embeddings, const std::optional<Tensor>& positions, const Tensor& state,
     at::TensorList weights, const Settings& settings, bool save_activations, bool save_states,
-    const std::optional<Tensor>& seen = std::nullopt) {
-  Call call(embeddings, positions, state, weights, settings, seen);
+    const std::optional<Tensor>& packed, const std::optional<Tensor>& seen = std::nullopt) {
+  Call call(embeddings, positions, state, weights, settings, seen, packed);
   const Engine& engine = engine_for(settings.precision, settings.kind());
   const LoopShape& p = call.shape();
   const auto options = embeddings.options().requires_grad(false);
@@ -70,21 +70,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& embeddings, const std::optional<Tensor>& positions, const Tensor& state,
     at::TensorList weights, int64_t n_heads, int64_t n_loops, int64_t window,
     std::string injection, std::string precision, std::string block, int64_t n_hidden,
-    std::string mask, double norm_eps, bool recompute) {
+    std::string mask, double norm_eps, const std::optional<Tensor>& packed, bool recompute) {
   const Settings settings{n_heads, n_loops,  window, injection, precision,
                           block,   n_hidden, mask,   norm_eps};
-  return run_forward(embeddings, positions, state, weights, settings, !recompute, recompute);
+  return run_forward(embeddings, positions, state, weights, settings, !recompute, recompute,
+                     packed);
 }
 
 Tensor infer(const Tensor& embeddings, const std::optional<Tensor>& positions,
              const Tensor& state, at::TensorList weights, int64_t n_heads, int64_t n_loops,
              int64_t window, std::string injection, std::string precision, std::string block,
              int64_t n_hidden, std::string mask, double norm_eps,
-             const std::optional<Tensor>& seen) {
+             const std::optional<Tensor>& packed, const std::optional<Tensor>& seen) {
   const Settings settings{n_heads, n_loops,  window, injection, precision,
                           block,   n_hidden, mask,   norm_eps};
   return std::get<0>(
-      run_forward(embeddings, positions, state, weights, settings, false, false, seen));
+      run_forward(embeddings, positions, state, weights, settings, false, false, packed, seen));
+}
+
+// The blocks' matrices as the forward multiplies them, for several calls with the same weights.
+Tensor pack(const Tensor& embeddings, at::TensorList weights, int64_t n_heads,
+            std::string precision, std::string block, int64_t n_hidden) {
+  const Settings settings{n_heads, 1, 1, "add", precision, block, n_hidden, "full", 1.0};
+  const Call call(embeddings, std::nullopt, embeddings, weights, settings);
+  const Engine& engine = engine_for(precision, settings.kind());
+  const LoopShape& p = call.shape();
+  const auto n_bytes = static_cast<int64_t>(engine.packed_size(p));
+  Tensor packed = empty_recycled({n_bytes}, at::kByte);
+  Inputs inputs = call.inputs();
+  inputs.packed = packed.data_ptr();
+  constexpr int64_t kBytesPerThread = 1 << 18;
+  const int64_t useful = std::min<int64_t>(1 + n_bytes / kBytesPerThread, available_threads());
+  engine.pack(p, inputs, static_cast<int>(useful));
+  return packed;
 }
 
 // Predictions of each sequence at the step where it stops, [B, S, n_outputs], and its steps, [B].
@@ -220,12 +238,16 @@ Tensor embed_prompt(const Tensor& xs, const Tensor& ys, const Tensor& weight, co
 
 TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
   library.def("cpu_read_in(Tensor xs, Tensor ys, Tensor weight, Tensor bias) -> Tensor");
-  library.def("cpu_loop_infer(" TENSORS ", " SETTINGS ", Tensor? seen=None) -> Tensor");
+  library.def("cpu_loop_infer(" TENSORS ", " SETTINGS
+              ", Tensor? packed=None, Tensor? seen=None) -> Tensor");
+  library.def(
+      "cpu_pack(Tensor embeddings, Tensor[] weights, int n_heads, str precision, "
+      "str block, int n_hidden) -> Tensor");
   library.def(
       "cpu_loop_until(" TENSORS ", int n_heads, SymInt max_loops, " OTHER_SETTINGS ", "
       "float tolerance, Tensor? seen=None) -> (Tensor predictions, Tensor n_loops)");
   library.def(
-      "cpu_loop_forward(" TENSORS ", " SETTINGS ", bool recompute) "
+      "cpu_loop_forward(" TENSORS ", " SETTINGS ", Tensor? packed, bool recompute) "
       "-> (Tensor outputs, Tensor operands, Tensor floats, Tensor states, Tensor start)");
   library.def(
       "cpu_loop_backward(Tensor grad, Tensor operands, Tensor floats, Tensor states, "
@@ -246,6 +268,7 @@ TORCH_LIBRARY_FRAGMENT(looped_fast, library) {
 TORCH_LIBRARY_IMPL(looped_fast, CPU, library) {
   library.impl("cpu_read_in", embed_prompt);
   library.impl("cpu_loop_infer", infer);
+  library.impl("cpu_pack", pack);
   library.impl("cpu_loop_until", until);
   library.impl("cpu_loop_forward", forward);
   library.impl("cpu_loop_backward", backward);

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from looped_fast.ops import engine_file, forks, loop_autograd
 from looped_fast.ops.block import GPT2, KINDS, Block, unlike
-from looped_fast.ops.call import Call, LoopSettings, LoopTensors
+from looped_fast.ops.call import Call, LoopSettings, LoopTensors, SharedWeights
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
 WIDTH_UNIT = 32  # D is a multiple of it
@@ -151,11 +151,26 @@ def loop(
     arguments = embeddings, positions, state, [*weights, *read_out], *flat
     inputs = [t for t in (embeddings, positions, state, *weights) if t is not None]
     trains_loop = loop_autograd.needs_grad(inputs)
+    packed = _packed(embeddings, weights, flat)
     if not trains_loop and not loop_autograd.needs_grad(read_out):
-        return torch.ops.looped_fast.cpu_loop_infer(*arguments, seen)
+        return torch.ops.looped_fast.cpu_loop_infer(*arguments, packed, seen)
     save_states = settings.recompute or not trains_loop
-    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(*arguments, save_states)
+    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(*arguments, packed, save_states)
     return outputs
+
+
+def _packed(embeddings: Tensor, weights: Sequence[Tensor], flat: tuple[Any, ...]) -> Tensor | None:
+    """The weights as products read them, if several calls share these; packed by the first."""
+    if not isinstance(weights, SharedWeights) or _get_current_dispatch_mode() is not None:
+        return None
+    n_heads, _, _, _, precision, kind, hidden, *_ = flat
+    key = "cpu", precision, kind, hidden
+    if key not in weights.kept:
+        with torch.no_grad():
+            weights.kept[key] = torch.ops.looped_fast.cpu_pack(
+                embeddings, weights, n_heads, precision, kind, hidden
+            )
+    return weights.kept[key]
 
 
 def loop_until(
@@ -220,11 +235,12 @@ def empty_cache() -> None:
 
 
 def _infer_fake(embeddings, positions, state, weights, *flat):
-    return _forward_fake(embeddings, positions, state, weights, *flat[:N_SETTINGS], False)[0]
+    flat = *flat[:N_SETTINGS], None  # without packed matrices and ``seen``
+    return _forward_fake(embeddings, positions, state, weights, *flat, False)[0]
 
 
 def _forward_fake(embeddings, positions, state, weights, *flat):
-    (n_heads, n_loops, window, _, precision, *_), save_states = flat[:-1], flat[-1]
+    n_heads, n_loops, window, _, precision, *_, save_states = flat
     save_activations, block = not save_states, _block(flat)
     B, S, D = embeddings.shape
     reads_out, n_layer = block.has_read_out(len(weights)), block.n_layer(len(weights))

@@ -32,6 +32,7 @@ from looped_fast.ops.call import (
     Call,
     LoopSettings,
     LoopTensors,
+    SharedWeights,
     is_replayed,
     predicting,
 )
@@ -65,7 +66,8 @@ def loop(
         state: z before the first step, [B, S, D]; None for the injection's neutral element (0 for
             ``add``, 1 for ``mul``), or for ``embeddings`` where the injection has none.
         weights: per block, the tensors that ``block.block_names`` lists, as ``BlockWeights``
-            describes them: twelve of GPT-2's; then the weight and bias of the final norm.
+            describes them: twelve of GPT-2's; then the weight and bias of the final norm. As
+            ``SharedWeights`` they are prepared once for all calls that are given the same object.
         read_out: weight [n_outputs, D] and bias [n_outputs] of a Linear. With it the result is
             predictions at the even tokens, which are x, and the ``cpu`` and ``triton`` backends
             keep no states for a backward that does not need them.
@@ -92,7 +94,8 @@ def loop(
     Source: arXiv 2311.12424, section 4; official ``scripts/models.py``,
     ``TransformerModelLooped.forward``.
     """
-    tensors = LoopTensors(embeddings, positions, state, list(weights), list(read_out), seen)
+    weights = weights if isinstance(weights, SharedWeights) else list(weights)
+    tensors = LoopTensors(embeddings, positions, state, weights, list(read_out), seen)
     return run(tensors, LoopSettings(**settings))
 
 
