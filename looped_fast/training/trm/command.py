@@ -15,11 +15,11 @@ import torch
 import tyro
 
 from looped_fast.config import VERSION
+from looped_fast.dropin.explain import explain_backend
 from looped_fast.errors import read_json
 from looped_fast.evaluation.puzzle_figures import save_report
 from looped_fast.evaluation.puzzles import accuracy_table
 from looped_fast.evaluation.report import can_write
-from looped_fast.ops import backends
 from looped_fast.training import checkpoint, distributed, lock, run_folder
 from looped_fast.training.command_line import parse as parse_flags
 from looped_fast.training.command_line import program
@@ -135,8 +135,7 @@ def announce(trainer: TRMTrainer) -> None:
     """Print the settings, backend and estimated time of the run."""
     config, device = trainer.config, trainer.device
     print("\n" + without_none(config.to_dict()))
-    call = trainer.model.describe_call(config.batch_size, precision=trainer.precision)
-    explanation = backends.explain(call)
+    explanation = explain_backend(trainer.model, config.batch_size, precision=trainer.precision)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     parameters = sum(p.numel() for p in trainer.model.parameters())
