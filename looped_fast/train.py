@@ -102,7 +102,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         with distributed.join() as processes, contextlib.ExitStack() as held:
             with processes.failing_together():  # each of them needs the task's module
-                chosen, options = _parse_early(args), task_texts(args)
+                chosen, options = parse_early(args), task_texts(args)
                 check_name("model", chosen.model or "trm", (*MODELS, "trm"))
                 if trm_command.trains_trm(chosen):
                     return trm_command.main(args, chosen, processes)
@@ -128,7 +128,7 @@ def prepare(
     return settings, origin, run_dir, resumed
 
 
-def _parse_early(args: list[str]) -> argparse.Namespace:
+def parse_early(args: list[str]) -> argparse.Namespace:
     """The flags on which the defaults of all others depend."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "model", "preset", "device", "window"):
@@ -149,7 +149,7 @@ def parse(
 
     ``held`` gets the lock of the run to resume, before its latest checkpoint is looked up.
     """
-    chosen = _parse_early(args)
+    chosen = parse_early(args)
     # A window that nobody gave is lowered to the loop count, and options of the task must fit the
     # width. Others than numbers are for tyro.
     numbers = {"n_loops": chosen.n_loops, "n_dims": chosen.n_dims}

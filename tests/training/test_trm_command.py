@@ -16,10 +16,13 @@ from looped_fast.model import TinyRecursiveModel
 from looped_fast.pretrained import load_run, load_start, load_trm_run
 from looped_fast.tasks import sudoku
 from looped_fast.tasks.puzzles import PUZZLES
-from looped_fast.train import main
+from looped_fast.train import main, parse_early
 from looped_fast.training import checkpoint
+from looped_fast.training.distributed import Processes
 from looped_fast.training.log import read_metrics
+from looped_fast.training.trm import command
 from looped_fast.training.trm.config import TRMTrainConfig, trm_config, trm_preset
+from looped_fast.training.trm.trainer import TRMTrainer
 
 MINI = [
     *("--model", "trm", "--hidden-size", "32", "--num-heads", "2", "--L-cycles", "1"),
@@ -162,6 +165,16 @@ def test_other_models_say_that_puzzles_are_for_trm(capsys, task, model):
 def test_an_unknown_model_is_told_of_trm(capsys):
     assert main(["--model", "trn"]) == 2
     assert "did you mean 'trm'? Valid: looped, standard, tied, trm" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    line = [*MINI, "--out", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"2 processes: a model trm .* without torchrun"):
+        command.main(line, parse_early(line), Processes(1, 2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE = 2"):
+        TRMTrainer(trm_preset(), tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 # ---- presets

@@ -11,7 +11,6 @@ from looped_fast.errors import CheckpointError
 from looped_fast.model import Carry
 from looped_fast.tasks import sudoku
 from looped_fast.training import checkpoint
-from looped_fast.training.distributed import Processes
 from looped_fast.training.fit import NonFiniteError
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.trm.config import trm_preset
@@ -235,8 +234,3 @@ def test_a_run_that_diverges_saves_nothing_of_it(tmp_path):
     with pytest.raises(NonFiniteError, match=r"at step 8.*step-00000007.*lower --lr"):
         trainer.fit()
     assert newest(tmp_path).step == 7
-
-
-def test_several_processes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"2 processes: a model trm .* without torchrun"):
-        TRMTrainer(CONFIG, tmp_path, processes=Processes(0, 2))

@@ -74,6 +74,11 @@ def main(args: list[str], chosen: argparse.Namespace, processes: distributed.Pro
         chosen: its task, preset, config and resume, on which the defaults of other flags depend.
         processes: this process.
     """
+    if processes.world_size > 1:
+        raise ValueError(
+            f"{processes.world_size} processes: a model trm is trained by a single one; start "
+            f"without torchrun"
+        )
     with contextlib.ExitStack() as held:
         command, origin, saved = parse(args, chosen, held)
         config, run_dir = command.settings, command.resume
@@ -81,7 +86,7 @@ def main(args: list[str], chosen: argparse.Namespace, processes: distributed.Pro
             label = f"{Path(config.task).name}-trm-{Path(config.preset).stem}"
             run_dir = run_folder.make_run_dir(label, config.out, held)
         print(f"looped_fast {VERSION}, task {config.task}, {origin}")
-        trainer = TRMTrainer(config, run_dir, saved, processes)
+        trainer = TRMTrainer(config, run_dir, saved)
         announce(trainer)
         run_folder.write_config(config.to_dict(), run_dir)
         started = time.perf_counter()
@@ -90,7 +95,8 @@ def main(args: list[str], chosen: argparse.Namespace, processes: distributed.Pro
         except Interrupted as stop:
             print(
                 f"\n{stop}: step {trainer.step} is finished and saved. Continue with\n"
-                f"  python -m looped_fast.train --resume {run_dir}"
+                f"  python -m looped_fast.train --resume {run_dir}",
+                flush=True,
             )
             return 128 + stop.signum
         minutes = (time.perf_counter() - started) / 60

@@ -27,6 +27,7 @@ from looped_fast.training import checkpoint, distributed
 from looped_fast.training.checkpoint_check import check_weights
 from looped_fast.training.curriculum import learning_rate
 from looped_fast.training.fit import Fitting
+from looped_fast.training.step import available_precision
 from looped_fast.training.trm.config import TRMTrainConfig
 from looped_fast.training.trm.loss import Loss, supervision_loss
 
@@ -75,12 +76,11 @@ class TRMTrainer(Fitting):
         config: all settings.
         run_dir: an existing folder for checkpoints and metrics.
         resume: a checkpoint of this run to continue from.
-        processes: this process, which is the only one.
 
     Raises:
         CheckpointError: ``resume`` is damaged, or of another model.
-        ValueError: a device or backend can't be used, the puzzles can't be found, or there are
-            several processes.
+        ValueError: a device or backend can't be used, the puzzles can't be found, or torchrun
+            started several processes.
     """
 
     config: TRMTrainConfig
@@ -92,21 +92,17 @@ class TRMTrainer(Fitting):
         config: TRMTrainConfig,
         run_dir: Path,
         resume: checkpoint.Checkpoint | None = None,
-        processes: distributed.Processes | None = None,
     ) -> None:
-        self.processes = distributed.single_process() if processes is None else processes
-        if self.processes.world_size > 1:
-            raise ValueError(
-                f"{self.processes.world_size} processes: a model trm is trained by a single one; "
-                f"start without torchrun"
-            )
+        self.processes = distributed.single_process()
         self.config, self.run_dir = config, run_dir
         self.device = distributed.resolve_device(config.device)
-        self.precision = config.precision
         self.task = config.make_task()
         torch.manual_seed(config.seed)
         self.model_config = config.model_config(self.task)
         self.model = TinyRecursiveModel(self.model_config, config.backend).to(self.device)
+        self.precision = available_precision(
+            config, self.device, lambda p: self.model.describe_call(config.batch_size, precision=p)
+        )
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
         carry = self.model.initial_carry(config.batch_size)
         self.sequences = Sequences(config.batch_size, self.task.seq_len, carry).to(self.device)
