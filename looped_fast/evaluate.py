@@ -136,6 +136,9 @@ def evaluate_puzzles(command: Command) -> dict[str, Any]:
                 f"{command.runs[0]} solves puzzles; leave it out"
             )
     runs = [load_trm_run(source, command.device) for source in command.runs]
+    names = [run.name for run in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{len(twice)} runs are named {twice[0]}; evaluate each in a command")
     command.out.mkdir(parents=True, exist_ok=True)
     drawn = " and pictures" if can_write("plots") else ""
     accuracies = {}
@@ -143,7 +146,7 @@ def evaluate_puzzles(command: Command) -> dict[str, Any]:
         puzzles = run.config.make_task().evaluation_batch(command.prompts, command.seed)
         accuracies[run.name] = solve_steps(run.model, puzzles)
         if drawn:
-            history = read_metrics(run.path.parents[1] / METRICS_FILE)
+            history = read_metrics(run.path.resolve().parents[1] / METRICS_FILE)
             title = f"{run.name}, step {run.step}: {len(puzzles.inputs)} unseen puzzles"
             path = command.out / f"{run.name}.png"
             save_report(path, history, accuracies[run.name], run.model, puzzles, title)

@@ -243,12 +243,27 @@ def test_a_run_is_evaluated(run_dir, tmp_path, capsys):
         (["--points", "5"], "--points 5 is for models of function classes"),
         (["--baselines", "none"], "--baselines none is for models of function classes"),
         (["lr-small"], "lr-small is of no model trm"),
+        (["--prompts", "1"], "prompts = 1: at least"),
     ],
     ids=lambda a: a[0].strip("-") if isinstance(a, list) else "",
 )
 def test_an_evaluation_refuses_what_is_not_for_puzzles(run_dir, tmp_path, capsys, args, message):
     assert evaluate.main([str(run_dir), *args, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_evaluated_apart(run_dir, tmp_path, monkeypatch, capsys):
+    assert evaluate.main([str(run_dir)] * 2) == 2
+    assert "2 runs are named run; evaluate each in a command" in capsys.readouterr().err
+    monkeypatch.chdir(run_dir / "checkpoints")
+    one = ["step-00000004", "--prompts", "20", "--out", str(tmp_path)]
+    assert evaluate.main(one) == 0
+    assert (tmp_path / "run-step-00000004.png").exists()
+
+
+def test_an_evaluation_of_functions_refuses_puzzles(run_dir, capsys):
+    assert evaluate.main(["lr-small", str(run_dir)]) == 2
+    assert "is a Tiny Recursive Model" in capsys.readouterr().err
 
 
 def test_settings_of_a_checkpoint_are_checked(run_dir):

@@ -185,7 +185,9 @@ def test_rate_zero_keeps_no_average(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"amp": "bf16"}, {"task": "sudoku6"}, {"log_every": 100}], ids=str
+    "changes",
+    [{}, {"amp": "bf16"}, {"task": "sudoku6"}, {"log_every": 100}, {"backend": "auto"}],
+    ids=str,
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, changes):
     whole = train(tmp_path / "whole", **changes)
