@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -141,6 +142,7 @@ def test_bad_settings_exit_2_and_name_value_limit_and_remedy(
         (["--steps", "3"], "is at step 4 already; give more steps"),
         (["--batch-size", "5"], "Keep the run's --task, --batch-size and sizes of the model"),
         (["--n-points", "5"], "unknown flag --n-points"),
+        (["--model", "looped"], "unknown value of --model, 'looped'. Valid: trm"),
     ],
     ids=lambda a: a[0].strip("-") if isinstance(a, list) else "",
 )
@@ -148,6 +150,15 @@ def test_what_a_resumed_run_refuses(run_dir, capsys, args, message):
     assert main(["--resume", str(run_dir), "--steps", "6", *args]) in (1, 2)
     assert message in capsys.readouterr().err
     assert final(run_dir).step == 4
+
+
+def test_a_damaged_checkpoint_is_reported(run_dir, tmp_path, capsys):
+    damaged = tmp_path / "run"
+    shutil.copytree(run_dir, damaged)
+    for path in checkpoint.checkpoints(damaged):
+        (path / checkpoint.INDEX).write_text("{")
+    assert main(["--resume", str(damaged), "--model", "trm"]) == 1
+    assert "checkpoint.json is not JSON" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_is_refused(run_dir, capsys):

@@ -52,18 +52,17 @@ class Command:
 
 
 def trains_trm(chosen: argparse.Namespace) -> bool:
-    """True if the command line is for a Tiny Recursive Model, by flag, file or run.
+    """True if the command line is for a Tiny Recursive Model, by run, flag or file.
 
     chosen: model, config (a path or None) and resume (likewise).
     """
-    if chosen.model is not None:
-        return bool(chosen.model == "trm")
     with contextlib.suppress(OSError, ValueError):  # the command itself reports it
         if chosen.resume is not None and (latest := checkpoint.latest(chosen.resume)) is not None:
             return is_trm(read_json(latest / checkpoint.INDEX)["config"])
-        if chosen.config is not None and isinstance(settings := read_yaml(chosen.config), dict):
-            return is_trm(settings)
-    return False
+        if chosen.model is None and chosen.config is not None:
+            settings = read_yaml(chosen.config)
+            return isinstance(settings, dict) and is_trm(settings)
+    return bool(chosen.model == "trm")
 
 
 def main(args: list[str], chosen: argparse.Namespace, processes: distributed.Processes) -> int:
