@@ -103,7 +103,8 @@ def main(args: list[str] | None = None) -> int:
         with distributed.join() as processes, contextlib.ExitStack() as held:
             with processes.failing_together():  # each of them needs the task's module
                 chosen, options = parse_early(args), task_texts(args)
-                check_name("model", chosen.model or "trm", (*MODELS, "trm"))
+                if chosen.model is not None:
+                    check_name("model", chosen.model, (*MODELS, "trm"))
                 if trm_command.trains_trm(chosen):
                     return trm_command.main(args, chosen, processes)
                 named = [chosen.task]
