@@ -104,7 +104,8 @@ def deduce(task: Sudoku, puzzles: Tensor) -> Tensor:
     """Fill the cells [B, S] (0 is empty) that follow by two rules, until none does.
 
     A cell takes a digit if it is the only one left for the cell, or if the cell is the only one
-    left for the digit in a row, column or box. A grid that gets full is the only solution.
+    left for the digit in a row, column or box. If a puzzle has a solution and all its cells get
+    filled, it has no other.
     """
     units = _units(task)  # [3n, S]
     peers = ((units.T @ units) > 0).float().fill_diagonal_(0)  # [S, S]
