@@ -15,11 +15,11 @@ from looped_fast.dropin import (  # noqa: E402
     explain_backend,
     restore,
 )
-from looped_fast.model import LoopedTransformer  # noqa: E402
+from looped_fast.model import LoopedTransformer, TinyRecursiveModel, TRMConfig  # noqa: E402
 from looped_fast.ops.cpu_engine import empty_cache  # noqa: E402
 from looped_fast.pretrained import from_pretrained  # noqa: E402
 
 __all__ = [
-    "LoopedTransformer", "ModelConfig", "UnsupportedModel", "__version__", "accelerate",
-    "empty_cache", "explain_backend", "from_pretrained", "restore"
+    "LoopedTransformer", "ModelConfig", "TRMConfig", "TinyRecursiveModel", "UnsupportedModel",
+    "__version__", "accelerate", "empty_cache", "explain_backend", "from_pretrained", "restore",
 ]  # fmt: skip

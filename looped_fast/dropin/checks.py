@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from looped_fast.dropin import architectures
+from looped_fast.dropin import architectures, trm_structure
 from looped_fast.dropin.architectures import ARCHITECTURES
 from looped_fast.dropin.structure import Architecture, Loop, Model, has
 from looped_fast.ops.modules import alteration, deviation, global_hooks
@@ -36,21 +36,30 @@ class UnsupportedModel(ValueError):
         return "\n  - ".join([f"can't accelerate {self.args[0]}:", *self.reasons])
 
 
-def recognise(model: nn.Module, is_accelerated: bool) -> Architecture:
-    """Return the architecture that ``model`` has the structure of.
+def check_untouched(model: nn.Module, is_accelerated: bool) -> None:
+    """Look for what hides the forward of the model's class.
 
     Raises:
-        UnsupportedModel: it has none of them, is compiled, or has a forward of its own that
-            ``accelerate`` did not put there.
+        UnsupportedModel: the model is compiled, or has a forward of its own that ``accelerate`` did
+            not put there.
     """
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModel(name, ["it is compiled; accelerate the model, then compile it"])
     if "forward" in vars(model) and not is_accelerated:
         raise UnsupportedModel(name, ["its forward was replaced on this instance"])
+
+
+def recognise(model: nn.Module) -> Architecture:
+    """Return the architecture that ``model`` has the structure of.
+
+    Raises:
+        UnsupportedModel: it has none of them.
+    """
+    name = type(model).__name__
     architecture = architectures.recognise(model)
     if architecture is None:
-        known = ", ".join(a.name for a in ARCHITECTURES)
+        known = ", ".join((*(a.name for a in ARCHITECTURES), trm_structure.NAME))
         reasons = [f"it has the structure of none of: {known}", *_remedy(model)]
         raise UnsupportedModel(name, reasons)
     if reasons := list(missing(model, architecture)):
@@ -61,6 +70,8 @@ def recognise(model: nn.Module, is_accelerated: bool) -> Architecture:
 def _remedy(model: nn.Module) -> Iterator[str]:
     """Parts of the model that ``accelerate`` may take."""
     for name, part in model.named_children():
+        if trm_structure.inner_of(part) is not None:
+            yield f"its {name} has the structure of {trm_structure.NAME}: accelerate(model.{name})"
         known = architectures.recognise(part)
         if known and not list(missing(part, known)):
             yield f"its {name} has the structure of {known.name}: accelerate(model.{name})"
@@ -102,13 +113,17 @@ def deviations(model: Model, architecture: Architecture) -> Iterator[str]:
     for name, module in model.named_modules():
         if module is model:
             continue
-        kind = kinds.get(module)
-        if why := alteration(module) if kind is None else deviation(module, kind):
-            yield f"{name} {why}"
-        if module.training and (p := _dropout(module)) > 0:
-            yield f"{name} drops out with p = {p} while training; set it to 0, or call eval()"
+        yield from changed(name, module, kinds.get(module))
     if any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         yield "it recomputes activations block by block while training (gradient_checkpointing)"
+
+
+def changed(name: str, module: Model, kind: type[nn.Module] | None = None) -> Iterator[str]:
+    """Why ``module`` may not compute what its class, or ``kind``, does with its parameters."""
+    if why := alteration(module) if kind is None else deviation(module, kind):
+        yield f"{name} {why}"
+    if module.training and (p := _dropout(module)) > 0:
+        yield f"{name} drops out with p = {p} while training; set it to 0, or call eval()"
 
 
 def _dropout(module: Model) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from looped_fast.config import LAYER_NORM_EPS
 from looped_fast.dropin.structure import (
@@ -69,13 +70,13 @@ def differences(
     def replacement(model: Model, *args: Any, **kwargs: Any) -> Any:
         return architecture.forward(model, loop, *args, **kwargs)
 
-    def mismatch(call: Example) -> str | None:
-        return _mismatch(model, type(model).forward, replacement, call, generator)
+    def mismatched(call: Example) -> str | None:
+        return mismatch(model, type(model).forward, replacement, call, generator)
 
-    with _no_trace(model), torch.set_grad_enabled(not outputs_only):
+    with no_trace(model), torch.set_grad_enabled(not outputs_only):
         found = list(_different_norms(stack, generator))
         for call in architecture.example_calls(model, generator):
-            if (why := mismatch(call)) is not None:
+            if (why := mismatched(call)) is not None:
                 found += _different_layers(model, architecture, generator)
                 return found or [f"its forward is not {architecture.name}'s: {why}"]
         if found or outputs_only:
@@ -83,12 +84,12 @@ def differences(
         if architecture.long_call is None:
             return list(_different_far_back(model, architecture, generator))
         with torch.no_grad():
-            why = mismatch(architecture.long_call(model, generator, MAX_TOKENS))
+            why = mismatched(architecture.long_call(model, generator, MAX_TOKENS))
     return [] if why is None else [f"its forward differs where inputs are long: {why}"]
 
 
 @contextlib.contextmanager
-def _no_trace(model: Model) -> Iterator[None]:
+def no_trace(model: Model) -> Iterator[None]:
     """Undo the side effects of the original forward (the official one prints, once)."""
     attributes = dict(model.__dict__)
     with (
@@ -108,7 +109,7 @@ def _no_trace(model: Model) -> Iterator[None]:
 def _different_norms(stack: Model, generator: torch.Generator) -> Iterator[str]:
     """Compare LayerNorms on inputs with a variance of about eps: a larger one hides eps."""
     D = stack.wpe.weight.shape[1]
-    x = LAYER_NORM_EPS**0.5 * _randn((2, 5, D), generator)
+    x = LAYER_NORM_EPS**0.5 * randn((2, 5, D), generator)
 
     def replacement(norm: Model, x: Tensor) -> Tensor:
         weight, bias = weight_and_bias(norm)
@@ -118,7 +119,7 @@ def _different_norms(stack: Model, generator: torch.Generator) -> Iterator[str]:
     for i, block in enumerate(stack.h):
         norms |= {f"h.{i}.ln_1": block.ln_1, f"h.{i}.ln_2": block.ln_2}
     for name, norm in [*norms.items(), ("ln_f", stack.ln_f)]:
-        why = _mismatch(norm, lambda norm, x: norm(x), replacement, Example(x), generator)
+        why = mismatch(norm, lambda norm, x: norm(x), replacement, Example(x), generator)
         if why is not None:
             yield f"{name} is not LayerNorm over {D} elements with eps {LAYER_NORM_EPS}: {why}"
 
@@ -129,10 +130,10 @@ def _different_far_back(
     """Compare attention, without gradients, on long inputs: only these show a sliding window."""
     stack, attention = architecture.stack(model), _our_attention(architecture.n_heads(model))
     n_positions, D = stack.wpe.weight.shape
-    x = _randn((1, min(n_positions, MAX_TOKENS), D), generator)
+    x = randn((1, min(n_positions, MAX_TOKENS), D), generator)
     with torch.no_grad():
         for i, block in enumerate(stack.h):
-            why = _mismatch(block, architecture.blocks.attention, attention, Example(x), generator)
+            why = mismatch(block, architecture.blocks.attention, attention, Example(x), generator)
             if why is not None:
                 yield f"h.{i}.attn does not see all earlier of {x.shape[1]} tokens: {why}"
 
@@ -148,30 +149,35 @@ def _different_layers(
     model: Model, architecture: Architecture, generator: torch.Generator
 ) -> Iterator[str]:
     stack, n_heads = architecture.stack(model), architecture.n_heads(model)
-    x = 2 * _randn((2, 5, stack.wpe.weight.shape[1]), generator)  # GELU's forms differ most at 2
+    x = 2 * randn((2, 5, stack.wpe.weight.shape[1]), generator)  # GELU's forms differ most at 2
     their_attention, our_attention = architecture.blocks.attention, _our_attention(n_heads)
 
     def mlp(block: Model, x: Tensor) -> Tensor:
         return reference.mlp(x, reference.BlockWeights.of(block_weights(block)))
 
     for i, block in enumerate(stack.h):
-        why = _mismatch(block, their_attention, our_attention, Example(x), generator)
+        why = mismatch(block, their_attention, our_attention, Example(x), generator)
         if why is not None:
             yield f"h.{i}.attn is not causal attention with {n_heads} heads, or drops out: {why}"
-        why = _mismatch(block, lambda block, x: block.mlp(x), mlp, Example(x), generator)
+        why = mismatch(block, lambda block, x: block.mlp(x), mlp, Example(x), generator)
         if why is not None:
             yield f"h.{i}.mlp is not Linear, GELU in its tanh form (not exact), Linear: {why}"
 
 
-def _mismatch(
+def mismatch(
     module: nn.Module,
     original: Function,
     replacement: Function,
     call: Example,
     generator: torch.Generator,
 ) -> str | None:
-    """How the two functions differ, in outputs and gradients; None if they agree."""
+    """How the two functions differ, in outputs and gradients; None if they agree.
+
+    Gradients are those of the parameters, and of tensors of the call that need one.
+    """
     parameters = _random_parameters(module, generator)
+    given = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
+    leaves = [*parameters.values(), *(t for t in given if t.requires_grad)]
     buffers = {f"module.{name}": buffer.cpu() for name, buffer in module.named_buffers()}
     cotangents: list[Tensor] = []
     results = []
@@ -182,16 +188,22 @@ def _mismatch(
             )
             outputs = _tensors(returned)
             if not cotangents:
-                cotangents = [_randn(o.shape, generator) for o in outputs]
+                cotangents = [randn(o.shape, generator) for o in outputs]
             gradients: Sequence[Tensor] = ()
             if torch.is_grad_enabled():
+                recorded = [i for i, output in enumerate(outputs) if output.requires_grad]
                 gradients = torch.autograd.grad(
-                    outputs, list(parameters.values()), cotangents, materialize_grads=True
+                    [outputs[i] for i in recorded],
+                    leaves,
+                    [cotangents[i].to(outputs[i].dtype) for i in recorded],
+                    materialize_grads=True,
                 )
         except Exception as error:  # the original is unknown code, and may raise anything
             return f"it raises {type(error).__name__}: {error}"
         results.append((outputs, gradients))
     (expected, expected_gradients), (actual, actual_gradients) = results
+    if [o.shape for o in expected] != [o.shape for o in actual]:
+        return f"outputs have shapes {[tuple(o.shape) for o in expected]}"
     for kind, theirs, ours in (
         ("outputs", expected, actual),
         ("gradients", expected_gradients, actual_gradients),
@@ -207,21 +219,25 @@ def _random_parameters(module: nn.Module, generator: torch.Generator) -> dict[st
     """Parameters by their name in ``_Call``; weight matrices keep the scale of their inputs."""
     return {
         f"module.{name}": (
-            _randn(p.shape, generator) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1)
+            randn(p.shape, generator) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1)
         ).requires_grad_()
         for name, p in module.named_parameters()
     }
 
 
-def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Normal values in float64 on the CPU."""
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _tensors(returned: Any) -> list[Tensor]:
+    if isinstance(returned, Tensor | None):
+        return [] if returned is None else [returned]
     if isinstance(returned, dict):  # transformers' outputs
         returned = list(returned.values())
-    outputs = returned if isinstance(returned, list | tuple) else [returned]
-    return [tensor for tensor in outputs if tensor is not None]
+    elif not isinstance(returned, list | tuple):
+        returned = list(vars(returned).values())  # a dataclass
+    return [tensor for part in returned for tensor in _tensors(part)]
 
 
 def _relative_error(expected: Tensor, actual: Tensor) -> float:

@@ -151,6 +151,7 @@ class Part(NamedTuple):
     module: nn.Module
     kind: type[nn.Module]
     shape: tuple[int | None, ...] | None = None  # of its weight; None for a container
+    has_bias: bool = True  # a Linear or a norm has
 
     def unfit(self) -> str | None:
         """Why the op would not compute what the module does, or None."""
@@ -161,9 +162,10 @@ class Part(NamedTuple):
         if self.shape is None:
             return None
         tensors: Any = self.module._parameters
-        for name in ("weight",) if self.kind is nn.Embedding else ("weight", "bias"):
-            if tensors.get(name) is None:
-                return f"has no {name}"
+        has_bias = self.has_bias and self.kind is not nn.Embedding
+        for name, needed in (("weight", True), ("bias", has_bias)):
+            if (tensors.get(name) is not None) != needed:
+                return f"has {'no' if needed else 'a'} {name}"
         shape = tuple(tensors["weight"].shape)
         expected = (self.shape[0] or shape[0], *self.shape[1:])
         if shape != expected:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from itertools import chain
 from operator import itemgetter
 from typing import Any, TypeVar
@@ -51,11 +51,16 @@ class Watch:
         judge: model -> reasons why the op would not compute what the modules do; empty if it
             would. Runs when the modules are in a state that has no verdict.
         of_model: attributes of the model itself count, too, as its forward may decide by them.
+        called: names of children that a fast forward calls as modules, so that what they are and
+            compute does not matter.
     """
 
-    def __init__(self, judge: Callable[[Any], Reasons], of_model: bool) -> None:
+    def __init__(
+        self, judge: Callable[[Any], Reasons], of_model: bool, called: Collection[str] = ()
+    ) -> None:
         self._judge = judge
         self._first = 0 if of_model else 1
+        self._called = called
         self._verdicts: dict[Hashable, Reasons] = {}
         self._snapshot: _Snapshot | None = None
         self._current: Reasons = ()
@@ -67,7 +72,9 @@ class Watch:
     def __call__(self, model: nn.Module) -> Reasons:
         """Return the verdict. Hooks of ``model`` itself do not count, as its caller runs them."""
         if self._snapshot is None or not self._snapshot.holds():
-            snapshot, state = _Snapshot(model, self._first), _fingerprint(model, self._first)
+            modules = self._modules(model)
+            snapshot = _Snapshot(list(modules.values()), self._first)
+            state = _fingerprint(modules, self._first)
             if state not in self._verdicts:
                 self._verdicts[state] = self._judge(model)
                 if len(self._verdicts) > _KEPT:
@@ -78,7 +85,12 @@ class Watch:
     def overlook_changes(self, model: nn.Module) -> None:
         """Keep the verdict although the model's own forward may have set attributes."""
         if self._snapshot is None or not self._snapshot.holds():
-            self._snapshot = _Snapshot(model, self._first)
+            self._snapshot = _Snapshot(list(self._modules(model).values()), self._first)
+
+    def _modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Names, and modules that are watched; the model itself first."""
+        named = model.named_modules()
+        return {name: m for name, m in named if name.partition(".")[0] not in self._called}
 
     def say_once(self, message: str, reasons: Reasons) -> None:
         """Warn with ``message`` and ``reasons``, unless that was done before."""
@@ -93,8 +105,7 @@ class _Snapshot:
     Attributes count from the module ``first`` on; the model itself is module 0.
     """
 
-    def __init__(self, model: nn.Module, first: int) -> None:
-        modules = list(model.modules())
+    def __init__(self, modules: list[nn.Module], first: int) -> None:
         states = [vars(module) for module in modules]
         deciding = _deciding(modules[first:])
         watched = [(state, names) for state in _with_records(deciding) if (names := _plain(state))]
@@ -122,7 +133,7 @@ class _Snapshot:
             list(map(list, _GLOBAL_HOOKS)),  # by their keys
             [list(table.values()) for table in self._children],
             set(map(type, parameters)) <= _DENSE,
-            [(id(b), _version(b)) for table in self._buffers for b in table.values()],
+            [(id(b), version(b)) for table in self._buffers for b in table.values()],
             [get(state) for get, state in self._plain],
         ]
 
@@ -137,7 +148,7 @@ def _plain(state: dict[str, Any]) -> list[str]:
 
 
 def _is_plain(value: Any) -> bool:
-    if type(value) is tuple:
+    if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, _PLAIN)
 
@@ -153,22 +164,25 @@ def _with_records(states: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     yield from records.values()
 
 
-def _version(buffer: Tensor | None) -> int | None:
+def version(buffer: Tensor | None) -> int | None:
+    """How often a buffer was changed in place; None if PyTorch does not count it."""
     return None if buffer is None or buffer.is_inference() else buffer._version
 
 
-def _fingerprint(model: nn.Module, first: int) -> Hashable:
+def _fingerprint(named: dict[str, nn.Module], first: int) -> Hashable:
     """What ``_Snapshot`` looks at, by values: equal for a copy of the model."""
-    modules = list(model.modules())
+    modules = list(named.values())
     states = [vars(module) for module in modules]
     deciding = _deciding(modules[first:])
+    parameters = [p for state in states for p in state["_parameters"].values() if p is not None]
+    buffers = [b for state in states for b in state["_buffers"].values() if b is not None]
     return (
-        tuple((name, type(module)) for name, module in model.named_modules()),
+        tuple((name, type(module)) for name, module in named.items()),
         tuple(tuple(state) for state in states[1:]),
         tuple(len(state[kind]) > 0 for state in states[1:] for kind in _HOOKS),
         tuple(any(_in_force(hooks)) for hooks in _GLOBAL_HOOKS),
-        tuple((type(p), p.shape) for p in model.parameters()),
-        tuple((b.shape, b.double().sum().item()) for b in model.buffers() if _is_readable(b)),
+        tuple((type(p), p.shape) for p in parameters),
+        tuple((b.shape, b.double().sum().item()) for b in buffers if _is_readable(b)),
         tuple(tuple((n, s[n]) for n in _plain(s)) for s in _with_records(deciding)),
     )
 

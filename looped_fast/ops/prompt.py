@@ -90,9 +90,7 @@ def check_finite(**tensors: Tensor) -> None:
 
     On a GPU the check would stall the stream. Inside ``vmap`` it covers the prompts of all samples.
     """
-    if any(t.device.type != "cpu" for t in tensors.values()) or torch.compiler.is_compiling():
-        return
-    if _is_symbolic(*tensors.values()):
+    if not _have_values(*tensors.values()):
         return
     forks.keep_to_one_thread()
     unwrapped = {name: _unwrap(tensor) for name, tensor in tensors.items()}
@@ -105,6 +103,26 @@ def check_finite(**tensors: Tensor) -> None:
                 f"{name}{first} is {tensor[tuple(first)].item()}; prompts must be finite: "
                 f"drop or impute such values"
             )
+
+
+def check_indices(limit: int, remedy: str, **tensors: Tensor) -> None:
+    """Raise ValueError at an index outside 0 .. limit - 1, where ``check_finite`` could look."""
+    if not _have_values(*tensors.values()):
+        return
+    forks.keep_to_one_thread()
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            least, most = (int(bound) for bound in _unwrap(tensor).aminmax())
+            if least < 0 or most >= limit:
+                value = least if least < 0 else most
+                raise ValueError(f"{name} hold {value}, outside 0..{limit - 1}: {remedy}")
+
+
+def _have_values(*tensors: Tensor) -> bool:
+    """True if the tensors are on the CPU, and computed by now."""
+    if any(t.device.type != "cpu" for t in tensors) or torch.compiler.is_compiling():
+        return False
+    return not _is_symbolic(*tensors)
 
 
 def _is_symbolic(*tensors: Tensor) -> bool:
