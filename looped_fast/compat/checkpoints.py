@@ -51,13 +51,7 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     Source: official ``scripts/train.py`` and ``scripts/main_utils.py``.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no regular file; name a state.pt or model_<step>.pt")
-    if path.stat().st_size > MOST_WEIGHTS:
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, and at most {MOST_WEIGHTS} are read"
-        )
-    state = _unpickle(path)
+    state = unpickle(path, "a state.pt or model_<step>.pt")
     found = state if isinstance(state, dict) else {}
     model_state = found.get("model_state_dict", found.get("model"))
     if not isinstance(model_state, dict):
@@ -69,7 +63,7 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     for name, tensor in model_state.items():
         if not isinstance(name, str):
             raise _wrong(path, entry, f"the name {_short(name)}", "text")
-        _check_tensor(path, f"{entry}[{name!r}]", tensor)
+        check_tensor(path, f"{entry}[{name!r}]", tensor)
     weights = {name.removeprefix("_orig_mod."): t for name, t in model_state.items()}
     if len(weights) < len(model_state):
         raise _wrong(path, entry, "names twice, with and without _orig_mod.", "each one once")
@@ -90,8 +84,17 @@ def load_official_checkpoint(path: str | Path) -> OfficialCheckpoint:
     )
 
 
-def _unpickle(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, if it is whole, and tensors and plain values only."""
+def unpickle(path: Path, what: str) -> Any:
+    """What ``torch.save`` wrote to ``path``, if it is whole, and tensors and plain values only.
+
+    ``what`` says in an error which file to name. Raises CheckpointError.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; name {what}")
+    if path.stat().st_size > MOST_WEIGHTS:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, and at most {MOST_WEIGHTS} are read"
+        )
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} is truncated, or was not written by torch.save; copy it again from its source"
@@ -148,7 +151,7 @@ def _check_adam(path: Path, state: Any, n_parameters: int) -> None:
         if not isinstance(moments, dict) or moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise _wrong(path, entry, _short(moments), "a dict of step, exp_avg and exp_avg_sq")
         for kind in ("exp_avg", "exp_avg_sq"):
-            _check_tensor(path, f"{entry}.{kind}", moments[kind])
+            check_tensor(path, f"{entry}.{kind}", moments[kind])
         if (moments["exp_avg_sq"] < 0).any():
             raise _wrong(path, f"{entry}.exp_avg_sq", "negative numbers", "a mean of squares")
         step = moments["step"]  # a plain number before PyTorch 1.12
@@ -157,7 +160,8 @@ def _check_adam(path: Path, state: Any, n_parameters: int) -> None:
             raise _wrong(path, f"{entry}.step", _short(step), f"a number from 0 to {MOST_STEPS}")
 
 
-def _check_tensor(path: Path, entry: str, value: Any) -> None:
+def check_tensor(path: Path, entry: str, value: Any) -> None:
+    """Raise CheckpointError unless ``value`` is a dense floating-point tensor of finite numbers."""
     if (
         not isinstance(value, Tensor)
         or value.layout != torch.strided
@@ -219,6 +223,11 @@ def export_official_checkpoint(
         state = {"model": model_state}
     else:
         raise ValueError(f"{path} does not name its step; call it model_<step>.pt")
+    write_pickle(path, state)
+
+
+def write_pickle(path: Path, state: dict[str, Any]) -> None:
+    """Write what ``torch.save`` makes of ``state``, at once or not at all."""
     hidden, packed = path.with_name(f".tmp-{path.name}"), io.BytesIO()
     torch.save(state, packed)
     write_durably(hidden, packed.getvalue())

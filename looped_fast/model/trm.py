@@ -322,4 +322,5 @@ class TinyRecursiveModel(nn.Module):
 
 
 def _deviations(model: TinyRecursiveModel) -> Reasons:
-    return (*global_hooks(), *filter(None, (part.unfit() for part in model.parts())))
+    unfit = tuple(filter(None, (part.unfit() for part in model.parts())))
+    return (*global_hooks(), *(unfit or model.L_level.unlike(model.config)))

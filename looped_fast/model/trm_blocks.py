@@ -177,3 +177,14 @@ class Network(nn.Module):
             if type(layer) is Block:
                 for part in layer.parts(config):
                     yield part._replace(name=f"layers.{i}.{part.name}")
+
+    def unlike(self, config: TRMConfig) -> Iterator[str]:
+        """Settings of the modules that the op takes from ``config``, where they differ."""
+        layers: Any = self.layers
+        for i, layer in enumerate(layers):
+            for name, value, expected in (
+                ("settings", layer.settings, config.block),
+                ("self_attn.num_heads", layer.self_attn.num_heads, config.num_heads),
+            ):
+                if value != expected:
+                    yield f"L_level.layers.{i}.{name} is {value}, not {expected}"

@@ -148,7 +148,7 @@ def _plain(state: dict[str, Any]) -> list[str]:
 
 
 def _is_plain(value: Any) -> bool:
-    if type(value) is tuple:
+    if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, _PLAIN)
 

@@ -337,9 +337,7 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
     if len(read_out) not in (0, 2):
         raise ValueError(f"read_out holds {len(read_out)} tensors; weight and bias are needed")
     expected = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
-    each = block_names(block) * ((len(weights) - n_last) // n)
-    last, n_outputs = final_names(block), len(read_out) and len(read_out[1])
-    names, shapes = expected(each, last, n, D, block.hidden(D), block.fc_width(D), n_outputs)
+    names, shapes = expected(block, D, len(weights), len(read_out) and len(read_out[1]))
     given = [*weights, *read_out, *_check_positions(positions, block, D // n_heads)]
     if positions is not None:
         of_positions = (2, S, D // n_heads) if block.positions == "rotary" else (S, D)
@@ -394,18 +392,11 @@ def _check_seen(seen: Tensor, tensors: LoopTensors) -> None:
 
 @functools.lru_cache
 def _expected(
-    of_blocks: tuple[str, ...],
-    last: tuple[str, ...],
-    n: int,
-    D: int,
-    F: int,
-    fc: int,
-    n_outputs: int,
+    block: Block, D: int, n_weights: int, n_outputs: int
 ) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs.
-
-    ``of_blocks`` are names of n weights for each block, ``last`` of those of the final norm.
-    """
+    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs."""
+    n, F, fc = block.n_block_weights, block.hidden(D), block.fc_width(D)  # see ``_in_graph``
+    of_blocks, last = block_names(block) * block.n_layer(n_weights), final_names(block)
     names = [f"block {i // n} {name}" for i, name in enumerate(of_blocks)]
     names += [name.replace("ln_f_", "ln_f ") for name in last]
     shapes = [shape_of(name, D, F, fc) for name in (*of_blocks, *last)]
