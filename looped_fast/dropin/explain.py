@@ -26,7 +26,7 @@ def explain_backend(
 ) -> Selection:
     """Say which backend runs ``model`` on such a batch, and why each other one does not.
 
-    >>> from looped_fast import ModelConfig
+    >>> from looped_fast import LoopedTransformer, ModelConfig
     >>> print(explain_backend(LoopedTransformer(ModelConfig()), batch_size=64, n_points=41))
     backend: ...
 
