@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from looped_fast import ModelConfig
+from looped_fast import ModelConfig, TRMConfig
 from looped_fast.ops.flops import loop_flops
 
 
@@ -31,6 +32,81 @@ class Case:
             window=self.window,
         )
 
+    def describe(self) -> str:
+        """The sizes, as a table is headed."""
+        return (
+            f"B={self.batch} S={2 * self.n_points} D={self.n_embd} H={self.n_head} "
+            f"b={self.n_loops} T={self.window}"
+        )
+
+    def shorter(self) -> Case:
+        """The case with two loop steps."""
+        return dataclasses.replace(self, n_loops=2, window=2)
+
+    def flops(self, mode: str) -> float:
+        """See ``flops``. In causal attention those of visible keys."""
+        S, window = 2 * self.n_points, self.window if mode == "training" else 0
+        return loop_flops(self.batch, S, self.n_embd, 1, self.n_loops, window, keys=(S + 1) / 2)
+
+
+@dataclass(frozen=True)
+class PuzzleCase:
+    """One Tiny Recursive Model and the size of its batch, for a supervision step."""
+
+    batch: int  # B
+    seq_len: int  # S, tokens of a puzzle
+    vocab_size: int
+    hidden_size: int = 128  # D
+    num_heads: int = 4
+    H_cycles: int = 3
+    L_cycles: int = 6
+    puzzle_emb_len: int = 0  # tokens before the puzzle
+    modes: tuple[str, ...] = ("training", "inference")
+
+    def config(self) -> TRMConfig:
+        """The model of this case."""
+        return TRMConfig(
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            H_cycles=self.H_cycles,
+            L_cycles=self.L_cycles,
+            puzzle_emb_len=self.puzzle_emb_len,
+            puzzle_emb_ndim=self.hidden_size if self.puzzle_emb_len else 0,
+        )
+
+    def describe(self) -> str:
+        """The sizes, as a table is headed."""
+        config = self.config()
+        return (
+            f"B={self.batch} S={config.n_tokens} D={self.hidden_size} heads={self.num_heads} "
+            f"hidden={config.mlp_hidden} L_layers={config.L_layers} H_cycles={self.H_cycles} "
+            f"L_cycles={self.L_cycles}"
+        )
+
+    @property
+    def n_points(self) -> int:
+        """The length that ``explain_backend`` takes: S."""
+        return self.seq_len
+
+    def shorter(self) -> PuzzleCase:
+        """The case with one cycle of two updates."""
+        return dataclasses.replace(self, H_cycles=1, L_cycles=1)
+
+    def flops(self, mode: str) -> float:
+        """See ``flops``. Only the last cycle has a backward."""
+        config, cycle = self.config(), self.L_cycles + 1
+        return loop_flops(
+            self.batch,
+            config.n_tokens,
+            self.hidden_size,
+            config.L_layers,
+            self.H_cycles * cycle,
+            cycle if mode == "training" else 0,
+            block=config.block,
+        )
+
 
 # LR and DT: arXiv 2311.12424, appendix; official configs/linear_regression, decision_tree.
 CASES = {
@@ -42,6 +118,18 @@ CASES = {
     "lr_b1": Case(batch=1, n_points=41, n_loops=20, window=15, modes=("inference",)),
     "dt_b1": Case(batch=1, n_points=101, n_loops=70, window=15, modes=("inference",)),
 }  # fmt: skip
+
+# Sudoku of 4x4 and 6x6 cells, and the public configuration for 9x9 (config/arch/trm.yaml).
+PUZZLES = {
+    "sudoku4": PuzzleCase(batch=64, seq_len=16, vocab_size=6),
+    "sudoku6": PuzzleCase(batch=64, seq_len=36, vocab_size=8),
+    "sudoku4_b1": PuzzleCase(batch=1, seq_len=16, vocab_size=6),
+    "sudoku6_b1": PuzzleCase(batch=1, seq_len=36, vocab_size=8),
+    "sudoku9": PuzzleCase(
+        batch=8, seq_len=81, vocab_size=11, hidden_size=512, num_heads=8, puzzle_emb_len=16
+    ),
+}
+ALL_CASES: dict[str, Case | PuzzleCase] = {**CASES, **PUZZLES}
 
 
 @dataclass(frozen=True)
@@ -109,16 +197,20 @@ CONTENDERS = {
 }
 
 
-def modes(case: Case, contender: Contender) -> list[str]:
-    """Modes in which a contender is measured on a case."""
+def modes(case: Case | PuzzleCase, contender: Contender) -> list[str]:
+    """Modes in which a contender is measured on a case.
+
+    A Tiny Recursive Model has one loss, with which the engine trains.
+    """
+    of_another_loss = contender.backend == "cpu" and not contender.fused_loss
+    if isinstance(case, PuzzleCase) and of_another_loss and not contender.recompute:
+        return []
     return [mode for mode in case.modes if mode in contender.modes]
 
 
-def flops(case: Case, mode: str) -> float:
+def flops(case: Case | PuzzleCase, mode: str) -> float:
     """Floating-point operations of the matrix products in the loop of one training step or call.
 
-    In causal attention those of visible keys; see ``loop_flops``. Read-in and read-out (under
-    0.1 %) and element-wise work are left out.
+    See ``loop_flops``. What is around the loop (under 0.1 %) and element-wise work are left out.
     """
-    S, window = 2 * case.n_points, case.window if mode == "training" else 0
-    return loop_flops(case.batch, S, case.n_embd, 1, case.n_loops, window, keys=(S + 1) / 2)
+    return case.flops(mode)

@@ -1,12 +1,13 @@
 """Compare the engine with plain PyTorch: ``python -m benchmarks.compare --device cpu``.
 
-Measures time, rate and memory of a training step and of inference at the sizes of the paper, for
-eager PyTorch, torch.compile and the engine, in fp32 and bf16; on a GPU (``--device cuda``) with
-and without CUDA graphs, for each provider of attention, and the launches, too. Each is timed only
-if its numbers are right; on a CPU in a process of its own, at its best thread setting. Prints
-tables, and writes Markdown, JSON and a chart. A full run may take an hour on two cores, most of it
-spent on compiling whole models; ``--quick`` takes a minute or two. On a GPU all contenders but
-whole compiled models share a process, and ``--budget`` limits the time of everything.
+Measures time, rate and memory of a training step and of inference at the sizes of the paper, and of
+the Tiny Recursive Model on Sudoku, for eager PyTorch, torch.compile and the engine, in fp32 and
+bf16; on a GPU (``--device cuda``) with and without CUDA graphs, for each provider of attention, and
+the launches, too. Each is timed only if its numbers are right; on a CPU in a process of its own, at
+its best thread setting. Prints tables, and writes Markdown, JSON and a chart. A full run may take
+hours on two cores, most of it spent on compiling whole models; ``--quick`` takes a
+minute or two. On a GPU all contenders but whole compiled models share a process, and ``--budget``
+limits the time of everything.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.cases import CASES, CONTENDERS, Case, Contender, modes
+from benchmarks.cases import ALL_CASES, CONTENDERS, Case, Contender, PuzzleCase, modes
 from benchmarks.processes import ROOT, Measuring
 from benchmarks.provenance import provenance
-from looped_fast import LoopedTransformer, explain_backend
+from benchmarks.workload import model_of
+from looped_fast import explain_backend
 from looped_fast.training.command_line import Parser
 
 TIMEOUT_S = 1800  # for one contender in one mode of one case
@@ -81,13 +83,13 @@ def by_process(jobs: Iterable[Job], device: str) -> list[list[Job]]:
     return [list(group) for _, group in itertools.groupby(jobs, key)]
 
 
-def unsupported(case: Case, contender: Contender, device: str = "cpu") -> str | None:
+def unsupported(case: Case | PuzzleCase, contender: Contender, device: str = "cpu") -> str | None:
     """Why the engine can't run ``case``, or None; opponents always can."""
     if not contender.is_engine:
         return None
-    model = LoopedTransformer(case.config(), contender.backend, attention=contender.attention)
     try:
-        explain_backend(model.to(device), case.batch, case.n_points, contender.precision)
+        model = model_of(case, contender).to(device)
+        explain_backend(model, case.batch, case.n_points, contender.precision)
     except ValueError as error:
         return str(error)
     return None
@@ -128,8 +130,12 @@ def compare(
     rows, jobs = [], []
     for contender in contenders:
         for case in cases:
-            case_jobs = [(case, m, contender) for m in modes(CASES[case], CONTENDERS[contender])]
-            reason = unsupported(CASES[case], CONTENDERS[contender], device) if case_jobs else None
+            case_jobs = [
+                (case, m, contender) for m in modes(ALL_CASES[case], CONTENDERS[contender])
+            ]
+            reason = (
+                unsupported(ALL_CASES[case], CONTENDERS[contender], device) if case_jobs else None
+            )
             if reason is None:
                 jobs += case_jobs
             else:
@@ -151,7 +157,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--cases", nargs="+", choices=CASES, metavar="CASE", help=f"from {', '.join(CASES)}")
+    add("--cases", nargs="+", choices=ALL_CASES, metavar="CASE",
+        help=f"from {', '.join(ALL_CASES)}")  # fmt: skip
     add("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME",
         help=f"from {', '.join(map(repr, CONTENDERS))}")  # fmt: skip
     add("--repeats", type=int, help="timings of each, at most")
@@ -168,7 +175,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if name not in here:
             parser.error(f"{name!r} does not run on {args.device}; choose of {', '.join(here)}")
     not_compiled = [name for name, c in here.items() if not c.compiles]
-    args.cases = args.cases or (["small", "lr_b1"] if args.quick else list(CASES))
+    args.cases = args.cases or (["small", "lr_b1"] if args.quick else list(ALL_CASES))
     args.contenders = args.contenders or (not_compiled if args.quick else list(here))
     repeats, args.seconds = (20, 1.0) if args.device == "cuda" else (50, 20.0)
     if args.quick:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Contender
+from benchmarks.cases import Case, Contender, PuzzleCase
 from benchmarks.workload import Workload, forget_compiled
 
+READ_OUTS = ("_read_out", "lm_head", "q_head")
 FLOOR = 8 * torch.finfo(torch.float32).eps  # relative; rounding that any fp32 result may have
 
 
@@ -19,7 +20,7 @@ class WrongResult(RuntimeError):
     """A contender's error is larger than the rule allows."""
 
 
-def check(case: Case, contender: Contender, mode: str, device: str = "cpu") -> None:
+def check(case: Case | PuzzleCase, contender: Contender, mode: str, device: str = "cpu") -> None:
     """Check a contender on a batch of at most 4, at the case's own length and loop counts.
 
     Raises:
@@ -39,7 +40,9 @@ class Limit(NamedTuple):
 
 
 @functools.cache  # contenders in one process share them
-def error_limits(case: Case, precision: str, mode: str, device: str) -> dict[str, Limit]:
+def error_limits(
+    case: Case | PuzzleCase, precision: str, mode: str, device: str
+) -> dict[str, Limit]:
     """Limits by name of a tensor.
 
     An error may be twice that of plain PyTorch at ``precision``, a gradient's three times, plus
@@ -81,11 +84,11 @@ def _results(run: Workload) -> dict[str, Tensor]:
     """Predictions, of an inference call if the loss has none, and gradients."""
     predictions = run.forward() if run.mode == "inference" else run.forward_backward()
     if predictions is None:
-        predictions = run.forward(run.case.window)
+        predictions = run.forward(of_window=True)
     gradients = {
         f"gradient of {name}": parameter.grad
         for name, parameter in run.model.named_parameters()
-        if parameter.grad is not None and not name.startswith("_read_out")
+        if parameter.grad is not None and not name.startswith(READ_OUTS)
     }
     return {"predictions": predictions, **gradients}
 

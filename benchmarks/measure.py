@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import json
 import re
 import statistics
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, CONTENDERS, Case, Contender, flops
+from benchmarks.cases import ALL_CASES, CONTENDERS, Case, Contender, PuzzleCase, flops
 from benchmarks.correctness import WrongResult, check, check_results, error_limits
 from benchmarks.workload import Workload, forget_compiled
 from looped_fast.ops import cpu_engine
@@ -29,7 +28,7 @@ CALLS = {"cpu": {"training": 1, "inference": 1}, "cuda": {"training": 10, "infer
 
 
 def measure(
-    case: Case,
+    case: Case | PuzzleCase,
     contender: Contender,
     mode: str,
     threads: list[int],
@@ -57,7 +56,7 @@ def measure(
 
 
 def measure_full_batch(
-    case: Case,
+    case: Case | PuzzleCase,
     contender: Contender,
     mode: str,
     repeats: int,
@@ -102,7 +101,12 @@ def _times(run: Workload, repeats: int, seconds: float, calls: int = 1) -> list[
 
 
 def _row(
-    case: Case, contender: Contender, mode: str, times: list[float], first: float, memory: float
+    case: Case | PuzzleCase,
+    contender: Contender,
+    mode: str,
+    times: list[float],
+    first: float,
+    memory: float,
 ) -> dict[str, Any]:
     median = statistics.median(times)
     return {
@@ -121,18 +125,18 @@ _QUICK = 3e10  # operations: a third of a second, or less
 
 
 def _best_threads(
-    case: Case, contender: Contender, mode: str, threads: list[int]
+    case: Case | PuzzleCase, contender: Contender, mode: str, threads: list[int]
 ) -> tuple[int, float]:
     """The fastest setting, and the longest first call in seconds (it compiles).
 
-    If a full run may take half a minute, two loop steps are timed: more steps do not change which
+    If a full run may take half a minute, few loop steps are timed: more steps do not change which
     setting wins. In a run of milliseconds they do, as threads are woken once.
     """
     if len(threads) == 1:
         return threads[0], 0.0
     runs = 9
     if flops(case, mode) > _QUICK:
-        case, runs = dataclasses.replace(case, n_loops=2, window=2), 3
+        case, runs = case.shorter(), 3
     first, times = 0.0, {}
     for n in threads:
         torch.set_num_threads(n)
@@ -248,7 +252,7 @@ def main() -> None:
         settings = (args.threads, args.repeats, args.seconds, args.device)
         row = {"case": case, "mode": mode, "contender": contender}
         try:
-            row |= measure(CASES[case], CONTENDERS[contender], mode, *settings)
+            row |= measure(ALL_CASES[case], CONTENDERS[contender], mode, *settings)
         except WrongResult as error:
             row["reason"] = f"wrong result: {error}"
         print(json.dumps(row), flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmarks.cases import CASES, CONTENDERS
+from benchmarks.cases import ALL_CASES, CONTENDERS
 
 Row = dict[str, Any]  # what benchmarks.measure prints, one per case, mode and contender
 HEADERS = (
@@ -41,7 +41,6 @@ def tables(rows: list[Row], style: str = "simple") -> str:
     """One table for each case and mode, in a ``style`` of tabulate."""
     parts = []
     for case, mode in dict.fromkeys((row["case"], row["mode"]) for row in rows):
-        c = CASES[case]
         lines = [
             (r["contender"], r["ms"], r["eager_fp32_ratio"], r["best_opponent_ratio"], r["gflops"],
              100 * r["share_of_peak"], r["memory_mb"], r["launches"], r["threads"], r["repeats"],
@@ -50,8 +49,7 @@ def tables(rows: list[Row], style: str = "simple") -> str:
         ]  # fmt: skip
         formats = ("", ".2f", ".2f", ".2f", ".0f", ".0f", ".0f", "", "", "", ".0f")
         parts.append(
-            f"{case}, {mode}: B={c.batch} S={2 * c.n_points} D={c.n_embd} H={c.n_head} "
-            f"b={c.n_loops} T={c.window}\n\n"
+            f"{case}, {mode}: {ALL_CASES[case].describe()}\n\n"
             + tabulate(lines, HEADERS, style, floatfmt=formats, missingval="-")
         )
     return "\n\n".join(parts)

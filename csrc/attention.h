@@ -1,4 +1,4 @@
-// Causal softmax(q k^T / sqrt(head_dim)) v of one head of one sequence: forward.
+// softmax(q k^T / sqrt(head_dim)) v of one head of one sequence, causal or not: forward.
 //
 // A tile of queries goes through all keys that it sees, in chunks that stay in cache: one up to
 // S = 256, and the running maximum and sum of an online softmax beyond. Scores are computed
@@ -85,6 +85,8 @@ inline Vec max_of_column(const float* column, int64_t n, Vec floor) {
 
 // Keys first_key.. of a causal sequence, as queries first_query.. see them.
 struct CausalKeys {
+  static int64_t n_keys(int64_t n_queries, int64_t /*seq_len*/) { return n_queries; }
+
   int64_t first_key;
   int64_t first_query;
 
@@ -95,6 +97,19 @@ struct CausalKeys {
   Vec mask(Vec score, Vec unseen, int64_t k, int64_t q) const {
     return keep_lanes(score, unseen, k - diagonal(q), kVec);
   }
+};
+
+// Keys of a sequence that every query sees.
+struct AllKeys {
+  static constexpr int64_t kAll = int64_t{1} << 62;
+  static int64_t n_keys(int64_t /*n_queries*/, int64_t seq_len) { return seq_len; }
+
+  int64_t first_key;
+  int64_t first_query;
+
+  int64_t seen_by_all(int64_t) const { return kAll; }
+  int64_t seen_by_some(int64_t) const { return kAll; }
+  Vec mask(Vec score, Vec, int64_t, int64_t) const { return score; }
 };
 
 // Keys first_key.. of a sequence, of which a tile of queries sees the first ones, each its own
@@ -204,7 +219,7 @@ inline void store_attention(const SoftmaxState& state, int64_t m, int64_t head_d
 }
 
 // out: [S, head_dim] at stride ld_out. statistics: null if no backward follows.
-template <class T>
+template <class Keys, class T>
 inline void attention_forward(const Head<T>& head, T* out, int64_t ld_out,
                               const SoftmaxStatistics& statistics,
                               const AttentionScratch<T>& scratch) {
@@ -213,11 +228,11 @@ inline void attention_forward(const Head<T>& head, T* out, int64_t ld_out,
   transpose_words(head.q, head.ld / kPack, scratch.q_t, ld, S, head_dim / kPack);
   transpose_rows(head.v, head.ld, S, head_dim, scratch.v_t, ld);
   for (int64_t i = 0; i < S; i += kQueryTile) {
-    const int64_t m = std::min(kQueryTile, S - i), n_keys = i + m;
+    const int64_t m = std::min(kQueryTile, S - i), n_keys = Keys::n_keys(i + m, S);
     SoftmaxState state;
     for (int64_t c = 0; c < n_keys; c += kChunk) {
       attend_to_chunk(head, scratch.q_t + i * kPack, ld, m, c, std::min(kChunk, n_keys - c),
-                      CausalKeys{c, i}, c == 0, state, scratch);
+                      Keys{c, i}, c == 0, state, scratch);
     }
     for (int64_t q = 0; statistics.maximum && q * kVec < m; ++q) {
       const int64_t at = i + q * kVec;

@@ -1,4 +1,4 @@
-// Causal attention of one head of one sequence: backward.
+// Attention of one head of one sequence, causal or not: backward.
 //
 // Scores are transposed: a tile of keys against chunks of the queries that see them. The forward's
 // statistics make them probabilities without a reduction, and they come out as the left-hand
@@ -6,6 +6,8 @@
 #pragma once
 
 #include "attention.h"
+#include "engine.h"
+#include "rotation.h"
 
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
@@ -55,7 +57,7 @@ struct AttentionBackwardScratch {
 // Fills probs and d_scores of `m` keys, first_key.., and queries first_query..first_query + n:
 // p = 2^(scale * (score - maximum) - log_total) and ds = p * (dp - delta) / sqrt(head_dim), zero
 // where the query does not see the key. Columns n.. up to the next multiple of a vector become zero.
-template <class T>
+template <Mask kMask, class T>
 inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const Head<T>& head,
                             int64_t first_key, int64_t m, int64_t first_query, int64_t n) {
   const Vec scale(head.scale()), log_scale(head.scale() * kLog2E);
@@ -67,7 +69,8 @@ inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const He
       Vec ds[2];
       for (int64_t e = 0; e < 2; ++e) {
         const int64_t at = (r + e) * kChunk + j;
-        const int64_t first_seen = first_key + r + e - first_query - j;  // lane of the diagonal
+        int64_t first_seen = 0;
+        if (kMask == Mask::kCausal) first_seen = first_key + r + e - first_query - j;  // diagonal
         Vec p(0.f);
         ds[e] = Vec(0.f);
         if (r + e < m && first_seen < kVec) {
@@ -87,11 +90,18 @@ inline void scores_backward(const AttentionBackwardScratch<T>& scratch, const He
   }
 }
 
-// out, d_out: [S, head_dim] at stride ld_out. dq, dk, dv: laid out like q, k, v.
-template <class T>
+// out, d_out: [S, head_dim] at stride ld_out. dq, dk, dv: laid out like q, k, v, and of these before
+// their rotation.
+template <Mask kMask, class T>
 inline void attention_backward(const Head<T>& head, const T* out, const T* d_out, int64_t ld_out,
                                const SoftmaxStatistics& statistics, T* dq, T* dk, T* dv,
+                               const Rotation& rotation,
                                const AttentionBackwardScratch<T>& scratch) {
+  const auto turn_back = [&](float* rows, int64_t m, int64_t first_token) {
+    for (int64_t i = 0; rotation && i < m; ++i) {
+      rotation.turn<true>(rows + i * head.head_dim, head.head_dim, first_token + i);
+    }
+  };
   constexpr int64_t kPack = Operand<T>::kPack;
   const int64_t S = head.seq_len, head_dim = head.head_dim, ld = scratch.ld;
   transpose_words(head.q, head.ld / kPack, scratch.q_t, ld, S, head_dim / kPack);
@@ -113,24 +123,27 @@ inline void attention_backward(const Head<T>& head, const T* out, const T* d_out
   std::fill_n(scratch.dq_t, head_dim * ld, 0.f);
   for (int64_t k = 0; k < S; k += kKeyTile) {
     const int64_t m = std::min(kKeyTile, S - k);
-    for (int64_t c = k; c < S; c += kChunk) {  // queries before k do not see these keys
+    const int64_t first = kMask == Mask::kCausal ? k : 0;  // the first query that sees these keys
+    for (int64_t c = first; c < S; c += kChunk) {
       const int64_t n = std::min(kChunk, S - c), depth = round_up_to_pack<T>(n);
       brgemm(m, n, head_dim, head.k + k * head.ld, head.ld, scratch.q_t + c * kPack, ld,
              scratch.scores, kChunk, false);
       brgemm(m, n, head_dim, head.v + k * head.ld, head.ld, scratch.d_out_t + c * kPack, ld,
              scratch.d_probs, kChunk, false);
-      scores_backward(scratch, head, k, m, c, n);
+      scores_backward<kMask>(scratch, head, k, m, c, n);
       brgemm(m, head_dim, depth, scratch.probs, kChunk, scratch.d_out + c * head_dim, head_dim,
-             scratch.dv_tile, head_dim, c > k);
+             scratch.dv_tile, head_dim, c > first);
       brgemm(m, head_dim, depth, scratch.d_scores, kChunk, scratch.q + c * head_dim, head_dim,
-             scratch.dk_tile, head_dim, c > k);
+             scratch.dk_tile, head_dim, c > first);
       brgemm(head_dim, n, round_up_to_pack<T>(m), scratch.k_t + k, ld, scratch.d_scores_rhs,
              kChunk, scratch.dq_t + c, ld, true);
     }
+    turn_back(scratch.dk_tile, m, k);
     store_as_operands(scratch.dv_tile, m, head_dim, dv + k * head.ld, head.ld);
     store_as_operands(scratch.dk_tile, m, head_dim, dk + k * head.ld, head.ld);
   }
   transpose_words(scratch.dq_t, ld, scratch.dq, head_dim, head_dim, S);
+  turn_back(scratch.dq, S, 0);
   store_as_operands(scratch.dq, S, head_dim, dq, head.ld);
 }
 

@@ -8,24 +8,27 @@
 #include "activations.h"
 #include "attention_backward.h"
 #include "backward_buffers.h"
-#include "gelu.h"
+#include "block_kinds.h"
 #include "injection.h"
-#include "layer_norm.h"
+#include "rotation.h"
 #include "weight_gradients.h"
 #include "weights.h"
 
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-// Input z of a step, [rows, D]: itself, or x_hat of the LayerNorm that made it.
+// Input z of a step, [rows, D]: itself, or x_hat of the norm that made it.
 struct StepInput {
   const float* z;  // null: recomputed from x_hat
   const float* x_hat;
 };
 
-// One loop step on one item, by one member of its team.
-template <class T>
+// One loop step on one item, by one member of its team. B: the kind of block.
+template <class T, class B>
 class BackwardStep {
+  using Norm = typename B::Norm;
+  using Mlp = typename B::Mlp;
+
  public:
   BackwardStep(const LoopShape& shape, const Inputs& inputs, const PackedWeights<T>& weights,
                const Gradients& gradients, const BackwardBuffers<T>& buffers,
@@ -51,23 +54,25 @@ class BackwardStep {
 
   // Adds `grad`, of the step's output, to dx, the gradient of z'; turns dx into the gradient of z.
   // grad: the item's, [rows, D], or [rows, n_outputs] with a read-out.
-  void run(const float* grad, const StepInput& input, const StepActivations<T>& saved) const {
+  void run(const float* grad, const StepInput& input, const StepActivations<T, B>& saved) const {
     if (shape_.n_outputs == 0) {
       add_rows(grad, buffers_.dx);
     } else {
       read_out(grad, saved.final());
     }
-    final_norm(saved.final());
+    if constexpr (B::kNormBefore) final_norm(saved.final());
     for (int64_t layer = shape_.n_layer - 1; layer >= 0; --layer) {
-      const BlockActivations<T> block = saved.block(layer);
+      const BlockActivations<T, B> block = saved.block(layer);
       for_each_chunk([&](Range chunk) {
+        if constexpr (!B::kNormBefore) norm_after(block.x_hat_2, block.rstd_2, chunk);
         mlp(layer, block, chunk);
+        if constexpr (!B::kNormBefore) norm_after(block.x_hat_1, block.rstd_1, chunk);
         attention_projection(layer, block, chunk);
       });
       team_.wait();  // for all rows' d_attn
       attention(block);
       team_.wait();  // for all heads' d_qkv
-      for_each_chunk([&](Range chunk) { qkv(layer, block, input, chunk); });
+      for_each_chunk([&](Range chunk) { qkv(layer, saved, input, chunk); });
       if (gradients_.embeddings && shape_.injection == Injection::kEveryBlock) {
         add_rows(buffers_.dx, gradients_.embeddings + first());
       }
@@ -111,8 +116,7 @@ class BackwardStep {
   // predictions = z' w^T + bias: adds to dx of z', from grad [rows, n_outputs].
   void read_out(const float* grad, const FinalActivations& final) const {
     const int64_t D = D_, n_outputs = shape_.n_outputs;
-    const float* ln_f_weight = inputs_.ln_f_weight;
-    const float* ln_f_bias = inputs_.ln_f_bias;
+    const Norm norm = last_norm();
     float* dx = buffers_.dx;
     for (int64_t o = 0; o < n_outputs; ++o) {
       const float* weight = inputs_.read_out_weight + o * D;
@@ -123,7 +127,7 @@ class BackwardStep {
         for (int64_t i = rows_.begin; i < rows_.end; ++i) {
           const Vec g(grad[i * n_outputs + o]);
           const Vec x_hat = Vec::loadu(final.x_hat + i * D + j);
-          total = at::vec::fmadd(g, scale_and_shift(x_hat, ln_f_weight, ln_f_bias, j), total);
+          total = at::vec::fmadd(g, norm(x_hat, j), total);
           add_to(dx + i * D + j, g * w);
         }
         add_to(weight_sum + j, total);
@@ -135,51 +139,68 @@ class BackwardStep {
   }
 
   [[gnu::flatten]] void final_norm(const FinalActivations& final) const {
-    const LayerNormBackward<float> ln{final.x_hat,
-                                      final.rstd,
-                                      inputs_.ln_f_weight,
-                                      buffers_.dx,
-                                      sums_.item_vectors.ln_f_weight(),
-                                      sums_.item_vectors.ln_f_bias()};
+    const NormBackward<float> in{final.x_hat, final.rstd, buffers_.dx,
+                                 sums_.item_vectors.ln_f_weight(),
+                                 sums_.item_vectors.ln_f_bias()};
     const int64_t D = D_;
     const float* dz = buffers_.dx;
-    layer_norm_backward<false>(
-        ln, D, rows_, [=](int64_t i, int64_t j) { return Vec::loadu(dz + i * D + j); });
+    norm_backward<false>(last_norm(), in, D, rows_,
+                         [=](int64_t i, int64_t j) { return Vec::loadu(dz + i * D + j); });
   }
 
-  // x2 = x1 + Wproj gelu(fc) + bias, fc = Wfc LN2(x1) + bias: turns dx of x2 into dx of x1.
-  void mlp(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  // The norm that makes z'.
+  Norm last_norm() const { return {inputs_.ln_f_weight, inputs_.ln_f_bias}; }
+
+  // x = norm(y): turns dx of x into that of y.
+  [[gnu::flatten]] void norm_after(const float* x_hat, const float* rstd, Range chunk) const {
+    const NormBackward<float> in{x_hat, rstd, buffers_.dx, nullptr, nullptr};
+    const int64_t D = D_;
+    const float* dy = buffers_.dx;
+    norm_backward<false>(Norm{nullptr, nullptr}, in, D, chunk,
+                         [=](int64_t i, int64_t j) { return Vec::loadu(dy + i * D + j); });
+  }
+
+  // The MLP with its residual: turns dx of its sum into dx of x1.
+  void mlp(int64_t layer, const BlockActivations<T, B>& block, Range chunk) const {
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
     const Block<float>& wanted = gradients_.blocks[layer];
     const BlockSums& sums = sums_.blocks[layer];
-    const int64_t m = chunk.size(), width = 4 * D_;
+    const int64_t m = chunk.size(), width = shape_.fc_width;
     dx_to_operand(chunk, grad.mlp_c_proj_bias);
-    const PackedMatrix<T> hidden{scratch_.right, scratch_.max_rows, width};
+    const PackedMatrix<T> hidden{scratch_.right, scratch_.max_rows, shape_.n_hidden};
     const PackedMatrix<T> d_fc{scratch_.d_fc_right, scratch_.max_rows, width};
     multiply(scratch_.dx_operand, D_, weights_.mlp_c_proj(layer), {0, m}, scratch_.tile,
              [&](const Tile& tile) {
-               const int64_t column = tile.columns.begin, row = tile.rows.begin;
-               const int64_t packed = packed_offset<T>(row, 0, kPanel);
-               gelu_tile(tile, block.fc + column * item_.rows() + (chunk.begin + row) * kPanel,
-                         scratch_.d_fc + row * width + column, width,
-                         d_fc.panel(column / kPanel) + packed,
-                         hidden.panel(column / kPanel) + packed, grad.c_fc_bias + column);
+               const int64_t row = tile.rows.begin;
+               Mlp::backward(tile, block.fc + (chunk.begin + row) * kPanel, item_.rows() * kPanel,
+                             MlpGradient<T>{scratch_.d_fc + row * width, width, d_fc, hidden,
+                                            grad.c_fc_bias});
              });
     if (wanted.mlp_c_proj_weight) {
       add_weight_gradient(sums.mlp_c_proj, scratch_.dx_operand, hidden, m);
     }
-    multiply_into(scratch_.d_fc, width, weights_.c_fc(layer), {0, m}, scratch_.dy, false);
-    const T* x_hat = block.x_hat_2 + chunk.begin * D_;
+    add_input_gradient(scratch_.d_fc, weights_.c_fc(layer), chunk);
+    const auto* x_hat = (B::kNormBefore ? block.x_hat_2 : block.x_hat_1) + chunk.begin * D_;
+    const Norm norm_2{w.ln_2_weight, w.ln_2_bias};
     if (wanted.c_fc_weight) {
-      restore_norm(x_hat, w.ln_2_weight, w.ln_2_bias, m, scratch_.h);
+      restore_norm(x_hat, norm_2, m, scratch_.h);
       add_weight_gradient(sums.c_fc_t, scratch_.h, d_fc, m);
     }
-    norm(x_hat, block.rstd_2, w.ln_2_weight, grad.ln_2_weight, grad.ln_2_bias, chunk);
+    if constexpr (B::kNormBefore) {
+      norm_before(norm_2, x_hat, block.rstd_2, grad.ln_2_weight, grad.ln_2_bias, chunk);
+    }
+  }
+
+  // The gradient of a sublayer's input, dy w: in scratch dy where a norm made the input, else added
+  // to dx of the chunk.
+  void add_input_gradient(const T* dy, const PackedMatrix<T>& w, Range chunk) const {
+    float* to = B::kNormBefore ? scratch_.dy : buffers_.dx + chunk.begin * D_;
+    multiply_into(dy, w.depth, w, {0, chunk.size()}, to, !B::kNormBefore);
   }
 
   // x1 = x0 + Wo attn + bias: fills d_attn.
-  void attention_projection(int64_t layer, const BlockActivations<T>& block, Range chunk) const {
+  void attention_projection(int64_t layer, const BlockActivations<T, B>& block, Range chunk) const {
     dx_to_operand(chunk, sums_.item_vectors.block(layer).attn_c_proj_bias);
     if (gradients_.blocks[layer].attn_c_proj_weight) {
       const PackedMatrix<T> attn{scratch_.right, scratch_.max_rows, D_};
@@ -200,43 +221,79 @@ class BackwardStep {
              });
   }
 
-  void attention(const BlockActivations<T>& block) const {
+  void attention(const BlockActivations<T, B>& block) const {
     const int64_t S = shape_.seq_len, H = shape_.n_heads, head_dim = shape_.head_dim();
     const Range heads = team_.share(item_.n_sequences * H);
     for (int64_t index = heads.begin; index < heads.end; ++index) {
       const int64_t row = index / H * S, column = index % H * head_dim;
       const T* q = block.qkv + row * 3 * D_ + column;
       const Head<T> head{q, q + D_, q + 2 * D_, 3 * D_, S, head_dim};
-      T* dq = buffers_.d_qkv + row * 3 * D_ + column;
-      attention_backward(head, block.attn + row * D_ + column, buffers_.d_attn + row * D_ + column,
-                         D_, block.softmax_of(index, S), dq, dq + D_, dq + 2 * D_,
-                         scratch_.attention);
+      const auto backward = [&](auto attention_backward) {
+        T* dq = buffers_.d_qkv + row * 3 * D_ + column;
+        attention_backward(head, block.attn + row * D_ + column,
+                           buffers_.d_attn + row * D_ + column, D_, block.softmax_of(index, S), dq,
+                           dq + D_, dq + 2 * D_, rotation_of(shape_, inputs_), scratch_.attention);
+      };
+      if (shape_.mask == Mask::kCausal) {
+        backward(attention_backward<Mask::kCausal, T>);
+      } else {
+        backward(attention_backward<Mask::kFull, T>);
+      }
     }
   }
 
-  // qkv = Wqkv LN1(x0) + bias: turns dx of x1 into dx of x0.
-  void qkv(int64_t layer, const BlockActivations<T>& block, const StepInput& input,
+  // q, k and v: turns dx of x1, before its norm if it has one, into dx of x0.
+  void qkv(int64_t layer, const StepActivations<T, B>& saved, const StepInput& input,
            Range chunk) const {
+    const BlockActivations<T, B> block = saved.block(layer);
     const Block<const float>& w = inputs_.blocks[layer];
     const Block<float> grad = sums_.item_vectors.block(layer);
     const bool wanted = gradients_.blocks[layer].c_attn_weight;
     const int64_t width = 3 * D_, m = chunk.size();
     const T* d_qkv = buffers_.d_qkv + chunk.begin * width;
-    add_column_sums(d_qkv, m, width, grad.c_attn_bias);
+    const Norm norm_1{w.ln_1_weight, w.ln_1_bias};
     const T* x_hat = scratch_.x_hat;
-    if (layer == 0) {
-      norm_step_input(input, w.ln_1_weight, w.ln_1_bias, chunk);
+    if constexpr (!B::kNormBefore) {
+      if (wanted) block_input(layer, saved, input, chunk);
     } else {
-      x_hat = block.x_hat_1 + chunk.begin * D_;
-      if (wanted) restore_norm(x_hat, w.ln_1_weight, w.ln_1_bias, m, scratch_.h);
+      add_column_sums(d_qkv, m, width, grad.c_attn_bias);
+      if (layer == 0) {
+        norm_step_input(input, norm_1, chunk);
+      } else {
+        x_hat = block.x_hat_1 + chunk.begin * D_;
+        if (wanted) restore_norm(x_hat, norm_1, m, scratch_.h);
+      }
     }
     if (wanted) {
       const PackedMatrix<T> d_qkv_right{scratch_.right, scratch_.max_rows, width};
       pack_rows(d_qkv, width, m, d_qkv_right);
       add_weight_gradient(sums_.blocks[layer].c_attn_t, scratch_.h, d_qkv_right, m);
     }
-    multiply_into(d_qkv, width, weights_.c_attn(layer), {0, m}, scratch_.dy, false);
-    norm(x_hat, block.rstd_1, w.ln_1_weight, grad.ln_1_weight, grad.ln_1_bias, chunk);
+    add_input_gradient(d_qkv, weights_.c_attn(layer), chunk);
+    if constexpr (B::kNormBefore) {
+      norm_before(norm_1, x_hat, block.rstd_1, grad.ln_1_weight, grad.ln_1_bias, chunk);
+    }
+  }
+
+  // Recomputes h = x0 of a block without a norm before attention.
+  [[gnu::flatten]] void block_input(int64_t layer, const StepActivations<T, B>& saved,
+                                    const StepInput& input, Range chunk) const {
+    const int64_t D = D_;
+    const auto store = [&](auto x_0) {
+      copy_to_operands({0, chunk.size()}, D, x_0, scratch_.dy, scratch_.h);
+    };
+    if (layer == 0) {
+      with_step_input(shape_, inputs_, item_.first_token() + chunk.begin, step_input(input, chunk),
+                      store);
+      return;
+    }
+    const float* x = saved.block(layer - 1).x_hat_2 + chunk.begin * D;
+    const float* e = inputs_.embeddings + first() + chunk.begin * D;
+    const bool every_block = shape_.injection == Injection::kEveryBlock;
+    store([=](int64_t i, int64_t j) {
+      const Vec x_0 = Vec::loadu(x + i * D + j);
+      return every_block ? x_0 + Vec::loadu(e + i * D + j) : x_0;
+    });
   }
 
   // x0 = z e + p: turns dx of x0 into dx of z; adds to the gradient of e.
@@ -256,46 +313,21 @@ class BackwardStep {
   const float* step_input(const StepInput& input, Range chunk) const {
     const int64_t first = chunk.begin * D_;
     if (input.z) return input.z + first;
-    restore_norm(input.x_hat + first, inputs_.ln_f_weight, inputs_.ln_f_bias, chunk.size(),
-                 scratch_.dy);
+    restore_norm(input.x_hat + first, last_norm(), chunk.size(), scratch_.dy);
     return scratch_.dy;
   }
 
   // Recomputes x_hat and h of a step's first LayerNorm.
-  [[gnu::flatten]] void norm_step_input(const StepInput& input, const float* weight,
-                                        const float* bias, Range chunk) const {
+  [[gnu::flatten]] void norm_step_input(const StepInput& input, const Norm& norm,
+                                        Range chunk) const {
     const float* z = step_input(input, chunk);
     with_step_input(shape_, inputs_, item_.first_token() + chunk.begin, z, [&](auto x_0) {
-      normalize_to_operands({0, chunk.size()}, D_, scratch_.dy, x_0, weight, bias, scratch_.x_hat,
-                            scratch_.h, nullptr);
+      normalize_to_operands({0, chunk.size()}, D_, shape_.norm_eps, scratch_.dy, x_0, norm,
+                            scratch_.x_hat, scratch_.h, nullptr);
     });
   }
 
-  // d_fc = d_hidden gelu'(fc) as left- and right-hand matrix, and gelu(fc) as right-hand matrix.
-  // tile: d_hidden; fc: [rows][kPanel].
-  static void gelu_tile(const Tile& tile, const T* fc, T* d_fc, int64_t ld, T* d_fc_right,
-                        T* hidden_right, float* bias_sum) {
-    const int64_t m = tile.rows.size();
-    Vec total[kPanel / kVec];
-    for (Vec& t : total) t = Vec(0.f);
-    for (int64_t r = 0; r < m; r += 2) {
-      for (int64_t j = 0; j < kPanel; j += kVec) {
-        Vec d[2] = {Vec(0.f), Vec(0.f)}, hidden[2] = {Vec(0.f), Vec(0.f)};
-        for (int64_t e = 0; e < 2 && r + e < m; ++e) {
-          const auto gelu = gelu_and_derivative<T>(Operand<T>::load(fc + (r + e) * kPanel + j));
-          hidden[e] = gelu.value;
-          d[e] = gelu.derivative * Vec::loadu(tile.data + (r + e) * kPanel + j);
-        }
-        total[j / kVec] = total[j / kVec] + (d[0] + d[1]);
-        const int64_t packed = packed_offset<T>(r, j, kPanel);
-        Operand<T>::store_rows(d_fc_right + packed, kPanel, d_fc + r * ld + j, ld, d[0], d[1]);
-        Operand<T>::store_rows(hidden_right + packed, kPanel, hidden[0], hidden[1]);
-      }
-    }
-    for (int64_t j = 0; j < kPanel; j += kVec) add_to(bias_sum + j, total[j / kVec]);
-  }
-
-  // dx_operand = dx of the chunk; column_sums += its sum over rows.
+  // dx_operand = dx of the chunk; column_sums += its sum over rows, if there are biases.
   void dx_to_operand(Range chunk, float* column_sums) const {
     const int64_t D = D_, m = chunk.size();
     const float* from = buffers_.dx + chunk.begin * D;
@@ -308,8 +340,10 @@ class BackwardStep {
         total_0 = total_0 + dx_0;
         total_1 = total_1 + dx_1;
       }
-      add_to(column_sums + j, total_0);
-      add_to(column_sums + j + kVec, total_1);
+      if constexpr (B::kNormBefore) {
+        add_to(column_sums + j, total_0);
+        add_to(column_sums + j + kVec, total_1);
+      }
     }
   }
 
@@ -333,15 +367,14 @@ class BackwardStep {
     add_product(sums, scratch_.left, scratch_.max_rows, right, round_up_to_pack<T>(m));
   }
 
-  // out = x_hat * weight + bias: recomputes the output of a LayerNorm. Both [m, D].
+  // Recomputes the output of a norm. Both [m, D].
   template <class In, class Out>
-  void restore_norm(const In* x_hat, const float* weight, const float* bias, int64_t m,
-                    Out* out) const {
+  void restore_norm(const In* x_hat, const Norm norm, int64_t m, Out* out) const {
     const int64_t D = D_;
     for (int64_t i = 0; i < m; ++i) {
       Out* row = out + i * D;
       const auto restored = [=](int64_t j) {
-        return scale_and_shift(Operand<In>::load(x_hat + i * D + j), weight, bias, j);
+        return norm(Operand<In>::load(x_hat + i * D + j), j);
       };
       for (int64_t j = 0; j < D; j += kStride) {
         Operand<Out>::store(row + j, restored(j), restored(j + kVec));
@@ -349,14 +382,14 @@ class BackwardStep {
     }
   }
 
-  // Adds the gradient of a LayerNorm's input, given that of its output in dy, to dx of the chunk.
-  void norm(const T* x_hat, const float* rstd, const float* weight, float* grad_weight,
-            float* grad_bias, Range chunk) const {
+  // Adds the gradient of a norm's input, given that of its output in dy, to dx of the chunk.
+  void norm_before(const Norm& norm, const T* x_hat, const float* rstd, float* grad_weight,
+                   float* grad_bias, Range chunk) const {
     const int64_t D = D_;
-    const LayerNormBackward<T> ln{
-        x_hat, rstd + chunk.begin, weight, buffers_.dx + chunk.begin * D, grad_weight, grad_bias};
+    const NormBackward<T> in{x_hat, rstd + chunk.begin, buffers_.dx + chunk.begin * D, grad_weight,
+                             grad_bias};
     const float* dy = scratch_.dy;
-    layer_norm_backward<true>(ln, D, {0, chunk.size()}, [=](int64_t i, int64_t j) {
+    norm_backward<true>(norm, in, D, {0, chunk.size()}, [=](int64_t i, int64_t j) {
       return Vec::loadu(dy + i * D + j);
     });
   }

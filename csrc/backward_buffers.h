@@ -33,12 +33,12 @@ struct BackwardScratch {
   float* tile;       // [kTileRows][kPanel]
   T* dx_operand;     // [max_rows, D], dx as left-hand matrix
   T* x_hat;          // [max_rows, D], of a LayerNorm, recomputed
-  T* h;              // [max_rows, D], output of the LayerNorm, recomputed
-  T* d_fc;           // [max_rows, 4 D]
+  T* h;              // [max_rows, D], a sublayer's input, recomputed
+  T* d_fc;           // [max_rows, fc_width]
   float* dy;         // [max_rows, D], gradient of h; before that, z
   T* left;           // [D][max_rows], transposed left-hand side of a weight's gradient
-  T* right;          // [max_rows, 4 D] in panels, the right-hand side
-  T* d_fc_right;     // likewise
+  T* right;          // [max_rows, F or 3 D] in panels, the right-hand side
+  T* d_fc_right;     // [max_rows, fc_width], likewise
   AttentionBackwardScratch<T> attention;
 
   BackwardScratch(Arena& arena, const LoopShape& p)
@@ -47,11 +47,11 @@ struct BackwardScratch {
         dx_operand(arena.take<T>(max_rows * p.n_embd)),
         x_hat(arena.take<T>(max_rows * p.n_embd)),
         h(arena.take<T>(max_rows * p.n_embd)),
-        d_fc(arena.take<T>(max_rows * p.n_embd * 4)),
+        d_fc(arena.take<T>(max_rows * p.fc_width)),
         dy(arena.take<float>(max_rows * p.n_embd)),
         left(arena.take<T>(max_rows * p.n_embd)),
-        right(arena.take<T>(max_rows * p.n_embd * 4)),
-        d_fc_right(arena.take<T>(max_rows * p.n_embd * 4)),
+        right(arena.take<T>(max_rows * std::max(p.n_hidden, 3 * p.n_embd))),
+        d_fc_right(arena.take<T>(max_rows * p.fc_width)),
         attention(arena, p.seq_len, p.head_dim()) {}
 };
 

@@ -31,6 +31,7 @@ _AVX512_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx5
 # function that several contain, the linker keeps the first.
 SOURCES = {
     "ops.cpp": [],
+    "select.cpp": [],
     "cpus.cpp": [],
     "memory.cpp": [],
     "threads.cpp": [],

@@ -46,7 +46,7 @@ struct PackedMatrix {
 
 // A product's tile of floats in the first-level cache: rows and columns of the result.
 struct Tile {
-  const float* data;  // [rows.size()][kPanel]
+  float* data;  // [rows.size()][kPanel]
   Range rows;
   Range columns;
 };

@@ -3,6 +3,6 @@
 
 namespace looped_fast {
 
-const Engine kEngineAvx2Fp32 = make_engine<float>();
+const Engine kEnginesAvx2Fp32[2] = {make_engine<float, Gpt2Block>(), make_engine<float, TrmBlock>()};
 
 }  // namespace looped_fast

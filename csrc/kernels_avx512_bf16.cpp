@@ -3,6 +3,6 @@
 
 namespace looped_fast {
 
-const Engine kEngineAvx512Bf16 = make_engine<at::BFloat16>();
+const Engine kEnginesAvx512Bf16[2] = {make_engine<at::BFloat16, Gpt2Block>(), make_engine<at::BFloat16, TrmBlock>()};
 
 }  // namespace looped_fast

@@ -17,30 +17,37 @@ struct ForwardPlan {
   std::vector<ForwardBuffers<T>> buffers;  // per thread, as owner of an item
   std::vector<ForwardScratch<T>> scratch;  // per thread
 
-  ForwardPlan(Arena& arena, const LoopShape& shape, int n_threads)
-      : weights(arena, shape, PackedWeights<T>::kForward) {
+  ForwardPlan(Arena& arena, const LoopShape& shape, const Inputs& inputs, int n_threads)
+      : weights(packed_or_new(arena, shape, inputs)) {
     for (int i = 0; i < n_threads; ++i) {
       buffers.emplace_back(arena, shape);
       scratch.emplace_back(arena, shape);
     }
   }
+
+ private:
+  static PackedWeights<T> packed_or_new(Arena& arena, const LoopShape& shape,
+                                        const Inputs& inputs) {
+    Arena packed(inputs.packed);
+    return {shape.is_packed ? packed : arena, shape, PackedWeights<T>::kForward};
+  }
 };
 
 // Destinations of a loop step's outputs; null: not wanted.
-template <class T>
+template <class T, class B>
 struct StepOutputs {
   float* z;            // [rows, D], the item's
   float* predictions;  // [rows, n_outputs]
-  std::optional<StepActivations<T>> saved;
+  std::optional<StepActivations<T, B>> saved;
 };
 
 // Runs all loop steps on one item. outputs_of(w): outputs of step w of the window; w = -1 is the
 // step before it.
-template <class T, class OutputsOf>
-inline void run_steps(const LoopShape& shape, const ForwardStep<T>& step, const float* z, float* x,
+template <class T, class B, class OutputsOf>
+inline void run_steps(const LoopShape& shape, const ForwardStep<T, B>& step, const float* z, float* x,
                       OutputsOf&& outputs_of) {
   for (int64_t w = shape.window - shape.n_loops; w < shape.window; ++w) {
-    const StepOutputs<T> outputs = w >= -1 ? outputs_of(w) : StepOutputs<T>{};
+    const StepOutputs<T, B> outputs = w >= -1 ? outputs_of(w) : StepOutputs<T, B>{};
     float* z_next = outputs.z ? outputs.z : x;
     step.run(z, z_next, outputs.saved ? &*outputs.saved : nullptr);
     if (outputs.predictions) step.read_out(z_next, outputs.predictions);
@@ -48,13 +55,13 @@ inline void run_steps(const LoopShape& shape, const ForwardStep<T>& step, const 
   }
 }
 
-template <class T>
+template <class T, class B>
 inline void loop_forward(const LoopShape& shape, const Inputs& inputs,
                          const ForwardOutputs& outputs, void* workspace, int n_threads) {
   Arena arena(workspace);
-  const ForwardPlan<T> plan(arena, shape, n_threads);
+  const ForwardPlan<T> plan(arena, shape, inputs, n_threads);
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
-    {
+    if (!shape.is_packed) {
       const Phase phase("looped_fast::pack_weights", thread);
       plan.weights.pack(inputs.blocks, thread, n);
       barrier.wait(n);
@@ -64,10 +71,10 @@ inline void loop_forward(const LoopShape& shape, const Inputs& inputs,
       const Phase phase("looped_fast::loop_steps", thread);
       const int64_t D = shape.n_embd, first = item.first_token();
       const ForwardBuffers<T>& buffers = plan.buffers[owner];
-      const ForwardStep<T> step(shape, inputs, plan.weights, buffers, plan.scratch[thread], item,
+      const ForwardStep<T, B> step(shape, inputs, plan.weights, buffers, plan.scratch[thread], item,
                                 team);
       run_steps(shape, step, inputs.state + first * D, buffers.x, [&](int64_t w) {
-        StepOutputs<T> to{};
+        StepOutputs<T, B> to{};
         const int64_t row = w * shape.n_tokens() + first;
         if (w < 0) {
           if (outputs.saved.start) to.z = outputs.saved.start + first * D;
@@ -76,7 +83,7 @@ inline void loop_forward(const LoopShape& shape, const Inputs& inputs,
         if (outputs.states) to.z = outputs.states + row * D;
         if (outputs.predictions) to.predictions = outputs.predictions + row * shape.n_outputs;
         if (outputs.saved.operands) {
-          to.saved.emplace(saved_step<T>(shape, outputs.saved, w, item));
+          to.saved.emplace(saved_step<T, B>(shape, outputs.saved, w, item));
         }
         return to;
       });
@@ -86,26 +93,27 @@ inline void loop_forward(const LoopShape& shape, const Inputs& inputs,
 
 // Memory of a backward on n_threads threads; with n_saved > 0 also of a forward and of the
 // activations that it saves in so many steps of an item.
-template <class T>
+template <class T, class B>
 struct BackwardPlan {
   PackedWeights<T> weights;
   std::vector<BackwardBuffers<T>> buffers;  // per thread, as owner of an item
   std::vector<BackwardScratch<T>> scratch;  // per thread
   std::vector<ThreadSums> sums;             // per thread
   std::optional<ForwardPlan<T>> forward;    // if n_saved > 0
-  std::vector<std::vector<StepActivations<T>>> activations;  // per thread, as owner of an item
+  std::vector<std::vector<StepActivations<T, B>>> activations;  // per thread, as owner of an item
 
-  BackwardPlan(Arena& arena, const LoopShape& shape, int64_t n_saved, int n_threads)
+  BackwardPlan(Arena& arena, const LoopShape& shape, const Inputs& inputs, int64_t n_saved,
+               int n_threads)
       : weights(arena, shape, PackedWeights<T>::kBackward), activations(n_threads) {
     for (int i = 0; i < n_threads; ++i) {
       buffers.emplace_back(arena, shape);
       scratch.emplace_back(arena, shape);
       sums.emplace_back(arena, shape);
       for (int64_t w = 0; w < n_saved; ++w) {
-        activations[i].push_back(scratch_step<T>(shape, arena));
+        activations[i].push_back(scratch_step<T, B>(shape, arena));
       }
     }
-    if (n_saved > 0) forward.emplace(arena, shape, n_threads);
+    if (n_saved > 0) forward.emplace(arena, shape, inputs, n_threads);
   }
 
   // Each of n threads calls this before its items.
@@ -128,13 +136,13 @@ struct BackwardPlan {
   }
 };
 
-template <class T>
+template <class T, class B>
 inline void loop_backward(const LoopShape& shape, const Inputs& inputs,
                           const BackwardInputs& outer, const Gradients& gradients,
                           void* workspace, int n_threads) {
   const bool recompute = outer.saved.operands == nullptr;
   Arena arena(workspace);
-  BackwardPlan<T> plan(arena, shape, recompute ? 1 : 0, n_threads);
+  BackwardPlan<T, B> plan(arena, shape, inputs, recompute ? 1 : 0, n_threads);
   // One region: OpenMP may start another number of threads, and so of sums, in the next one.
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     plan.begin(inputs, gradients, thread, n, barrier);
@@ -143,7 +151,7 @@ inline void loop_backward(const LoopShape& shape, const Inputs& inputs,
       const Phase phase("looped_fast::loop_steps_backward", thread);
       const int64_t D = shape.n_embd, offset = item.first_token() * D;
       const int64_t grad_width = shape.n_outputs ? shape.n_outputs : D;
-      const BackwardStep<T> step(shape, inputs, plan.weights, gradients, plan.buffers[owner],
+      const BackwardStep<T, B> step(shape, inputs, plan.weights, gradients, plan.buffers[owner],
                                  plan.scratch[thread], plan.sums[thread], item, team);
       step.begin_item();
       for (int64_t w = shape.window - 1; w >= 0; --w) {
@@ -155,17 +163,17 @@ inline void loop_backward(const LoopShape& shape, const Inputs& inputs,
         } else if (recompute) {
           input.z = outer.states + (row - shape.n_tokens()) * D;
         } else {
-          input.x_hat = saved_step<T>(shape, outer.saved, w - 1, item).final().x_hat;
+          input.x_hat = saved_step<T, B>(shape, outer.saved, w - 1, item).final().x_hat;
         }
         if (recompute) {
           const ForwardPlan<T>& forward = *plan.forward;
-          const StepActivations<T>& activations = plan.activations[owner][0];
-          ForwardStep<T>(shape, inputs, forward.weights, forward.buffers[owner],
+          const StepActivations<T, B>& activations = plan.activations[owner][0];
+          ForwardStep<T, B>(shape, inputs, forward.weights, forward.buffers[owner],
                          forward.scratch[thread], item, team)
               .run(input.z, forward.buffers[owner].x, &activations);
           step.run(grad, input, activations);
         } else {
-          step.run(grad, input, saved_step<T>(shape, outer.saved, w, item));
+          step.run(grad, input, saved_step<T, B>(shape, outer.saved, w, item));
         }
       }
       step.end_item();

@@ -23,13 +23,13 @@ struct MseBuffers {
 };
 
 // Memory of loop_mse on n_threads threads.
-template <class T>
+template <class T, class B>
 struct MsePlan {
-  BackwardPlan<T> backward;
+  BackwardPlan<T, B> backward;
   std::vector<MseBuffers> buffers;  // per thread, as owner of an item
 
-  MsePlan(Arena& arena, const LoopShape& shape, int n_threads)
-      : backward(arena, shape, shape.window, n_threads) {
+  MsePlan(Arena& arena, const LoopShape& shape, const Inputs& inputs, int n_threads)
+      : backward(arena, shape, inputs, shape.window, n_threads) {
     for (int i = 0; i < n_threads; ++i) buffers.emplace_back(arena, shape);
   }
 };
@@ -63,34 +63,34 @@ inline double mse_gradient(const LoopShape& shape, const Targets& targets, const
 }
 
 // Returns the error and fills its gradients.
-template <class T>
+template <class T, class B>
 inline float loop_mse(const LoopShape& shape, const Inputs& inputs, const Targets& targets,
                       const Gradients& gradients, void* workspace, int n_threads) {
   Arena arena(workspace);
-  MsePlan<T> plan(arena, shape, n_threads);
+  MsePlan<T, B> plan(arena, shape, inputs, n_threads);
   std::vector<double> errors(n_threads, 0.0);
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
-    BackwardPlan<T>& backward = plan.backward;
+    BackwardPlan<T, B>& backward = plan.backward;
     const ForwardPlan<T>& forward = *backward.forward;
     backward.begin(inputs, gradients, thread, n, barrier);
     const BrgemmScope<T> brgemm_scope;
     for_each_item(shape, thread, n, barrier, [&](const Item& item, const Team& team, int owner) {
       const int64_t W = shape.window, first = item.first_token() * shape.n_embd;
       const int64_t step_size = item.rows() * shape.n_outputs;
-      const std::vector<StepActivations<T>>& activations = backward.activations[owner];
+      const std::vector<StepActivations<T, B>>& activations = backward.activations[owner];
       const MseBuffers& buffers = plan.buffers[owner];
       {
         const Phase phase("looped_fast::loop_steps", thread);
-        const ForwardStep<T> step(shape, inputs, forward.weights, forward.buffers[owner],
+        const ForwardStep<T, B> step(shape, inputs, forward.weights, forward.buffers[owner],
                                   forward.scratch[thread], item, team);
         run_steps(shape, step, inputs.state + first, forward.buffers[owner].x, [&](int64_t w) {
-          if (w < 0) return StepOutputs<T>{buffers.start, nullptr, std::nullopt};
-          return StepOutputs<T>{nullptr, buffers.predictions + w * step_size, activations[w]};
+          if (w < 0) return StepOutputs<T, B>{buffers.start, nullptr, std::nullopt};
+          return StepOutputs<T, B>{nullptr, buffers.predictions + w * step_size, activations[w]};
         });
       }
       errors[thread] += mse_gradient(shape, targets, item, team, buffers.predictions);
       const Phase phase("looped_fast::loop_steps_backward", thread);
-      const BackwardStep<T> step(shape, inputs, backward.weights, gradients,
+      const BackwardStep<T, B> step(shape, inputs, backward.weights, gradients,
                                  backward.buffers[owner], backward.scratch[thread],
                                  backward.sums[thread], item, team);
       step.begin_item();

@@ -13,8 +13,8 @@ struct UntilPlan {
   ForwardPlan<T> forward;
   std::vector<float*> predictions;  // [2][rows, n_outputs] per thread, as owner: of two steps
 
-  UntilPlan(Arena& arena, const LoopShape& shape, int n_threads)
-      : forward(arena, shape, n_threads) {
+  UntilPlan(Arena& arena, const LoopShape& shape, const Inputs& inputs, int n_threads)
+      : forward(arena, shape, inputs, n_threads) {
     for (int i = 0; i < n_threads; ++i) {
       predictions.push_back(arena.take<float>(2 * rows_per_item(shape) * shape.n_outputs));
     }
@@ -35,8 +35,8 @@ inline bool rests(const LoopShape& shape, const float* now, const float* before,
 
 // Runs one item. Every member of its team compares all predictions, and so decides alike.
 // predictions: [2][rows, n_outputs], shared by the team.
-template <class T>
-inline void run_until(const LoopShape& shape, const ForwardStep<T>& step, const Item& item,
+template <class T, class B>
+inline void run_until(const LoopShape& shape, const ForwardStep<T, B>& step, const Item& item,
                       const Team& team, const float* z, float* x, float* predictions,
                       const Until& until) {
   const int64_t width = shape.seq_len * shape.n_outputs;  // predictions of a sequence
@@ -67,11 +67,11 @@ inline void run_until(const LoopShape& shape, const ForwardStep<T>& step, const 
   }
 }
 
-template <class T>
+template <class T, class B>
 inline void loop_until(const LoopShape& shape, const Inputs& inputs, const Until& until,
                        void* workspace, int n_threads) {
   Arena arena(workspace);
-  const UntilPlan<T> plan(arena, shape, n_threads);
+  const UntilPlan<T> plan(arena, shape, inputs, n_threads);
   std::atomic<int64_t> next_item{0};
   parallel(n_threads, [&](int thread, int n, Barrier& barrier) {
     {
@@ -83,7 +83,7 @@ inline void loop_until(const LoopShape& shape, const Inputs& inputs, const Until
     const auto run = [&](const Item& item, const Team& team, int owner) {
       const Phase phase("looped_fast::loop_steps", thread);
       const ForwardBuffers<T>& buffers = plan.forward.buffers[owner];
-      const ForwardStep<T> step(shape, inputs, plan.forward.weights, buffers,
+      const ForwardStep<T, B> step(shape, inputs, plan.forward.weights, buffers,
                                 plan.forward.scratch[thread], item, team);
       run_until(shape, step, item, team, inputs.state + item.first_token() * shape.n_embd,
                 buffers.x, plan.predictions[owner], until);

@@ -1,5 +1,5 @@
-// The engine's function table for an operand type, at the instruction set of the source that
-// includes this.
+// The engine's function table for an operand type and a kind of block, at the instruction set of the
+// source that includes this.
 #pragma once
 
 #include "loop.h"
@@ -10,34 +10,50 @@
 namespace looped_fast {
 inline namespace CPU_CAPABILITY {
 
-template <class T>
+template <class T, class B>
 constexpr Engine make_engine() {
   return {
       read_in,
-      [](const LoopShape& shape, int n_threads) {
+      [](const LoopShape& shape) {
+        using Step = StepActivations<T, B>;
+        return SavedColumns{Step::n_operands(shape), Step::n_floats(shape)};
+      },
+      [](const LoopShape& shape) {
         Arena arena(nullptr);
-        ForwardPlan<T>(arena, shape, n_threads);
+        PackedWeights<T>(arena, shape, PackedWeights<T>::kForward);
         return arena.size();
       },
-      loop_forward<T>,
+      [](const LoopShape& shape, const Inputs& inputs, int n_threads) {
+        Arena arena(inputs.packed);
+        const PackedWeights<T> weights(arena, shape, PackedWeights<T>::kForward);
+        parallel(n_threads, [&](int thread, int n, Barrier&) {
+          weights.pack(inputs.blocks, thread, n);
+        });
+      },
       [](const LoopShape& shape, int n_threads) {
         Arena arena(nullptr);
-        UntilPlan<T>(arena, shape, n_threads);
+        ForwardPlan<T>(arena, shape, Inputs{}, n_threads);
         return arena.size();
       },
-      loop_until<T>,
+      loop_forward<T, B>,
+      [](const LoopShape& shape, int n_threads) {
+        Arena arena(nullptr);
+        UntilPlan<T>(arena, shape, Inputs{}, n_threads);
+        return arena.size();
+      },
+      loop_until<T, B>,
       [](const LoopShape& shape, bool recompute, int n_threads) {
         Arena arena(nullptr);
-        BackwardPlan<T>(arena, shape, recompute ? 1 : 0, n_threads);
+        BackwardPlan<T, B>(arena, shape, Inputs{}, recompute ? 1 : 0, n_threads);
         return arena.size();
       },
-      loop_backward<T>,
+      loop_backward<T, B>,
       [](const LoopShape& shape, int n_threads) {
         Arena arena(nullptr);
-        MsePlan<T>(arena, shape, n_threads);
+        MsePlan<T, B>(arena, shape, Inputs{}, n_threads);
         return arena.size();
       },
-      loop_mse<T>,
+      loop_mse<T, B>,
   };
 }
 

@@ -1,6 +1,7 @@
 // Rearranging matrices into the forms that products read: interleaved rows, and transposes.
 #pragma once
 
+#include "engine.h"
 #include "gemm.h"
 #include "vec.h"
 
@@ -86,16 +87,33 @@ inline void store_as_operands(const float* src, int64_t m, int64_t n, T* dst, in
   }
 }
 
+// Which row of a Linear's weight is packed as row i. Its gates and what they scale, rows 0..n - 1 and
+// n..2 n - 1, alternate in chunks of 32, so that each panel of a product has both; n = 0: no gates.
+struct RowOrder {
+  static constexpr int64_t kChunk = 32;
+
+  int64_t n_hidden;
+
+  int64_t operator()(int64_t i) const {
+    if (n_hidden == 0) return i;
+    const int64_t chunk = i / kChunk;
+    return chunk % 2 * n_hidden + chunk / 2 * kChunk + i % kChunk;
+  }
+};
+
+// That of an MLP's first Linear.
+inline RowOrder fc_order(const LoopShape& p) { return {p.has_gates() ? p.n_hidden : 0}; }
+
 // Packs weights w of a Linear, [n_out, n_in] floats, as the right-hand matrix [n_in, n_out] of
 // x w^T: panel `p` of dst.
 template <class T>
-inline void pack_linear(const float* w, const PackedMatrix<T>& dst, int64_t p) {
+inline void pack_linear(const float* w, RowOrder order, const PackedMatrix<T>& dst, int64_t p) {
   constexpr int64_t kPack = Operand<T>::kPack, kDepth = 32;
   const int64_t n_in = dst.depth, width = dst.width(p);
   alignas(64) T block[kPanel * kDepth];
   for (int64_t k = 0; k < n_in; k += kDepth) {
     for (int64_t i = 0; i < width; ++i) {
-      const float* from = w + (p * kPanel + i) * n_in + k;
+      const float* from = w + order(p * kPanel + i) * n_in + k;
       for (int64_t j = 0; j < kDepth; j += kStride) {
         Operand<T>::store(block + i * kDepth + j, Vec::loadu(from + j),
                           Vec::loadu(from + j + kVec));
@@ -107,11 +125,12 @@ inline void pack_linear(const float* w, const PackedMatrix<T>& dst, int64_t p) {
 
 // Packs w as the right-hand matrix [n_out, n_in] of dy w, for the input's gradient.
 template <class T>
-inline void pack_linear_backward(const float* w, const PackedMatrix<T>& dst, int64_t p) {
+inline void pack_linear_backward(const float* w, RowOrder order, const PackedMatrix<T>& dst,
+                                 int64_t p) {
   const int64_t n_out = dst.depth, n_in = dst.n_columns, width = dst.width(p);
   for (int64_t i = 0; i < n_out; i += 2) {
     for (int64_t j = 0; j < width; j += kVec) {
-      const float* from = w + i * n_in + p * kPanel + j;
+      const float* from = w + order(i) * n_in + p * kPanel + j;
       Operand<T>::store_rows(dst.panel(p) + packed_offset<T>(i, j, width), width, Vec::loadu(from),
                              Vec::loadu(from + n_in));
     }

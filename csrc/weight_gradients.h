@@ -58,14 +58,14 @@ inline void add_product(const TiledMatrix& sums, const T* left, int64_t ld,
 struct BlockSums {
   TiledMatrix c_attn_t;     // [D, 3D]
   TiledMatrix attn_c_proj;  // [D, D]
-  TiledMatrix c_fc_t;       // [D, 4D]
-  TiledMatrix mlp_c_proj;   // [D, 4D]
+  TiledMatrix c_fc_t;       // [D, fc_width], in RowOrder
+  TiledMatrix mlp_c_proj;   // [D, F]
 
-  BlockSums(Arena& arena, int64_t D)
-      : c_attn_t(arena, D, 3 * D),
-        attn_c_proj(arena, D, D),
-        c_fc_t(arena, D, 4 * D),
-        mlp_c_proj(arena, D, 4 * D) {}
+  BlockSums(Arena& arena, const LoopShape& p)
+      : c_attn_t(arena, p.n_embd, 3 * p.n_embd),
+        attn_c_proj(arena, p.n_embd, p.n_embd),
+        c_fc_t(arena, p.n_embd, p.fc_width),
+        mlp_c_proj(arena, p.n_embd, p.n_hidden) {}
 
   // Clears what is summed: matrices whose gradient is wanted.
   void clear(const Block<float>& gradients) const {
@@ -76,28 +76,31 @@ struct BlockSums {
   }
 };
 
-// Gradients of the vectors: every block's (13 D floats), the final LayerNorm's (2 D), and the
-// read-out's, whose matrix has few rows.
+// Gradients of the vectors: every block's (9 D floats and fc_width), the final LayerNorm's (2 D),
+// and the read-out's, whose matrix has few rows. Unused where a kind of block has none.
 struct VectorSums {
-  static constexpr int64_t kBlockWidths = 13, kFinalWidths = 2;
-
   int64_t D;
+  int64_t block_size;
   int64_t n_layer;
   int64_t n_outputs;
   float* data;
 
   VectorSums(Arena& arena, const LoopShape& p)
-      : D(p.n_embd), n_layer(p.n_layer), n_outputs(p.n_outputs), data(arena.take<float>(size())) {}
+      : D(p.n_embd),
+        block_size(9 * D + p.fc_width),
+        n_layer(p.n_layer),
+        n_outputs(p.n_outputs),
+        data(arena.take<float>(size())) {}
 
   // A multiple of kVec.
   int64_t size() const {
     const int64_t bias = (n_outputs + kVec - 1) / kVec * kVec;
-    return (kBlockWidths * n_layer + kFinalWidths + n_outputs) * D + bias;
+    return block_size * n_layer + (2 + n_outputs) * D + bias;
   }
   void clear() const { std::fill_n(data, size(), 0.f); }
 
   Block<float> block(int64_t layer) const {
-    float* p = data + layer * kBlockWidths * D;
+    float* p = data + layer * block_size;
     Block<float> b{};  // matrices stay null
     b.ln_1_weight = p;
     b.ln_1_bias = p + D;
@@ -105,11 +108,11 @@ struct VectorSums {
     b.attn_c_proj_bias = p + 5 * D;
     b.ln_2_weight = p + 6 * D;
     b.ln_2_bias = p + 7 * D;
-    b.c_fc_bias = p + 8 * D;
-    b.mlp_c_proj_bias = p + 12 * D;
+    b.mlp_c_proj_bias = p + 8 * D;
+    b.c_fc_bias = p + 9 * D;
     return b;
   }
-  float* ln_f_weight() const { return data + n_layer * kBlockWidths * D; }
+  float* ln_f_weight() const { return data + n_layer * block_size; }
   float* ln_f_bias() const { return ln_f_weight() + D; }
   float* read_out_weight() const { return ln_f_bias() + D; }
   float* read_out_bias() const { return read_out_weight() + n_outputs * D; }
@@ -127,7 +130,7 @@ struct ThreadSums {
   ThreadSums(Arena& arena, const LoopShape& p)
       : vectors(arena, p), item_vectors(arena, p), n_positions(p.seq_len * p.n_embd) {
     positions = arena.take<float>(n_positions);
-    for (int64_t i = 0; i < p.n_layer; ++i) blocks.emplace_back(arena, p.n_embd);
+    for (int64_t i = 0; i < p.n_layer; ++i) blocks.emplace_back(arena, p);
   }
 
   void clear(const Gradients& gradients) const {
@@ -146,9 +149,10 @@ struct ThreadSums {
 };
 
 // Sums tile `index` over threads, which all hold a matrix of the same shape, and writes it to the
-// gradient of a weight [n_rows, n_columns], or of [n_columns, n_rows] where `transposed`.
+// gradient of a weight [n_rows, n_columns], or of [n_columns, n_rows] where `transposed`, whose rows
+// then have an `order`.
 inline void reduce_tile(const std::vector<const TiledMatrix*>& threads, int64_t index,
-                        bool transposed, float* grad) {
+                        bool transposed, RowOrder order, float* grad) {
   const TiledMatrix& first = *threads[0];
   constexpr int64_t kSide = TiledMatrix::kSide;
   float* total = first.tile(index);
@@ -158,8 +162,11 @@ inline void reduce_tile(const std::vector<const TiledMatrix*>& threads, int64_t 
   }
   const Range rows = first.tile_rows(index), columns = first.tile_columns(index);
   if (transposed) {
-    transpose_words(total, kSide, grad + columns.begin * first.n_rows + rows.begin, first.n_rows,
-                    rows.size(), columns.size());
+    for (int64_t c = columns.begin; c < columns.end; c += RowOrder::kChunk) {
+      transpose_words(total + (c - columns.begin), kSide,
+                      grad + order(c) * first.n_rows + rows.begin, first.n_rows, rows.size(),
+                      RowOrder::kChunk);
+    }
     return;
   }
   for (int64_t r = 0; r < rows.size(); ++r) {
@@ -173,12 +180,14 @@ inline void reduce_tile(const std::vector<const TiledMatrix*>& threads, int64_t 
 inline void reduce(const std::vector<ThreadSums>& sums, const LoopShape& shape,
                    const Gradients& gradients, int thread, int n_threads) {
   const auto reduce_matrix = [&](int64_t layer, TiledMatrix BlockSums::*matrix, bool transposed,
-                                 float* grad) {
+                                 float* grad, RowOrder order = {}) {
     if (!grad) return;
     std::vector<const TiledMatrix*> threads;
     for (const ThreadSums& s : sums) threads.push_back(&(s.blocks[layer].*matrix));
     const Range tiles = split(threads[0]->n_tiles(), thread, n_threads);
-    for (int64_t i = tiles.begin; i < tiles.end; ++i) reduce_tile(threads, i, transposed, grad);
+    for (int64_t i = tiles.begin; i < tiles.end; ++i) {
+      reduce_tile(threads, i, transposed, order, grad);
+    }
   };
   const auto reduce_vector = [&](const float* first, int64_t n, float* grad) {
     if (!grad) return;
@@ -194,7 +203,7 @@ inline void reduce(const std::vector<ThreadSums>& sums, const LoopShape& shape,
     const Block<float>& g = gradients.blocks[layer];
     reduce_matrix(layer, &BlockSums::c_attn_t, true, g.c_attn_weight);
     reduce_matrix(layer, &BlockSums::attn_c_proj, false, g.attn_c_proj_weight);
-    reduce_matrix(layer, &BlockSums::c_fc_t, true, g.c_fc_weight);
+    reduce_matrix(layer, &BlockSums::c_fc_t, true, g.c_fc_weight, fc_order(shape));
     reduce_matrix(layer, &BlockSums::mlp_c_proj, false, g.mlp_c_proj_weight);
     if (thread != 0) continue;
     const Block<float> v = sums[0].vectors.block(layer);
@@ -204,7 +213,7 @@ inline void reduce(const std::vector<ThreadSums>& sums, const LoopShape& shape,
     reduce_vector(v.attn_c_proj_bias, D, g.attn_c_proj_bias);
     reduce_vector(v.ln_2_weight, D, g.ln_2_weight);
     reduce_vector(v.ln_2_bias, D, g.ln_2_bias);
-    reduce_vector(v.c_fc_bias, 4 * D, g.c_fc_bias);
+    reduce_vector(v.c_fc_bias, shape.fc_width, g.c_fc_bias);
     reduce_vector(v.mlp_c_proj_bias, D, g.mlp_c_proj_bias);
   }
   if (thread != 0) return;

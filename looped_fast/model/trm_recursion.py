@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from looped_fast.ops.call import LoopSettings, LoopTensors
+from looped_fast.ops.call import LoopSettings, LoopTensors, SharedWeights
 
 # (injected [B, S, D], state [B, S, D], steps) -> the state after so many steps of the network
 Net = Callable[[Tensor, Tensor, int], Tensor]
@@ -46,6 +46,8 @@ def looped_net(
 
     All steps carry gradient where autograd is on; elsewhere only the last state is kept.
     """
+    if not torch.compiler.is_compiling():
+        weights = SharedWeights(weights)  # they stay what they are while the network is in use
 
     def net(injected: Tensor, state: Tensor, n_loops: int) -> Tensor:
         window = n_loops if torch.is_grad_enabled() else 1

@@ -99,6 +99,7 @@ TRM = Block(
     norm="rms_norm", norm_weight=False, norm_bias=False, norm_place="after", mlp="swiglu",
     mask="full", positions="rotary", bias=False, final_norm=False,
 )  # fmt: skip
+KINDS = {"gpt2": GPT2, "trm": TRM}  # that fast backends have kernels for
 
 
 def block_names(block: Block) -> tuple[str, ...]:

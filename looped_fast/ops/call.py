@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, get_type_hints
 
@@ -14,6 +14,17 @@ from torch import Tensor
 from looped_fast.config import ATTENTION, INJECTIONS, PRECISIONS, check_window
 from looped_fast.errors import check_name
 from looped_fast.ops.block import GPT2, Block
+
+
+class SharedWeights(list[Tensor]):
+    """The ``weights`` of several calls of the loop, between which they do not change.
+
+    A backend may keep what it makes of them: the CPU engine packs their matrices once.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__(weights)
+        self.kept: dict[Hashable, Any] = {}
 
 
 class LoopTensors(NamedTuple):

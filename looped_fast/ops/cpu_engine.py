@@ -12,18 +12,21 @@ import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from looped_fast.ops import engine_file, forks, loop_autograd
-from looped_fast.ops.block import GPT2, unlike
-from looped_fast.ops.call import Call, LoopSettings, LoopTensors
+from looped_fast.ops.block import GPT2, KINDS, Block, unlike
+from looped_fast.ops.call import Call, LoopSettings, LoopTensors, SharedWeights
 
 MAX_WIDTH = 1024  # widest D that the engine is tested at
 WIDTH_UNIT = 32  # D is a multiple of it
-N_SETTINGS = 5  # its ops take the first ones of ``LoopSettings``: n_heads to precision
+N_SETTINGS = 9  # of its ops, see ``_settings``
+# Settings that a call chooses in any kind of block that it has kernels for.
+_FREE = ("mask", "positions", "norm_eps", "mlp_hidden")
 _MAX_OUTPUTS = 8  # outputs of a fused read-out; PyTorch computes wider ones
 
 _loading = threading.Lock()  # functools.cache may call the function in two threads at once
@@ -74,14 +77,49 @@ def unsupported(call: Call) -> str | None:
         return f"it takes float32 tensors, not {call.dtype}"
     if call.n_embd % WIDTH_UNIT or call.n_embd > MAX_WIDTH:
         return f"D = {call.n_embd} is not a multiple of {WIDTH_UNIT} up to {MAX_WIDTH}"
-    if differing := unlike(call.settings.block, [GPT2], free=()):
-        return f"it has no kernels for a block with {differing}"
     if call.head_dim % 8:
         return f"head_dim = {call.head_dim} is not a multiple of 8"
+    if reason := _unsupported_block(call):
+        return reason
     precision = call.settings.precision
     return (
         loop_autograd.unsupported() or _switched_off(precision) or unsupported_precision(precision)
     )
+
+
+def _unsupported_block(call: Call) -> str | None:
+    """Return why the engine has no kernels for the block of ``call``, or None."""
+    block = call.settings.block
+    if block is GPT2:
+        return None
+    if differing := unlike(block, KINDS.values(), _FREE):
+        return f"it has no kernels for a block with {differing}"
+    kind, hidden = _kind(block), block.hidden(call.n_embd)
+    unit = 32 if kind == "trm" else 64
+    if hidden % unit or hidden > 4 * MAX_WIDTH:
+        return f"mlp_hidden = {hidden} is not a multiple of {unit} up to {4 * MAX_WIDTH}"
+    if block.positions == "rotary" and kind == "gpt2":
+        return "it has no kernels for a block with positions = 'rotary' and bias = True"
+    if block.positions == "rotary" and call.head_dim not in (8, 16, 32, 64):
+        return f"with rotary positions it takes head_dim 8, 16, 32 or 64, not {call.head_dim}"
+    return None
+
+
+def _kind(block: Block) -> str:
+    """Name of the kind of block that a block with kernels is."""
+    return "gpt2" if block.norm_place == "before" else "trm"
+
+
+def _settings(settings: LoopSettings, n_embd: int) -> tuple[Any, ...]:
+    """A call's settings as the engine's ops take them."""
+    block = settings.block
+    return *settings[:5], _kind(block), block.hidden(n_embd), block.mask, block.norm_eps
+
+
+def _block(settings: Sequence[Any]) -> Block:
+    """The block of an op's settings, but for its positions."""
+    kind, hidden, mask, eps = settings[5:N_SETTINGS]
+    return KINDS[kind]._replace(mlp_hidden=hidden, mask=mask, norm_eps=eps)
 
 
 def _switched_off(precision: str) -> str | None:
@@ -98,7 +136,7 @@ def can_read_out(read_out: Sequence[Tensor]) -> bool:
 
 def loop(
     embeddings: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     state: Tensor,
     weights: Sequence[Tensor],
     settings: LoopSettings,
@@ -109,13 +147,30 @@ def loop(
 
     ``read_out`` must satisfy ``can_read_out``. Nothing needs a gradient where ``seen`` is given.
     """
-    arguments = embeddings, positions, state, [*weights, *read_out], *settings[:N_SETTINGS]
-    trains_loop = loop_autograd.needs_grad((embeddings, positions, state, *weights))
+    flat = _settings(settings, embeddings.shape[-1])
+    arguments = embeddings, positions, state, [*weights, *read_out], *flat
+    inputs = [t for t in (embeddings, positions, state, *weights) if t is not None]
+    trains_loop = loop_autograd.needs_grad(inputs)
+    packed = _packed(embeddings, weights, flat)
     if not trains_loop and not loop_autograd.needs_grad(read_out):
-        return torch.ops.looped_fast.cpu_loop_infer(*arguments, seen)
+        return torch.ops.looped_fast.cpu_loop_infer(*arguments, packed, seen)
     save_states = settings.recompute or not trains_loop
-    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(*arguments, save_states)
+    outputs, *_ = torch.ops.looped_fast.cpu_loop_forward(*arguments, packed, save_states)
     return outputs
+
+
+def _packed(embeddings: Tensor, weights: Sequence[Tensor], flat: tuple[Any, ...]) -> Tensor | None:
+    """The weights as products read them, if several calls share these; packed by the first."""
+    if not isinstance(weights, SharedWeights) or _get_current_dispatch_mode() is not None:
+        return None
+    n_heads, _, _, _, precision, kind, hidden, *_ = flat
+    key = "cpu", precision, kind, hidden
+    if key not in weights.kept:
+        with torch.no_grad():
+            weights.kept[key] = torch.ops.looped_fast.cpu_pack(
+                embeddings, weights, n_heads, precision, kind, hidden
+            )
+    return weights.kept[key]
 
 
 def loop_until(
@@ -123,15 +178,16 @@ def loop_until(
 ) -> tuple[Tensor, Tensor]:
     """Run ``ops.loop`` until predictions rest; see ``op.run_until``. Predictions of all tokens."""
     embeddings, positions, state, weights, read_out, seen = tensors
+    n_heads, max_loops, _, *others = _settings(settings, embeddings.shape[-1])
     return torch.ops.looped_fast.cpu_loop_until(
-        embeddings, positions, state, [*weights, *read_out], settings.n_heads, settings.n_loops,
-        settings.injection, settings.precision, tolerance, seen,
+        embeddings, positions, state, [*weights, *read_out], n_heads, max_loops, *others, tolerance,
+        seen,
     )  # fmt: skip
 
 
 def loop_mse(
     embeddings: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     state: Tensor,
     weights: Sequence[Tensor],
     settings: LoopSettings,
@@ -142,10 +198,11 @@ def loop_mse(
     """Run ``ops.loop_mse`` on the engine, which computes gradients along with the error."""
     forks.keep_to_one_thread()
     weights = [*weights, *read_out]
-    wanted = [t.requires_grad for t in (embeddings, positions, state, *weights)]
+    tensors = (embeddings, positions, state, *weights)
+    wanted = [t is not None and t.requires_grad for t in tensors]
     error, _ = torch.ops.looped_fast.cpu_loop_mse(
         embeddings, positions, state, weights, targets, n_supervised, wanted,
-        *settings[:N_SETTINGS],
+        *_settings(settings, embeddings.shape[-1]),
     )  # fmt: skip
     return error
 
@@ -178,26 +235,30 @@ def empty_cache() -> None:
 
 
 def _infer_fake(embeddings, positions, state, weights, *flat):
-    return _forward_fake(embeddings, positions, state, weights, *flat[:N_SETTINGS], False)[0]
+    flat = *flat[:N_SETTINGS], None  # without packed matrices and ``seen``
+    return _forward_fake(embeddings, positions, state, weights, *flat, False)[0]
 
 
 def _forward_fake(embeddings, positions, state, weights, *flat):
-    settings, save_states = LoopSettings(*flat[:-1]), flat[-1]
-    save_activations = not save_states
+    n_heads, n_loops, window, _, precision, *_, save_states = flat
+    save_activations, block = not save_states, _block(flat)
     B, S, D = embeddings.shape
-    n_layer, n_last = divmod(len(weights), 12)
-    reads_out, window = n_last == 4, settings.window
-    operands = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    reads_out, n_layer = block.has_read_out(len(weights)), block.n_layer(len(weights))
+    operands = torch.bfloat16 if precision == "bf16" else torch.float32
+    # Columns of StepActivations in csrc/activations.h.
+    before = block.norm_place == "before"
+    n_operands = n_layer * ((6 if before else 4) * D + block.fc_width(D)) - before * D
+    n_floats = (1 if before else 2 * n_layer) * D + n_layer * (2 * n_heads + 2) + before
 
     def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
         return embeddings.new_empty(shape if wanted else (0,), dtype=dtype)
 
     return (
         empty(window, B, S, len(weights[-1]) if reads_out else D),
-        empty(window, 10 * n_layer - 1, B, S, D, wanted=save_activations, dtype=operands),
-        empty(window, D + (2 * settings.n_heads + 2) * n_layer + 1, B, S, wanted=save_activations),
+        empty(window, n_operands, B, S, wanted=save_activations, dtype=operands),
+        empty(window, n_floats, B, S, wanted=save_activations),
         empty(window, B, S, D, wanted=save_states and reads_out),
-        empty(B, S, D, wanted=window < settings.n_loops),
+        empty(B, S, D, wanted=window < n_loops),
     )
 
 
@@ -224,12 +285,13 @@ def _mse_backward_fake(grad, gradients, inputs):
 
 def _empty_gradients(embeddings, positions, state, weights, wanted, n_heads, n_loops, window, *_):
     flags = [*wanted[:2], wanted[2] and window == n_loops, *wanted[3:]]
-    tensors = zip((embeddings, positions, state, *weights), flags, strict=True)
-    return [like.new_empty(like.shape if flag else (0,)) for like, flag in tensors]
+    tensors = (embeddings, state if positions is None else positions, state, *weights)
+    pairs = zip(tensors, flags, strict=True)
+    return [like.new_empty(like.shape if flag else (0,)) for like, flag in pairs]
 
 
 def _gradients(grad, saved, inputs, wanted, settings):
-    if reason := _switched_off(LoopSettings(*settings).precision):
+    if reason := _switched_off(settings[4]):
         raise RuntimeError(f"backend 'cpu' can't run this backward: {reason}")
     return torch.ops.looped_fast.cpu_loop_backward(grad, *saved, *inputs, wanted, *settings)
 
@@ -240,6 +302,6 @@ def _register() -> None:
     torch.library.register_fake("looped_fast::cpu_loop_forward")(_forward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_backward")(_backward_fake)
     torch.library.register_fake("looped_fast::cpu_loop_mse")(_mse_fake)
-    loop_autograd.register("cpu", _gradients, N_SETTINGS, 2, lambda settings: GPT2)
+    loop_autograd.register("cpu", _gradients, N_SETTINGS, 2, _block)
     torch.library.register_fake("looped_fast::cpu_loop_mse_backward")(_mse_backward_fake)
     loop_autograd.register_mse()

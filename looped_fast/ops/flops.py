@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from looped_fast.ops.block import GPT2, Block, block_names, final_names, shape_of
+from looped_fast.ops.block import GPT2, KINDS, Block, block_names, final_names, shape_of
 
 Arguments = dict[str, Any]  # of an op by name, with shapes for tensors
 
@@ -154,7 +154,9 @@ def _step_backward(
 
 
 def _block(call: Arguments) -> Block:
-    """Settings of the blocks of a call of any of the ops."""
+    """Settings of the blocks of a call of any of the ops; the engine's name a kind of block."""
+    if "block" in call:
+        return KINDS[call["block"]]._replace(mlp_hidden=call["n_hidden"])
     return Block(**{name: call.get(f"block_{name}", getattr(GPT2, name)) for name in Block._fields})
 
 

@@ -99,7 +99,7 @@ def register_mse() -> None:
 
     def setup_context(ctx, inputs, output) -> None:
         embeddings, positions, state, weights, *others = inputs
-        *_, n_loops, window, injection, _ = others
+        _, _, _, _, n_loops, window, injection, *_ = others  # targets to n_heads come first
         _, gradients = output
         ctx.n_others, ctx.settings = len(others), (window == n_loops, injection)
         ctx.save_for_backward(*gradients, embeddings, positions, state, *weights)

@@ -32,6 +32,7 @@ from looped_fast.ops.call import (
     Call,
     LoopSettings,
     LoopTensors,
+    SharedWeights,
     is_replayed,
     predicting,
 )
@@ -65,7 +66,8 @@ def loop(
         state: z before the first step, [B, S, D]; None for the injection's neutral element (0 for
             ``add``, 1 for ``mul``), or for ``embeddings`` where the injection has none.
         weights: per block, the tensors that ``block.block_names`` lists, as ``BlockWeights``
-            describes them: twelve of GPT-2's; then the weight and bias of the final norm.
+            describes them: twelve of GPT-2's; then the weight and bias of the final norm. As
+            ``SharedWeights`` they are prepared once for all calls that are given the same object.
         read_out: weight [n_outputs, D] and bias [n_outputs] of a Linear. With it the result is
             predictions at the even tokens, which are x, and the ``cpu`` and ``triton`` backends
             keep no states for a backward that does not need them.
@@ -92,7 +94,8 @@ def loop(
     Source: arXiv 2311.12424, section 4; official ``scripts/models.py``,
     ``TransformerModelLooped.forward``.
     """
-    tensors = LoopTensors(embeddings, positions, state, list(weights), list(read_out), seen)
+    weights = weights if isinstance(weights, SharedWeights) else list(weights)
+    tensors = LoopTensors(embeddings, positions, state, weights, list(read_out), seen)
     return run(tensors, LoopSettings(**settings))
 
 
@@ -334,9 +337,7 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
     if len(read_out) not in (0, 2):
         raise ValueError(f"read_out holds {len(read_out)} tensors; weight and bias are needed")
     expected = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
-    each = block_names(block) * ((len(weights) - n_last) // n)
-    last, n_outputs = final_names(block), len(read_out) and len(read_out[1])
-    names, shapes = expected(each, last, n, D, block.hidden(D), block.fc_width(D), n_outputs)
+    names, shapes = expected(block, D, len(weights), len(read_out) and len(read_out[1]))
     given = [*weights, *read_out, *_check_positions(positions, block, D // n_heads)]
     if positions is not None:
         of_positions = (2, S, D // n_heads) if block.positions == "rotary" else (S, D)
@@ -391,18 +392,11 @@ def _check_seen(seen: Tensor, tensors: LoopTensors) -> None:
 
 @functools.lru_cache
 def _expected(
-    of_blocks: tuple[str, ...],
-    last: tuple[str, ...],
-    n: int,
-    D: int,
-    F: int,
-    fc: int,
-    n_outputs: int,
+    block: Block, D: int, n_weights: int, n_outputs: int
 ) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs.
-
-    ``of_blocks`` are names of n weights for each block, ``last`` of those of the final norm.
-    """
+    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs."""
+    n, F, fc = block.n_block_weights, block.hidden(D), block.fc_width(D)  # see ``_in_graph``
+    of_blocks, last = block_names(block) * block.n_layer(n_weights), final_names(block)
     names = [f"block {i // n} {name}" for i, name in enumerate(of_blocks)]
     names += [name.replace("ln_f_", "ln_f ") for name in last]
     shapes = [shape_of(name, D, F, fc) for name in (*of_blocks, *last)]

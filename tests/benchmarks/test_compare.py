@@ -14,7 +14,7 @@ from fake_graphs import FakeGraph
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import compare, measure, report, workload
-from benchmarks.cases import CASES, CONTENDERS, Case, flops, modes
+from benchmarks.cases import ALL_CASES, CASES, CONTENDERS, PUZZLES, Case, PuzzleCase, flops, modes
 from benchmarks.correctness import WrongResult, check
 from benchmarks.processes import Measuring
 from benchmarks.workload import Workload
@@ -23,6 +23,9 @@ from looped_fast.ops import backends
 from looped_fast.ops.graphs import Graphs
 
 TINY = Case(batch=2, n_points=4, n_loops=3, window=2, n_dims=3, n_embd=32, n_head=4)
+TINY_PUZZLE = PuzzleCase(
+    batch=3, seq_len=6, vocab_size=5, hidden_size=32, num_heads=2, H_cycles=2, L_cycles=2
+)
 EAGER, EAGER_BF16 = CONTENDERS["eager fp32"], CONTENDERS["eager bf16"]
 PROVIDERS = ("flash_attn", "sdpa", "triton")
 PEAK = {"fp32": 100.0, "bf16": 200.0}
@@ -36,6 +39,38 @@ def test_flops_are_those_of_the_matrix_products(mode):
     products = 2 * TINY.n_loops + (5 * TINY.window if mode == "training" else 0)
     hidden = products * B * 2 * D * (S**2 - S * (S + 1) / 2)  # the counter counts all scores
     assert counter.get_total_flops() == pytest.approx(flops(TINY, mode) + hidden, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_flops_of_a_puzzle_are_those_of_the_matrix_products(mode):
+    with FlopCounterMode(display=False) as counter:
+        Workload(TINY_PUZZLE, EAGER, mode)()
+    assert counter.get_total_flops() == pytest.approx(flops(TINY_PUZZLE, mode), rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["training", "inference"])
+@pytest.mark.parametrize("contender", ["eager bf16", "engine fp32"])
+@needs_engine
+def test_puzzles_are_checked_and_timed(contender, mode):
+    threads = torch.get_num_threads()
+    row = measure.measure(TINY_PUZZLE, CONTENDERS[contender], mode, [1], repeats=2, seconds=1)
+    torch.set_num_threads(threads)
+    assert row["gflops"] == pytest.approx(flops(TINY_PUZZLE, mode) / row["ms"] / 1e6)
+
+
+def test_wrong_results_of_a_puzzle_are_not_timed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: WRONG_STEPS["gradient of "](step))
+    with pytest.raises(WrongResult, match=r"gradient of .*is right"):
+        check(TINY_PUZZLE, CONTENDERS["compiled step fp32"], "training")
+
+
+def test_puzzles_have_one_loss_and_sizes_in_their_heading():
+    case = PUZZLES["sudoku9"]
+    assert modes(case, CONTENDERS["engine fp32"]) == ["training", "inference"]
+    assert modes(case, CONTENDERS["engine fp32 autograd"]) == []
+    assert case.describe() == (
+        "B=8 S=97 D=512 heads=8 hidden=1536 L_layers=2 H_cycles=3 L_cycles=6"
+    )
 
 
 def test_flops_reproduce_the_feasibility_study():
@@ -359,6 +394,6 @@ def test_quick_leaves_out_large_cases_and_compilation():
         for precision in ("bf16", "fp32")
     ]  # fmt: skip
     assert args.contenders == [*engines[0], "eager bf16", *engines[1], "eager fp32"]
-    assert compare.parse_arguments([]).cases == list(CASES)
+    assert compare.parse_arguments([]).cases == list(ALL_CASES)
     args = compare.parse_arguments(["--quick", "--device", "cuda"])
     assert not any(CONTENDERS[name].compiles for name in args.contenders)

@@ -17,6 +17,7 @@ from golden_cases import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from looped_fast import LoopedTransformer, ModelConfig, compat, ops
 from looped_fast.ops import cpu_engine
@@ -32,6 +33,8 @@ INJECTIONS = ["add", "mul", "none", "every_block"]
 def evaluate(inputs, grad, backend, dtype, **arguments):
     """Name -> outputs and the gradient of every tensor, for ``(outputs * grad).sum()``."""
     inputs = require_grad(cast(inputs, dtype))
+    if isinstance(tables := arguments.get("positions"), Tensor):  # which have no gradient
+        arguments = {**arguments, "positions": tables.to(dtype)}
     outputs = ops.loop(**inputs, **arguments, backend=backend)
     tensors = leaves(inputs)
     grads = torch.autograd.grad(outputs, list(tensors.values()), grad.to(dtype), allow_unused=True)
