@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -85,6 +86,26 @@ def test_a_resumed_run_is_bit_identical_and_says_what_changed(tmp_path, capsys):
         found, wanted = getattr(final(parts), kind), getattr(final(whole), kind)
         assert found.keys() == wanted.keys()
         assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_says_how_to_resume(
+    tmp_path, capsys, monkeypatch, signum, status
+):
+    step = TRMTrainer.training_step
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signum)
+        step(self)
+
+    monkeypatch.setattr(TRMTrainer, "training_step", interrupted)
+    out = tmp_path / "run"
+    assert train("--steps", 100, "--save-every", 100, "--out", out) == status
+    printed = capsys.readouterr().out
+    assert "step 3 is finished and saved" in printed
+    assert f"python -m looped_fast.train --resume {out}" in printed
+    assert final(out).step == 3
 
 
 def test_settings_come_from_a_file_too(tmp_path, run_dir, capsys):
