@@ -141,18 +141,18 @@ def evaluate_puzzles(command: Command) -> dict[str, Any]:
         raise ValueError(f"{len(twice)} runs are named {twice[0]}; evaluate each in a command")
     command.out.mkdir(parents=True, exist_ok=True)
     drawn = " and pictures" if can_write("plots") else ""
-    accuracies = {}
+    accuracies, counts = {}, {}
     for run in runs:
         puzzles = run.config.make_task().evaluation_batch(command.prompts, command.seed)
         accuracies[run.name] = solve_steps(run.model, puzzles)
+        counts[run.name] = len(puzzles.inputs)  # a data set may have fewer than asked for
         if drawn:
             history = read_metrics(run.path.resolve().parents[1] / METRICS_FILE)
-            title = f"{run.name}, step {run.step}: {len(puzzles.inputs)} unseen puzzles"
+            title = f"{run.name}, step {run.step}: {counts[run.name]} unseen puzzles"
             path = command.out / f"{run.name}.png"
             save_report(path, history, accuracies[run.name], run.model, puzzles, title)
     print(accuracy_table(accuracies))
     results = {
-        "puzzles": command.prompts,
         "seed": command.seed,
         "versions": versions(),
         "runs": {
@@ -161,6 +161,7 @@ def evaluate_puzzles(command: Command) -> dict[str, Any]:
                 "checkpoint": str(run.path),
                 "sha256": run.sha256,
                 "step": run.step,
+                "puzzles": counts[run.name],
                 "accuracy": accuracies[run.name].to_dict(),
             }
             for run in runs

@@ -264,6 +264,7 @@ def test_a_run_is_evaluated(run_dir, tmp_path, capsys):
     assert "puzzles solved" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert results["runs"]["run"]["step"] == 4
+    assert results["runs"]["run"]["puzzles"] == 20
     assert 0 <= results["runs"]["run"]["accuracy"]["cells"] <= 1
     assert (tmp_path / "out" / "run.png").stat().st_size > 10_000
 

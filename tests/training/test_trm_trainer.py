@@ -168,7 +168,7 @@ def test_an_evaluation_and_a_trial_change_nothing(tmp_path):
     trainer = TRMTrainer(CONFIG, tmp_path)
     trainer.training_step()
     before = {name: tensor.clone() for name, tensor in state(trainer).items()}
-    trainer.evaluate(8)
+    trainer.evaluation()
     assert trainer.estimate_seconds() > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(trainer).items())
 

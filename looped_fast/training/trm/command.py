@@ -155,15 +155,15 @@ def announce(trainer: TRMTrainer) -> None:
 def report(trainer: TRMTrainer, summary: str) -> None:
     """Evaluate on unseen puzzles; print a table, write ``results.json`` and a picture."""
     config, run_dir = trainer.config, trainer.run_dir
-    n_puzzles = 5 * config.eval_puzzles
-    accuracy = trainer.evaluate(n_puzzles)
+    puzzles = trainer.task.evaluation_batch(5 * config.eval_puzzles, config.seed)
+    accuracy = trainer.evaluate(puzzles)
     name = Path(config.task).name
     title = f"{name}, trm, {Path(config.preset).stem}: {summary}"
-    print(f"\n{title}; {n_puzzles} unseen puzzles\n")
+    print(f"\n{title}; {len(puzzles.inputs)} unseen puzzles\n")
     print(accuracy_table({run_dir.name: accuracy}))
     results: dict[str, Any] = {
         "summary": summary,
-        "puzzles": n_puzzles,
+        "puzzles": len(puzzles.inputs),
         "seed": config.seed,
         "torch": torch.__version__,
         "looped_fast": VERSION,
@@ -173,7 +173,6 @@ def report(trainer: TRMTrainer, summary: str) -> None:
     print()
     if can_write("plots"):
         history, path = read_metrics(run_dir / METRICS_FILE), run_dir / "report.png"
-        puzzles = trainer.task.evaluation_batch(n_puzzles, config.seed)
         save_report(path, history, accuracy, trainer.average, puzzles, title)
         print(f"plot: {path}")
     print(f"weights: {checkpoint.latest(run_dir)}")

@@ -23,6 +23,7 @@ from looped_fast.evaluation.puzzles import Accuracy, solve_steps
 from looped_fast.model import Carry, TinyRecursiveModel, TRMOutput
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 from looped_fast.tasks.sampling import batch_generator
+from looped_fast.tasks.sudoku import PuzzleBatch
 from looped_fast.training import checkpoint, distributed
 from looped_fast.training.checkpoint_check import check_weights
 from looped_fast.training.curriculum import learning_rate
@@ -226,12 +227,12 @@ class TRMTrainer(Fitting):
 
     def evaluation(self) -> dict[str, Any]:
         """Accuracy on ``eval_puzzles``, as in ``evaluate``."""
-        accuracy = self.evaluate(self.config.eval_puzzles)
+        puzzles = self.task.evaluation_batch(self.config.eval_puzzles, self.config.seed)
+        accuracy = self.evaluate(puzzles)
         return {f"eval_{name}": value for name, value in accuracy.to_dict().items()}
 
-    def evaluate(self, n_puzzles: int) -> Accuracy:
-        """Accuracy of the averaged weights on puzzles that are not trained on."""
-        puzzles = self.task.evaluation_batch(n_puzzles, self.config.seed)
+    def evaluate(self, puzzles: PuzzleBatch) -> Accuracy:
+        """Accuracy of the averaged weights on ``puzzles``."""
         with self.autocast():
             return solve_steps(self.average, puzzles)
 
