@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -115,6 +116,32 @@ def test_settings_come_from_a_file_too(tmp_path, run_dir, capsys):
     before, after = final(run_dir).config, final(tmp_path / "run").config
     others = {"steps", "out", "preset"}
     assert [n for n in before if before[n] != after[n] and n not in others] == []
+
+
+def test_a_data_set_of_the_public_code_is_trained_on_and_evaluated(tmp_path, monkeypatch, capsys):
+    """Mazes, say: no Sudoku, so no grids are drawn; with the public puzzle embedding."""
+    monkeypatch.chdir(tmp_path)
+    index = {"seq_len": 8, "vocab_size": 6, "num_puzzle_identifiers": 1, "ignore_label_id": 0}
+    for part, n in (("train", 30), ("test", 7)):
+        folder = tmp_path / "mazes" / part
+        folder.mkdir(parents=True)
+        tokens = np.random.default_rng(0).integers(1, 6, (n, 8))
+        np.save(folder / "all__inputs.npy", tokens)
+        np.save(folder / "all__labels.npy", np.sort(tokens))
+        (folder / "dataset.json").write_text(json.dumps(index))
+    line = ["--task", "mazes", "--preset", "public", "--amp", "off", "--steps", 2]
+    assert train(*line, "--puzzle-emb-ndim", 40, "--puzzle-emb-len", 2) == 0
+    printed = capsys.readouterr().out
+    assert "mazes, trm, public: 2 steps" in printed
+    assert "7 unseen puzzles" in printed
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("mazes-trm-public-")
+    saved = final(folder)
+    assert saved.model_state["puzzle_emb.weights"].abs().sum() > 0  # it is trained
+    assert saved.run_state["sequences.z_H"].shape == (4, 10, 32)
+    assert evaluate.main([str(folder), "--prompts", "20"]) == 0
+    results = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert results["runs"][folder.name]["puzzles"] == 7
 
 
 def test_a_new_run_gets_a_folder_of_its_own(tmp_path, monkeypatch):
