@@ -18,7 +18,8 @@ PUBLIC = {
     "__version__ accelerate empty_cache explain_backend from_pretrained restore",
     "looped_fast.config": "ModelConfig",
     "looped_fast.model": "Carry LoopedTransformer Solution TRMConfig TRMOutput TinyRecursiveModel",
-    "looped_fast.ops": "Block GPT2 LoopSettings SharedWeights TRM block_names loop loop_mse read_in",
+    "looped_fast.ops": "Block GPT2 LoopSettings SharedWeights TRM block_names loop loop_mse "
+    "read_in",
     "looped_fast.dropin": "UnsupportedModel accelerate explain_backend restore",
     "looped_fast.compat": "FAMILIES LOOP_FUNCS OfficialCheckpoint TransformerModel "
     "TransformerModelLooped TransformerModelTying build_model export_official_checkpoint "
