@@ -14,16 +14,17 @@ PACKAGE = ROOT / "looped_fast"
 # What users import, and from where. Names move within a room only; those of the last three
 # modules have moved to evaluation/ and pretrained/, and still import from here (moved/).
 PUBLIC = {
-    "looped_fast": "LoopedTransformer ModelConfig UnsupportedModel __version__ accelerate "
-    "empty_cache explain_backend from_pretrained restore",
+    "looped_fast": "LoopedTransformer ModelConfig TRMConfig TinyRecursiveModel UnsupportedModel "
+    "__version__ accelerate empty_cache explain_backend from_pretrained restore",
     "looped_fast.config": "ModelConfig",
-    "looped_fast.model": "LoopedTransformer",
+    "looped_fast.model": "Carry LoopedTransformer Solution TRMConfig TRMOutput TinyRecursiveModel",
     "looped_fast.ops": "Block GPT2 LoopSettings SharedWeights TRM block_names loop loop_mse "
     "read_in",
     "looped_fast.dropin": "UnsupportedModel accelerate explain_backend restore",
     "looped_fast.compat": "FAMILIES LOOP_FUNCS OfficialCheckpoint TransformerModel "
     "TransformerModelLooped TransformerModelTying build_model export_official_checkpoint "
-    "load_official_checkpoint model_config_from_state_dict",
+    "load_official_checkpoint model_config_from_state_dict export_trm_checkpoint "
+    "load_trm_checkpoint",
     "looped_fast.tasks": "EVALUATION OFFICIAL_TASK_NAMES TASKS Baseline Batch DecisionTree "
     "FixedPrompts FourierSeries LinearClassification LinearRegression Mixture "
     "NoisyLinearRegression QuadraticRegression Relu2LayerNetwork SparseLinearRegression Task "

@@ -67,5 +67,5 @@ def test_the_links_lead_to_a_file_and_a_heading(page, target):
 
 
 def test_there_are_examples_and_commands():
-    assert len(EXAMPLES) == 13
+    assert len(EXAMPLES) == 16
     assert len(COMMANDS) == 15

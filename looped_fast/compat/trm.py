@@ -166,7 +166,10 @@ def _complete(path: Path, state: dict[str, Tensor], known: dict[str, Any]) -> di
     (vocab_size, D), (_, F) = shapes.values()
     told: dict[str, Any] = {
         "vocab_size": vocab_size, "hidden_size": D,
-        "L_layers": sum(name.endswith("mlp.down_proj.weight") for name in state),
+        "L_layers": sum(
+            re.fullmatch(r"L_level\.layers\.\d+\.mlp\.down_proj\.weight", name) is not None
+            for name in state
+        ),
     }  # fmt: skip
     if "puzzle_emb.weights" in state:
         told["num_puzzle_identifiers"], told["puzzle_emb_ndim"] = state["puzzle_emb.weights"].shape
@@ -175,6 +178,7 @@ def _complete(path: Path, state: dict[str, Tensor], known: dict[str, Any]) -> di
     for name, value in told.items():
         if known.get(name, value) != value:
             raise ValueError(f"{name} = {known[name]!r}, but {path} has {value!r}; leave it out")
+    # Several expansions round to one width; this one needs no rounding.
     settings = told | {"expansion": 1.5 * F / D} | known
     needed = (*_UNTOLD, "puzzle_emb_len") if "puzzle_emb.weights" in state else _UNTOLD
     if missing := [name for name in needed if name not in settings]:

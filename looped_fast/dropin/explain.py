@@ -26,7 +26,7 @@ def explain_backend(
 ) -> Selection:
     """Say which backend runs ``model`` on such a batch, and why each other one does not.
 
-    >>> from looped_fast import ModelConfig
+    >>> from looped_fast import LoopedTransformer, ModelConfig
     >>> print(explain_backend(LoopedTransformer(ModelConfig()), batch_size=64, n_points=41))
     backend: ...
 
@@ -47,6 +47,10 @@ def explain_backend(
     """
     replacement = replaced(model)
     described = replacement if isinstance(replacement, FastForward) else model
+    if not isinstance(described, OwnModel | FastForward):
+        raise ValueError(
+            f"a {type(model).__name__} runs its own code; looped_fast.accelerate(model) first"
+        )
     sizes = {"batch_size": batch_size, "n_points": n_points}
     if n_points is None and isinstance(described, TinyRecursiveModel | TRMForward):
         del sizes["n_points"]
@@ -55,10 +59,6 @@ def explain_backend(
             raise ValueError(f"{name} = {size!r}: a whole number of at least 1 is needed")
     if precision is not None:
         check_name("precision", precision, PRECISIONS)
-    if not isinstance(described, OwnModel | FastForward):
-        raise ValueError(
-            f"a {type(model).__name__} runs its own code; looped_fast.accelerate(model) first"
-        )
     if reasons := described.watch(model):
         return backends.select_modules(described.backend, reasons)
     points: Any = n_points  # a number, where one is needed

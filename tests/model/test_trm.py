@@ -350,9 +350,11 @@ def test_autocast_lowers_products_but_not_states_or_results():
 def test_accelerate_sets_precision_and_backend_and_restore_puts_them_back():
     model = build()
     exact = model(PUZZLES).logits
-    accelerate(model, backend="reference", precision="bf16")
+    plain = copy.deepcopy(model)
+    plain.backend = "reference"
     with torch.autocast("cpu", torch.bfloat16):
-        expected = restore(copy.deepcopy(model))(PUZZLES).logits
+        expected = plain(PUZZLES).logits
+    accelerate(model, backend="reference", precision="bf16")
     assert torch.equal(model(PUZZLES).logits, expected)
     assert explain_backend(model, 4).chosen == "reference"
     assert torch.equal(restore(model)(PUZZLES).logits, exact)
