@@ -126,18 +126,18 @@ def after_norm_backward_kernel(
             up = outputs(h, gate_up, HIDDEN + units, TF32)
             out = tile(down, 0, D, c, HIDDEN_CHUNK, HIDDEN)
             d_unit = dot(d_out, out, tl.zeros([ROWS, HIDDEN_CHUNK], tl.float32), TF32)
-            tl.store(hidden + rows[:, None] * HIDDEN + units[None, :], cast(gate * up, h.dtype),
-                     mask=mask)  # fmt: skip
-            wide = d_hidden + rows[:, None] * (2 * HIDDEN) + units[None, :]
-            tl.store(wide, cast(d_unit * up * slope, h.dtype), mask=mask)
-            tl.store(wide + HIDDEN, cast(d_unit * gate, h.dtype), mask=mask)
+            u = hidden + rows[:, None] * HIDDEN + units[None, :]
+            tl.store(u, cast(gate * up, h.dtype), mask=mask)
+            d_pre = d_hidden + rows[:, None] * (2 * HIDDEN) + units[None, :]
+            tl.store(d_pre, cast(d_unit * up * slope, h.dtype), mask=mask)
+            tl.store(d_pre + HIDDEN, cast(d_unit * gate, h.dtype), mask=mask)
         # A second loop, which reads memory, as in row_backward_kernel.
         tl.debug_barrier()
         d = tl.zeros([ROWS, D], tl.float32)
         for c in range(0, 2 * HIDDEN, HIDDEN_CHUNK):
             chunk = rows[:, None] * (2 * HIDDEN) + (c + tl.arange(0, HIDDEN_CHUNK))[None, :]
-            d_pre = tl.load(d_hidden + chunk, mask=mask, other=0.0)
-            d = dot(d_pre, tile(gate_up, c, HIDDEN_CHUNK, 0, D, D), d, TF32)
+            d_chunk = tl.load(d_hidden + chunk, mask=mask, other=0.0)
+            d = dot(d_chunk, tile(gate_up, c, HIDDEN_CHUNK, 0, D, D), d, TF32)
         d += tl.load(dx + offsets, mask=mask, other=0.0)
         d = rms_norm_backward(d, tl.load(h1 + offsets).to(tl.float32), tl.load(rstd1 + rows), D)
         tl.debug_barrier()  # dx was read by other threads than those that now write it
