@@ -162,8 +162,9 @@ def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = 
     """Every form of every kernel in every candidate, first candidates first.
 
     Covers bf16 at the paper's width, in the first candidate, or the first three of GPT-2's kernels
-    on GPUs whose times are predicted. Elsewhere only the form that does most is compiled, which the others are parts
-    of; the autotuner drops what does not run. ``full``: every candidate everywhere.
+    on GPUs whose times are predicted; those of TRM's by ``THOROUGH`` only. Elsewhere only the form
+    that does most is compiled, which the others are parts of; the autotuner drops what does not
+    run. ``full``: every candidate everywhere.
     """
     ranked = []
     for precision in PRECISIONS if full else PRECISIONS[:1]:

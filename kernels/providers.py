@@ -102,9 +102,7 @@ def _settings(qkv: Tensor, n_heads: int, causal: bool) -> dict:
     }  # fmt: skip
 
 
-def _flash_attn_forward(
-    qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int, causal: bool
-) -> None:
+def _flash_attn_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int, causal: bool) -> None:
     from flash_attn import flash_attn_interface as flash
 
     q, k, v = _heads(qkv, n_heads)
@@ -124,7 +122,8 @@ def _flash_attn_backward(
     d_q, d_k, d_v = _heads(d_qkv, n_heads)  # views: filled in place
     flash._flash_attn_backward(
         d_out.view(q.shape), q, k, v, out.view(q.shape), lse, d_q, d_k, d_v,
-        **_settings(qkv, n_heads, causal), deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_settings(qkv, n_heads, causal),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 
@@ -139,9 +138,7 @@ def _sdpa_unsupported(call: Call) -> str | None:
     return _flash_unsupported(call)
 
 
-def _sdpa_forward(
-    qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int, causal: bool
-) -> None:
+def _sdpa_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int, causal: bool) -> None:
     q, k, v = _heads(qkv, n_heads).transpose(2, 3)
     on_cpu = qkv.device.type == "cpu"  # in Triton's interpreter
     aten = torch.ops.aten

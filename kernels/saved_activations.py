@@ -1,9 +1,9 @@
 """Activations saved for the backward: the outputs of ``triton_loop_forward`` after the first.
 
-N = B*S rows, D width, F hidden width, H heads, L blocks, W window. "operand" is the dtype of matrix products.
-Tensors of a block have one slot per (block l, window step w): l * W + w, so that one block's steps
-are one matrix [W N, D], the operand of its weight gradients. A tensor that is not saved has shape
-[0].
+N = B*S rows, D width, F hidden width, H heads, L blocks, W window. "operand" is the dtype of matrix
+products. Tensors of a block have one slot per (block l, window step w): l * W + w, so that one
+block's steps are one matrix [W N, D], the operand of its weight gradients. A tensor that is not
+saved has shape [0].
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from looped_fast.kernels import backward, forward, weight_gradients
 from looped_fast.kernels.candidates import Config, candidates
 from looped_fast.kernels.fold import pack
 from looped_fast.kernels.launch import recording
+
 from looped_fast.ops.call import LoopSettings
 
 ROW_KERNELS = ("after_norm_forward_kernel", "after_norm_backward_kernel")

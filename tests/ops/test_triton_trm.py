@@ -24,9 +24,8 @@ from looped_fast.kernels.saved_activations import SavedActivations
 def recorded(name, backend, dtype, precision):
     """States, logits and gradients of the public model's step, made of loops of the one op."""
     case, tensors = load_tensors(name)
-    params = {
-        key: value.to(dtype).requires_grad_() for key, value in with_prefix(tensors, "param/").items()
-    }  # fmt: skip
+    given = with_prefix(tensors, "param/")
+    params = {name: value.to(dtype).requires_grad_() for name, value in given.items()}
     embedded = torch.nn.functional.embedding(
         tensors["inputs"], params["embed_tokens.embedding_weight"]
     )
