@@ -89,9 +89,7 @@ def launches_of(
     if n and loop.training and loop.n_supervised:
         n_supervised = min(loop.n_supervised, loop.window)
         targets = torch.empty(batch, (seq_len + 1) // 2, n)
-    added = [positions] if positions is not None and block.positions == "learned" else []
-    for tensor in [embeddings, *added, *weights, *read_out]:
-        tensor.requires_grad_(loop.training)
+    embeddings.requires_grad_(loop.training)  # alone: PyTorch computes those of weights
     # As a model starts; TRM's has states of its own.
     has_state = block.positions != "learned" or loop.injection not in ("add", "mul")
     state = embeddings if has_state else None

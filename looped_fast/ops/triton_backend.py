@@ -102,16 +102,18 @@ def unsupported(call: Call) -> str | None:
     if all(differing):
         nearest = min((names for names in differing if names), key=lambda names: names.count(" = "))
         return f"it has no kernels for a block with {nearest}"
-    if (hidden := block.hidden(D)) % HIDDEN_MULTIPLE:
-        return f"mlp_hidden = {hidden} is not a multiple of {HIDDEN_MULTIPLE}"
     if call.head_dim not in HEAD_DIMS:
         return f"head_dim = {call.head_dim} is not one of {HEAD_DIMS}"
     if reason := unsupported_tensors(call.device.type, call.dtype, D):
         return reason
+    if (hidden := block.hidden(D)) % HIDDEN_MULTIPLE:
+        return f"mlp_hidden = {hidden} is not a multiple of {HIDDEN_MULTIPLE}"
     # Checked after the device: torch.export would apply this limit to a model on the CPU too.
-    if (elements := call.batch * call.seq_len * block.fc_width(D)) >= MAX_ELEMENTS:
-        of = "B S 4D" if block.mlp == "gelu" else "B S 2F"
-        return f"{elements} hidden activations ({of}) are not below 2^31; use smaller batches"
+    widest = max(block.fc_width(D), 3 * D)
+    if (elements := call.batch * call.seq_len * widest) >= MAX_ELEMENTS:
+        return (
+            f"{elements} hidden activations (B S {widest}) are not below 2^31; use smaller batches"
+        )
     if precision == "fp32" and D == 512 and operand_precision(torch.float32) == "tf32":
         return f"TF32 at D = {D} does not fit in registers; true float32, bf16 and fp16 do"
     if precision == "fp32" and D == 512 and _has_little_shared_memory(call.device.type):

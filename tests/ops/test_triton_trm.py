@@ -135,7 +135,6 @@ def test_blocks_that_have_kernels(block):
             "a block with norm = 'rms_norm', norm_bias = False, norm_place = 'both', "
             "final_norm = False",
         ),
-        (TRM._replace(mlp_hidden=100), "mlp_hidden = 100 is not a multiple of 64"),
     ],
 )
 def test_settings_that_have_no_kernels_are_named(block, reason):
@@ -149,10 +148,15 @@ def test_settings_that_have_no_kernels_are_named(block, reason):
         ({"n_embd": 96, "n_heads": 3}, "D = 96 is not one of (64, 128, 256, 512)"),
         ({"n_heads": 2}, "head_dim = 128 is not one of (16, 32, 64)"),
         ({"n_heads": 32}, "head_dim = 8 is not one of (16, 32, 64)"),
+        ({"block": TRM._replace(mlp_hidden=100)}, "mlp_hidden = 100 is not a multiple of 64"),
+        (
+            {"block": TRM._replace(mlp_hidden=64), "batch": 2**16},  # q, k and v are wider
+            "4127195136 hidden activations (B S 768) are not below 2^31; use smaller batches",
+        ),
         ({"dtype": torch.float64}, "it takes float32 tensors, not torch.float64"),
         (
             {"batch": 2**15},
-            "4127195136 hidden activations (B S 2F) are not below 2^31; use smaller batches",
+            "4127195136 hidden activations (B S 1536) are not below 2^31; use smaller batches",
         ),
     ],
 )
