@@ -72,12 +72,12 @@ def loop_backward(
         steps, saved = 1, with_scratch(saved, embeddings, settings, L)
         inputs, scratch = injected(embeddings, positions, settings), torch.empty_like(states[:1])
     outputs = empty_outputs(saved.xhat1, L, steps, block)
-    shared = grad, start, embeddings, outputs, settings
+    shared = grad, start, embeddings, saved, outputs, settings
     rows: _GPT2Rows | _AfterNormRows
     if block.norm_place == "after":
-        rows = _AfterNormRows(*shared, saved=saved, positions=positions)
+        rows = _AfterNormRows(positions, *shared)
     else:
-        rows = _GPT2Rows(*shared, saved=saved, weights=weights, read_out=read_out)
+        rows = _GPT2Rows(weights, read_out, *shared)
     attend, causal = PROVIDERS[settings.attention].backward, block.mask == "causal"
     d_folded: list[Tensor | None] = []
     products = wanted_products(wanted[3:], L, block)
@@ -164,14 +164,14 @@ class _Rows:
         grad: Tensor,  # [W, B, S, D], or of the predictions of R steps [R, B, S, n_outputs]
         start: Tensor | None,  # [B, S, D]: the state before the window; None: the neutral element
         embeddings: Tensor,  # [B, S, D]
+        saved: SavedActivations,
         outputs: Outputs,
         settings: LoopSettings,
-        saved: SavedActivations,
     ) -> None:
         self.without_grad = settings.window - len(grad)  # first steps
-        self.grad, self.states, self.start = grad, saved.states, start
+        self.grad, self.saved, self.start = grad, saved, start
         self.embeddings, self.settings, self.outputs = embeddings, settings, outputs
-        self.weights, self.biases = saved.folded_weights, saved.folded_biases
+        self.weights = saved.folded_weights
         self.n_rows, self.D = embeddings[..., 0].numel(), embeddings.shape[-1]
         self.precision = operand_precision(self.weights.dtype)
 
@@ -185,11 +185,11 @@ class _Rows:
         self.d_inner_shift = torch.zeros_like(embeddings) if injection == "every_block" else None
         self.d_scale = torch.zeros_like(embeddings) if injection == "mul" else None
 
-    def _choose(self, saved: SavedActivations) -> None:
+    def _choose(self) -> None:
         """Choose a configuration, for the most frequent form: between two steps."""
         L, steps = self.outputs.d_qkv.shape[:2]
         n, window = min(2, steps), self.settings.window
-        chunk = _select_steps(saved, L, 0, n, self.settings.block)
+        chunk = _select_steps(self.saved, L, 0, n, self.settings.block)
         first = window - n if 2 * len(self.grad) > window else 0  # with a grad if most steps have
         self.config = choose(
             self.kernel,
@@ -233,7 +233,7 @@ class _Rows:
             return [self.d_inner_shift, None, None, None]
         if self.d_scale is None:
             return [self.d_shift, None, None, None]
-        before = self.states[w - 1] if w else self.start
+        before = self.saved.states[w - 1] if w else self.start
         return [self.d_shift, self.embeddings, before, self.d_scale]
 
     def d_attended(self, place: Place) -> Tensor:
@@ -246,14 +246,15 @@ class _Rows:
             return None
         if self.d_scale is not None:
             return self.d_scale
-        if self.d_inner_shift is not None:
+        if self.d_shift is not None and self.d_inner_shift is not None:
             return self.d_shift + self.d_inner_shift
         return self.d_shift
 
     def positions_gradient(self) -> Tensor | None:
-        """Gradient of positions that are added, [S, D]."""
-        is_added = self.settings.block.positions == "learned" and self.d_shift is not None
-        return self.d_shift.sum(0) if is_added else None
+        """Gradient of positions that are added, [S, D]; None of others."""
+        if self.settings.block.positions != "learned" or self.d_shift is None:
+            return None
+        return self.d_shift.sum(0)
 
 
 class _GPT2Rows(_Rows):
@@ -263,15 +264,14 @@ class _GPT2Rows(_Rows):
 
     def __init__(
         self,
-        *shared: Any,  # arguments of ``_Rows``
-        saved: SavedActivations,
         weights: Sequence[Tensor],  # of ``ops.loop``
         read_out: Sequence[Tensor],  # weight and bias, if there are predictions
+        *shared: Any,  # arguments of ``_Rows``
     ) -> None:
-        super().__init__(*shared, saved=saved)
+        super().__init__(*shared)
         self.blocks, self.norm = split_weights(weights)
         self.read_out = read_out
-        self._choose(saved)
+        self._choose()
 
     def _sums(self, config: Config) -> _Sums:
         P, D, steps = triton.cdiv(self.n_rows, config.rows), self.D, self.settings.window
@@ -307,7 +307,8 @@ class _GPT2Rows(_Rows):
                     *outside,
                 ]  # fmt: skip
             head = [
-                self.weights[block], self.biases[block], chunk.xhat2[begins], chunk.rstd2[begins],
+                self.weights[block], self.saved.folded_biases[block],
+                chunk.xhat2[begins], chunk.rstd2[begins],
                 self.outputs.dx2[begins], self.outputs.hidden[begins],
                 self.outputs.d_hidden[begins], self.outputs.dx1[begins], self.d_attention,
                 sums.d_biases[block, w],
@@ -340,17 +341,13 @@ class _AfterNormRows(_Rows):
 
     kernel = after_norm_backward_kernel
 
-    def __init__(
-        self,
-        *shared: Any,  # arguments of ``_Rows``
-        saved: SavedActivations,
-        positions: Tensor | None,  # of ``ops.loop``
-    ) -> None:
-        super().__init__(*shared, saved=saved)
+    def __init__(self, positions: Tensor | None, *shared: Any) -> None:
+        """``positions`` are those of ``ops.loop``; ``shared`` the arguments of ``_Rows``."""
+        super().__init__(*shared)
         is_rotary = self.settings.block.positions == "rotary"
         self.tables = positions if is_rotary else None
         self.d_turned = torch.empty_like(self.outputs.d_qkv[0, 0]) if is_rotary else None
-        self._choose(saved)
+        self._choose()
 
     def d_attended(self, place: Place) -> Tensor:
         """As in ``_Rows``; the next launch turns queries and keys back."""
