@@ -2,7 +2,8 @@
 
 Writes the squared error as numbers (JSON, CSV) and figures (PNG, PDF): at every in-context
 position against the baselines of the official figure, and over loop counts far beyond training;
-with ``--ood``, on shifted distributions of prompts. ``--help`` lists all settings.
+with ``--ood``, on shifted distributions of prompts. Runs of ``train --model trm`` are evaluated on
+puzzles that they were not trained on. ``--help`` lists all settings.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ from looped_fast.evaluation import (
 )
 from looped_fast.evaluation.baselines import figure_baselines, quick_baselines
 from looped_fast.evaluation.figures import OFFICIAL_LOOPS
+from looped_fast.evaluation.puzzle_figures import save_report
+from looped_fast.evaluation.puzzles import accuracy_table, solve_steps
 from looped_fast.evaluation.report import can_write, error_table
 from looped_fast.evaluation.shifts import SHIFTS, shifted_prompts
 from looped_fast.pretrained.provenance import versions
 from looped_fast.pretrained.runs import Run, load_run
+from looped_fast.pretrained.trm import load_trm_run
+from looped_fast.pretrained.weights import read_newest
 from looped_fast.tasks import Baseline, Batch, task_label
+from looped_fast.training import checkpoint
 from looped_fast.training.command_line import parse, program, task_imports
+from looped_fast.training.log import METRICS_FILE, read_metrics
+from looped_fast.training.trm.config import is_trm
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Command:
     ood: bool = False
     """Evaluate on shifted distributions of prompts instead."""
     prompts: int = 1280
-    """Number of held-out prompts."""
+    """Number of held-out prompts, or puzzles."""
     seed: int = 0
     """Seed of prompts and bootstrap."""
     points: int | None = None
@@ -92,6 +100,8 @@ def evaluate(command: Command) -> dict[str, Any]:
         RuntimeError: a baseline needs a package that is not installed.
     """
     _check(command)
+    if command.runs and is_trm(read_newest(command.runs[0], checkpoint.load).config):
+        return evaluate_puzzles(command)
     runs = load_runs(command.runs, command.device)
     n_points = command.points or min(run.config.n_points for run in runs)
     for run in runs:
@@ -114,6 +124,56 @@ def evaluate(command: Command) -> dict[str, Any]:
     path.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(f"\nnumbers{drawn}: {command.out}")
     return results
+
+
+def evaluate_puzzles(command: Command) -> dict[str, Any]:
+    """Evaluate Tiny Recursive Models on ``command.prompts`` puzzles; return what is written."""
+    for name in _OF_FUNCTIONS:
+        if getattr(command, name) != getattr(Command, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} {getattr(command, name)} is for models of function classes, and "
+                f"{command.runs[0]} solves puzzles; leave it out"
+            )
+    runs = [load_trm_run(source, command.device) for source in command.runs]
+    names = [run.name for run in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{len(twice)} runs are named {twice[0]}; evaluate each in a command")
+    command.out.mkdir(parents=True, exist_ok=True)
+    drawn = " and pictures" if can_write("plots") else ""
+    accuracies, counts = {}, {}
+    for run in runs:
+        puzzles = run.config.make_task().evaluation_batch(command.prompts, command.seed)
+        accuracies[run.name] = solve_steps(run.model, puzzles)
+        counts[run.name] = len(puzzles.inputs)  # a data set may have fewer than asked for
+        if drawn:
+            history = read_metrics(run.path.resolve().parents[1] / METRICS_FILE)
+            title = f"{run.name}, step {run.step}: {counts[run.name]} unseen puzzles"
+            path = command.out / f"{run.name}.png"
+            save_report(path, history, accuracies[run.name], run.model, puzzles, title)
+    print(accuracy_table(accuracies))
+    results = {
+        "seed": command.seed,
+        "versions": versions(),
+        "runs": {
+            run.name: {
+                "task": run.config.task,
+                "checkpoint": str(run.path),
+                "sha256": run.sha256,
+                "step": run.step,
+                "puzzles": counts[run.name],
+                "accuracy": accuracies[run.name].to_dict(),
+            }
+            for run in runs
+        },
+    }
+    path = command.out / "evaluation.json"
+    path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(f"\nnumbers{drawn}: {command.out}")
+    return results
+
+
+_OF_FUNCTIONS = ("ood", "points", "loops", "max_loops", "loop_prompts", "baselines")
 
 
 def _check(command: Command) -> None:

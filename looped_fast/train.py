@@ -1,6 +1,7 @@
 """Train a transformer on a function class: ``python -m looped_fast.train --task dt --amp bf16``.
 
 The command line overrides settings of a preset or a YAML file; ``--help`` lists all settings.
+``--model trm`` trains a Tiny Recursive Model on puzzles, and ``--model trm --help`` lists its own.
 ``torchrun --nproc-per-node 4 -m looped_fast.train ...`` trains with a batch in each process.
 """
 
@@ -19,18 +20,18 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-import yaml
 
 from looped_fast import errors
 from looped_fast.compat.config_files import load_config
 from looped_fast.config import VERSION
 from looped_fast.dropin.explain import explain_backend
+from looped_fast.errors import check_name
 from looped_fast.evaluation import evaluation_batches, position_errors
 from looped_fast.evaluation.baselines import quick_baselines
 from looped_fast.evaluation.report import can_write, error_table, plot
 from looped_fast.pretrained import load_start
 from looped_fast.tasks import task_label
-from looped_fast.training import checkpoint, distributed, lock
+from looped_fast.training import checkpoint, distributed, lock, run_folder
 from looped_fast.training.command_line import (
     import_named_tasks,
     option_flags,
@@ -39,15 +40,13 @@ from looped_fast.training.command_line import (
     task_texts,
 )
 from looped_fast.training.command_line import parse as parse_flags
-from looped_fast.training.config import TrainConfig, config_from_dict, saved_config
+from looped_fast.training.config import MODELS, TrainConfig, config_from_dict, saved_config
 from looped_fast.training.distributed import resolve_device
 from looped_fast.training.log import METRICS_FILE, read_metrics
 from looped_fast.training.presets import describe, entry, preset_config
 from looped_fast.training.step import Start
-from looped_fast.training.task_settings import flat
 from looped_fast.training.trainer import Interrupted, Trainer
-
-CONFIG_FILE = "config.yaml"
+from looped_fast.training.trm import command as trm_command
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,11 @@ def main(args: list[str] | None = None) -> int:
     try:
         with distributed.join() as processes, contextlib.ExitStack() as held:
             with processes.failing_together():  # each of them needs the task's module
-                chosen, options = _parse_early(args), task_texts(args)
+                chosen, options = parse_early(args), task_texts(args)
+                if chosen.model is not None:
+                    check_name("model", chosen.model, (*MODELS, "trm"))
+                if trm_command.trains_trm(chosen):
+                    return trm_command.main(args, chosen, processes)
                 named = [chosen.task]
                 if chosen.task == "mixture":
                     named += [options.get("first"), options.get("second")]
@@ -119,10 +122,14 @@ def prepare(
 ) -> tuple[TrainConfig, str, Path, checkpoint.Checkpoint | None]:
     """Make the arguments of ``run`` from the command line; ``held`` gets the folder's lock."""
     command, origin, resumed = parse(args, processes.world_size, held)
-    return command.settings, origin, make_run_dir(command.settings, command.resume, held), resumed
+    settings, run_dir = command.settings, command.resume
+    if run_dir is None:
+        label = f"{task_label(settings.task)}-{settings.model}-{Path(settings.preset).stem}"
+        run_dir = run_folder.make_run_dir(label, settings.out, held)
+    return settings, origin, run_dir, resumed
 
 
-def _parse_early(args: list[str]) -> argparse.Namespace:
+def parse_early(args: list[str]) -> argparse.Namespace:
     """The flags on which the defaults of all others depend."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("task", "model", "preset", "device", "window"):
@@ -143,7 +150,7 @@ def parse(
 
     ``held`` gets the lock of the run to resume, before its latest checkpoint is looked up.
     """
-    chosen = _parse_early(args)
+    chosen = parse_early(args)
     # A window that nobody gave is lowered to the loop count, and options of the task must fit the
     # width. Others than numbers are for tyro.
     numbers = {"n_loops": chosen.n_loops, "n_dims": chosen.n_dims}
@@ -158,7 +165,7 @@ def parse(
     if chosen.resume is not None:
         if held is not None and chosen.resume.is_dir():
             held.enter_context(lock.hold(chosen.resume))
-        resumed = load_latest(chosen.resume)
+        resumed = run_folder.load_latest(chosen.resume)
         before = saved_config(resumed)
         base = config_from_dict(given, before)
         origin = f"continuing {chosen.resume} from step {resumed.step}"
@@ -186,120 +193,13 @@ def parse(
     settings = TrainConfig(**{**_values(parsed.settings), "task_options": options})
     command = Command(settings, parsed.config, parsed.resume, parsed.allow_task_import)
     if resumed is not None and before is not None:
-        changes = changed_settings(before.to_dict(), command.settings.to_dict())
+        changes = run_folder.changed_settings(before.to_dict(), command.settings.to_dict())
         n_before = resumed.meta.get("processes", 1)
         if n_before != world_size:
             changes.append(f"processes {n_before} -> {world_size}, and with them the batches")
         origin += f"; changed: {', '.join(changes)}" if changes else ""
-        _check_resume(command, resumed, before)
+        run_folder.check_resume(chosen.resume, resumed, before, command.settings, command.config)
     return command, origin, resumed
-
-
-def _check_resume(command: Command, resumed: checkpoint.Checkpoint, before: TrainConfig) -> None:
-    """Raise ValueError for changed settings that a resumed run must keep."""
-    settings = command.settings
-    if command.config is not None:
-        raise ValueError(
-            f"--config {command.config}: a resumed run keeps its own settings; change single ones "
-            f"with flags"
-        )
-    for name in ("preset", "out", "init_from"):
-        value = getattr(settings, name)
-        if value != getattr(before, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value} is for a new run; leave it out, or --resume"
-            )
-    if settings.steps < resumed.step:
-        raise ValueError(
-            f"--steps {settings.steps}: {command.resume} is at step {resumed.step} already; give "
-            f"more steps, or train a shorter run in a new --out"
-        )
-
-
-def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """``name old -> new`` for each setting that differs."""
-    before, after = flat(before), flat(after)
-    names = dict.fromkeys([*before, *after])
-    return [
-        f"{name} {before.get(name)} -> {after.get(name)}"
-        for name in names
-        if before.get(name) != after.get(name)
-    ]
-
-
-def load_latest(run_dir: Path) -> checkpoint.Checkpoint:
-    """Load the newest checkpoint of a run.
-
-    Raises:
-        FileNotFoundError: the run has no checkpoint.
-        CheckpointError: the newest checkpoint is damaged.
-    """
-    latest = checkpoint.latest(run_dir)
-    run = run_dir.resolve().parent.parent
-    if latest is None and checkpoint.latest(run) is not None:
-        raise FileNotFoundError(f"{run_dir} is one checkpoint; give its run: --resume {run}")
-    if latest is None:
-        raise FileNotFoundError(
-            f"{run_dir} holds no checkpoint to resume; give the folder of a run, "
-            f"such as runs/lr-looped-tiny-..."
-        )
-    return checkpoint.load(latest)
-
-
-def make_run_dir(config: TrainConfig, resume: Path | None, held: contextlib.ExitStack) -> Path:
-    """Make and lock the run's folder: that of ``--out``, or a new one under ``runs/``.
-
-    Files of a run that did not finish a step do not stand in the way.
-    When ``held`` closes, the lock ends, and a folder that was made here and is empty is removed.
-
-    Raises:
-        ValueError: the folder already holds a run.
-        InUseError: another process writes to it.
-        OSError: the folder can't be made.
-    """
-    try:
-        if resume is not None:
-            return resume
-        run_dir = _new_folder(config) if config.out is None else Path(config.out)
-        if config.out is None or not run_dir.exists():
-            held.callback(_remove_if_empty, run_dir)
-        held.enter_context(lock.hold(run_dir))
-        saved = checkpoint.latest(run_dir) is not None
-        metrics = run_dir / METRICS_FILE
-        if saved or (metrics.exists() and metrics.stat().st_size):
-            remedy = (
-                f"continue it with --resume {run_dir}" if saved else "it saved nothing: delete it"
-            )
-            raise ValueError(f"{run_dir} already holds a run; {remedy}, or choose another --out")
-        return run_dir
-    except OSError as error:
-        raise _cannot_write(error) from error
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # raised if it is not empty
-        folder.rmdir()
-
-
-def _new_folder(config: TrainConfig) -> Path:
-    """Make a new folder; runs that start within the same second get different ones."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    stem = f"{task_label(config.task)}-{config.model}-{Path(config.preset).stem}-{stamp}"
-    run_dir, tried = Path("runs") / stem, 1
-    while True:
-        try:
-            run_dir.mkdir(parents=True)
-        except FileExistsError:
-            tried += 1
-            run_dir = run_dir.with_name(f"{stem}-{tried}")
-        else:
-            return run_dir
-
-
-def _cannot_write(error: OSError) -> OSError:
-    return OSError(
-        f"can't write to {error.filename}: {error.strerror}; choose another folder with --out"
-    )
 
 
 def run(
@@ -317,7 +217,7 @@ def run(
     with processes.failing_together():
         announce(trainer)  # its trial steps, too, can fail: nothing is written before
         if processes.is_main:
-            _write_config(config, run_dir)
+            run_folder.write_config(config.to_dict(), run_dir)
     started = time.perf_counter()
     try:
         trainer.fit()
@@ -347,14 +247,6 @@ def _start(config: TrainConfig) -> Start | None:
             f"--steps {config.steps} to train; give more --steps"
         )
     return start
-
-
-def _write_config(config: TrainConfig, run_dir: Path) -> None:
-    try:
-        settings = yaml.safe_dump(config.to_dict(), sort_keys=False)
-        (run_dir / CONFIG_FILE).write_text(settings, encoding="utf-8")
-    except OSError as error:
-        raise _cannot_write(error) from error
 
 
 def announce(trainer: Trainer) -> None:

@@ -32,8 +32,8 @@ PUBLIC = {
     "make_task randn sample_batch task_label task_name task_options",
     "looped_fast.evaluation": "Curve bootstrap_curve evaluation_batches loop_errors model_errors "
     "model_predictor position_errors prompt_errors",
-    "looped_fast.pretrained": "Run find_checkpoint from_pretrained load_run load_start names path "
-    "train_config",
+    "looped_fast.pretrained": "Run TRMRun find_checkpoint from_pretrained load_run load_start "
+    "load_trm_run names path train_config",
     "looped_fast.__main__": "COMMANDS main",
     "looped_fast.train": "main",
     "looped_fast.evaluate": "main",

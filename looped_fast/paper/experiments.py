@@ -7,7 +7,6 @@ from pathlib import Path
 
 import yaml
 
-from looped_fast.train import CONFIG_FILE, changed_settings
 from looped_fast.training import checkpoint
 from looped_fast.training.config import (
     CurriculumConfig,
@@ -15,6 +14,7 @@ from looped_fast.training.config import (
     TrainConfig,
     saved_config,
 )
+from looped_fast.training.run_folder import CONFIG_FILE, changed_settings
 
 
 def shortened(config: TrainConfig, steps: int) -> TrainConfig:

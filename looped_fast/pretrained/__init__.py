@@ -7,6 +7,7 @@ and ``checkpoint.json`` (``checkpoint.export_weights``), and ``README.md``, its 
 """
 
 from looped_fast.pretrained.runs import Run, load_run
+from looped_fast.pretrained.trm import TRMRun, load_trm_run
 from looped_fast.pretrained.weights import (
     find_checkpoint,
     from_pretrained,
@@ -17,6 +18,6 @@ from looped_fast.pretrained.weights import (
 )
 
 __all__ = [
-    "Run", "find_checkpoint", "from_pretrained", "load_run", "load_start", "names", "path",
-    "train_config"
+    "Run", "TRMRun", "find_checkpoint", "from_pretrained", "load_run", "load_start",
+    "load_trm_run", "names", "path", "train_config"
 ]  # fmt: skip

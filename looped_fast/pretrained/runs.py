@@ -9,7 +9,12 @@ import torch
 
 from looped_fast.model import LoopedTransformer
 from looped_fast.pretrained.provenance import file_sha256
-from looped_fast.pretrained.weights import build_checkpoint, read_newest, refuse_tabular
+from looped_fast.pretrained.weights import (
+    build_checkpoint,
+    checkpoint_label,
+    read_newest,
+    refuse_others,
+)
 from looped_fast.tasks import Task
 from looped_fast.training import checkpoint
 from looped_fast.training.config import TrainConfig, saved_config
@@ -50,17 +55,16 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
     Raises:
         FileNotFoundError: ``source`` is none of these.
         CheckpointError: the checkpoint is damaged or of another model.
-        ValueError: a classifier of tabular sets, a device that can't be used, or a task in a
-            module that is not imported (``tasks.allow_task_import``).
+        ValueError: a classifier of tabular sets, a Tiny Recursive Model, a device that can't be
+            used, or a task in a module that is not imported (``tasks.allow_task_import``).
     """
     loaded, sha256 = read_newest(source, lambda path: (checkpoint.load(path), file_sha256(path)))
     path = loaded.path
-    refuse_tabular(source, loaded)
+    refuse_others(source, loaded)
     config = saved_config(loaded)
     model = build_checkpoint(config.model_config(), loaded)
-    is_named = path != Path(source)  # by its run's folder, or as a pretrained model
     return Run(
-        name=Path(source).resolve().name if is_named else _checkpoint_name(path.resolve()),
+        name=checkpoint_label(source, path),
         path=path,
         sha256=sha256,
         step=loaded.step,
@@ -68,8 +72,3 @@ def load_run(source: str | Path, device: str = "auto") -> Run:
         task=config.make_task(),
         model=model.to(resolve_device(device)).eval(),
     )
-
-
-def _checkpoint_name(path: Path) -> str:
-    """``<run>-<step>`` of ``<run>/checkpoints/<step>``."""
-    return f"{path.parents[1].name}-{path.name}"

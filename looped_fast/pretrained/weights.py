@@ -15,6 +15,7 @@ from looped_fast.pretrained.saved import build, is_saved, load_saved
 from looped_fast.training import checkpoint
 from looped_fast.training.config import TrainConfig, saved_config, saved_model_config
 from looped_fast.training.step import Start
+from looped_fast.training.trm.config import is_trm
 
 T = TypeVar("T")
 
@@ -72,7 +73,8 @@ def from_pretrained(
 
     Raises:
         ValueError: ``source`` is nothing of the kind; the message suggests the nearest name. Or a
-            ``revision`` of something that is not on the hub, or a classifier of tabular sets.
+            ``revision`` of something that is not on the hub, a classifier of tabular sets, or a
+            Tiny Recursive Model (``pretrained.load_trm_run``).
         FileNotFoundError: a folder without a model, or a model that the hub does not have.
         CheckpointError: files are damaged, or of another model.
         RuntimeError: huggingface_hub is needed, and not installed.
@@ -97,7 +99,7 @@ def from_pretrained(
     if is_saved(folder):
         return load_saved(folder, backend)
     loaded = read_newest(folder, checkpoint.load)
-    refuse_tabular(source, loaded)
+    refuse_others(source, loaded)
     return build_checkpoint(saved_model_config(loaded), loaded, backend)
 
 
@@ -109,12 +111,28 @@ def build_checkpoint(
     return build(config, loaded.model_state, loaded.path / checkpoint.MODEL, remedy, backend)
 
 
-def refuse_tabular(source: str | Path, loaded: checkpoint.Checkpoint) -> None:
-    """Raise ValueError for a classifier of tabular sets, whose settings are of another kind."""
+def refuse_others(source: str | Path, loaded: checkpoint.Checkpoint) -> None:
+    """Raise ValueError for a model whose settings are of another kind; say what takes it."""
     if "held_out" in loaded.config:  # a setting of ``openml.TabularConfig``
         raise ValueError(
             f"{source} is a classifier of tabular sets; python -m looped_fast.openml evaluates it"
         )
+    if is_trm(loaded.config):
+        raise ValueError(
+            f"{source} is a Tiny Recursive Model, which looped_fast.pretrained.load_trm_run loads, "
+            f"and python -m looped_fast.evaluate evaluates"
+        )
+
+
+def checkpoint_label(source: str | Path, path: Path) -> str:
+    """A name for the checkpoint at ``path``, which ``read_newest`` found for ``source``.
+
+    It is that of the run's folder or of the pretrained model, else ``<run>-<step>``.
+    """
+    if path != Path(source):
+        return Path(source).resolve().name
+    path = path.resolve()
+    return f"{path.parents[1].name}-{path.name}"
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -172,6 +190,7 @@ def load_start(source: str | Path) -> Start:
     path = Path(source)
     if path.suffix != ".pt":
         saved = read_newest(path, checkpoint.load)
+        refuse_others(source, saved)
         return Start(saved.path, saved.model_state)
     official = load_official_checkpoint(path)
     step = 0 if official.train_step is None else official.train_step + 1

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from looped_fast.errors import unknown_name
 from looped_fast.tasks.base import Task, check_fields
 from looped_fast.tasks.options import complete_options, option_types
+from looped_fast.tasks.puzzles import PUZZLES
 
 TASKS: dict[str, type[Task]] = {}  # short name -> class
 
@@ -66,6 +67,11 @@ def find_task(name: str) -> type[Task]:
         raise ValueError(f"task {name!r}: a name is needed, such as lr or mypackage.module:MyTask")
     if name in TASKS:
         return TASKS[name]
+    if name in PUZZLES:
+        raise ValueError(
+            f"task {name!r} is one of puzzles, and models other than trm take functions: add "
+            f"--model trm, or choose another task: {', '.join(TASKS)}"
+        )
     if ":" not in name:
         module, _, last = name.rpartition(".")
         hint = f"; for a class in a module, write {module}:{last}" if module else ""

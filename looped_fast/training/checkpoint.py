@@ -3,7 +3,8 @@
 A checkpoint is a directory, ``<run>/checkpoints/step-00001000/``, with
 
 * ``model.safetensors``: the model's state dict, under the official names;
-* ``trainer.safetensors``: optimizer and generator state, ``exp_avg/<parameter>``, ``rng/cpu``;
+* ``trainer.safetensors``: optimizer and generator state, ``exp_avg/<parameter>``, ``rng/cpu``, and
+  what else a trainer continues with, ``run/<name>``;
 * ``checkpoint.json``: everything else, size and sha256 of the two files above, and its own sha256.
 
 ``export_weights`` writes one without the second file, to share: it can be loaded, not resumed.
@@ -21,7 +22,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +43,7 @@ from looped_fast.training.checkpoint_read import (
     FORMAT_VERSION,
     INDEX,
     MODEL,
+    RUN,
     TRAINER,
     Checkpoint,
     checkpoints,
@@ -71,6 +73,8 @@ def save(
     config: dict[str, Any],
     meta: dict[str, Any] | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    average: nn.Module | None = None,
+    run_state: Mapping[str, Tensor] = {},
     keep: int = 3,
 ) -> Path:
     """Write ``<run_dir>/checkpoints/step-<step>`` atomically, and keep the last ``keep``.
@@ -86,6 +90,9 @@ def save(
         config: the run's configuration; JSON values.
         meta: anything else that resuming needs; JSON values.
         scaler: the gradient scaler of an fp16 run.
+        average: its ``state_dict()`` is saved in place of that of ``model``, which ``run_state``
+            then has to hold.
+        run_state: name -> tensor, anything else that resuming needs.
         keep: number of checkpoints to keep, at least 1.
 
     Raises:
@@ -97,7 +104,8 @@ def save(
         raise ValueError(f"keep = {keep}: at least 1 checkpoint is kept")
     final = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
     hidden = _hidden(final)
-    files = _serialize(step, model, optimizer, config, meta or {}, scaler)
+    weights = (model if average is None else average).state_dict()
+    files = _serialize(step, model, optimizer, config, meta or {}, scaler, weights, run_state)
     try:
         with hold(run_dir):
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -232,12 +240,15 @@ def _restore_generators(checkpoint: Checkpoint) -> None:
         )
 
 
-def _serialize(step, model, optimizer, config, meta, scaler) -> dict[str, bytes]:
+def _serialize(
+    step, model, optimizer, config, meta, scaler, weights, run_state
+) -> dict[str, bytes]:
     """File name -> content. The index comes last, with sizes and hashes of the other files."""
     trainer = {**_adam_state(model, optimizer), "rng/cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # reading the state would initialise CUDA
         trainer["rng/cuda"] = torch.cuda.get_rng_state()
-    files = {MODEL: pack(model.state_dict()), TRAINER: pack(trainer)}
+    trainer |= {f"{RUN}/{name}": tensor for name, tensor in run_state.items()}
+    files = {MODEL: pack(weights), TRAINER: pack(trainer)}
     index = _index(
         files,
         step,

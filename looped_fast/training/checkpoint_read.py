@@ -19,6 +19,7 @@ from looped_fast.errors import MOST_WEIGHTS, CheckpointError, read_file, read_js
 
 FORMAT_VERSION = 1
 INDEX, MODEL, TRAINER = "checkpoint.json", "model.safetensors", "trainer.safetensors"
+RUN = "run"  # kind of entries of TRAINER that belong to no parameter
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 
 # Entries of the index. An older one has no hash of its own.
@@ -44,6 +45,7 @@ class Checkpoint:
         param_names: per parameter group, the names of its parameters in order.
         scaler_state: state dict of ``torch.amp.GradScaler``; empty if none was used.
         rng_state: generator state, uint8, under ``cpu`` and, if CUDA was in use, ``cuda``.
+        run_state: what else the trainer gave to ``save``.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Checkpoint:
     param_names: list[list[str]]
     scaler_state: dict[str, Any]
     rng_state: dict[str, Tensor]
+    run_state: dict[str, Tensor]
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -120,6 +123,7 @@ def _load(path: Path) -> Checkpoint:
     model_state = _parse(path / MODEL, files[MODEL])
     trainer: dict[str, Any] = {
         "optimizer_state": {}, "param_names": [], "scaler_state": {}, "rng_state": {},
+        "run_state": {},
     }  # fmt: skip
     if TRAINER in files:
         trainer = _parse_trainer(path, index)
@@ -140,10 +144,13 @@ def _parse_trainer(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     position = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Tensor]] = {}
     rng_state: dict[str, Tensor] = {}
+    run_state: dict[str, Tensor] = {}
     for key, tensor in _parse(file, index["files"][TRAINER]).items():
         kind, _, name = key.partition("/")
         if kind == "rng" and name in ("cpu", "cuda"):
             rng_state[name] = tensor
+        elif kind == RUN:
+            run_state[name] = tensor
         elif name in position:
             state.setdefault(position[name], {})[kind] = tensor
         else:
@@ -156,6 +163,7 @@ def _parse_trainer(path: Path, index: dict[str, Any]) -> dict[str, Any]:
         "param_names": index["param_names"],
         "scaler_state": index["scaler"],
         "rng_state": rng_state,
+        "run_state": run_state,
     }
 
 

@@ -45,7 +45,13 @@ def program(command: str) -> str:
     return f"python -m looped_fast.{command}"
 
 
-def parse(command: type[T], args: Sequence[str] | None, prog: str, default: T | None = None) -> T:
+def parse(
+    command: type[T],
+    args: Sequence[str] | None,
+    prog: str,
+    default: T | None = None,
+    known_as: Mapping[str, str] = KNOWN_AS,
+) -> T:
     """Make a ``command``, a dataclass whose fields are the flags, from arguments.
 
     Args:
@@ -53,6 +59,7 @@ def parse(command: type[T], args: Sequence[str] | None, prog: str, default: T | 
         args: the arguments; those of this process if None.
         prog: the program's name, for ``--help``.
         default: holds what is not given.
+        known_as: names of settings that others use -> ours, for hints.
 
     Raises:
         ValueError: an unknown flag or choice; the message has the nearest.
@@ -60,7 +67,7 @@ def parse(command: type[T], args: Sequence[str] | None, prog: str, default: T | 
     """
     _escape_what_cannot_be_printed()
     args = sys.argv[1:] if args is None else args
-    check_flags(args, _flags(command))
+    check_flags(args, _flags(command), known_as)
     parsed: T = tyro.cli(command, args=args, default=default, prog=prog)  # type: ignore[assignment]
     return parsed
 
@@ -92,8 +99,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def check_flags(args: Sequence[str], valid: Flags) -> None:
+def check_flags(args: Sequence[str], valid: Flags, known_as: Mapping[str, str] = KNOWN_AS) -> None:
     """Raise ValueError for an unknown flag, or for a value that is none of its flag's choices."""
+    hints = {_flag(name): _flag(ours) for name, ours in known_as.items()}
     for given, following in itertools.pairwise([*args, "--"]):
         name, has_value, value = given.partition("=")
         flag = name if name in valid else name.replace("_", "-")
@@ -105,7 +113,7 @@ def check_flags(args: Sequence[str], valid: Flags) -> None:
             moved = flag.removeprefix("--").replace("-", "_")
             if moved in OPTIONS_OF_BEFORE and "--task" in valid:
                 raise moved_option(moved, flag)
-            close = nearest(flag, valid, {a: b for a, b in _KNOWN_AS.items() if b in valid})
+            close = nearest(flag, valid, {a: b for a, b in hints.items() if b in valid})
             hint = f"did you mean {close}? " if close else ""
             raise ValueError(f"unknown flag {name}; {hint}--help lists all flags")
         value = value if has_value else following
@@ -160,9 +168,6 @@ def _record(doc: str | None, values: Mapping[str, Any], hints: Mapping[str, Any]
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-_KNOWN_AS = {_flag(name): _flag(ours) for name, ours in KNOWN_AS.items()}
 
 
 def _flags(record: type, prefix: str = "") -> dict[str, Collection[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,7 +82,8 @@ class TrainConfig:
     """Options of the task, --task.NAME on the command line; defaults where not given."""
     model: Literal["looped", "standard", "tied"] = "looped"
     """looped: a block run n_loops times on the injected prompt; standard: n_layer blocks;
-    tied: a block run n_loops times, without injection."""
+    tied: a block run n_loops times, without injection. (--model trm is for puzzles, and has
+    settings of its own: --model trm --help.)"""
     preset: str = "paper"
     """Where the other settings came from: tiny, small, paper, or a file."""
 
@@ -170,19 +171,12 @@ class TrainConfig:
             window = self.n_loops if self.model == "tied" else min(15, self.n_loops)
             object.__setattr__(self, "window", window)
         self._complete_task()
-        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, value in (numbers | self.task_options).items():
-            if isinstance(value, int) and value >= 2**63:
-                raise ValueError(f"{name} has {value.bit_length()} bits; at most 63 are possible")
-        whole = "steps batch_size log_every eval_every eval_prompts save_every keep"
-        for name in whole.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
-        for name in ("lr", "weight_decay", "warmup_steps", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: at least 0 is needed")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"beta2 = {self.beta2}: at least 0 and less than 1 is needed")
+        check_numbers(
+            self,
+            at_least_one="steps batch_size log_every eval_every eval_prompts save_every keep",
+            at_least_zero="lr weight_decay warmup_steps seed",
+            below_one="beta2",
+        )
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm = {self.clip_grad_norm}: more than 0, or None")
         check_name("backend", self.backend, ["auto", *BACKENDS])
@@ -280,6 +274,26 @@ class TrainConfig:
         return settings | {"task": {"name": self.task, **plain(options)}}
 
 
+def check_numbers(config: Any, at_least_one: str, at_least_zero: str, below_one: str) -> None:
+    """Raise ValueError for a number of a run's settings that is out of range.
+
+    The other arguments are names of settings in a row; those below one are at least zero, too.
+    """
+    numbers = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for name, value in (numbers | numbers.get("task_options", {})).items():
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"{name} has {value.bit_length()} bits; at most 63 are possible")
+    for name in at_least_one.split():
+        if numbers[name] < 1:
+            raise ValueError(f"{name} = {numbers[name]}: at least 1 is needed")
+    for name in at_least_zero.split():
+        if not numbers[name] >= 0:
+            raise ValueError(f"{name} = {numbers[name]}: at least 0 is needed")
+    for name in below_one.split():
+        if not 0 <= numbers[name] < 1:
+            raise ValueError(f"{name} = {numbers[name]}: at least 0 and less than 1 is needed")
+
+
 def config_from_dict(settings: dict[str, Any], base: TrainConfig) -> TrainConfig:
     """Replace the given settings of ``base``; a nested dict replaces only what it names.
 
@@ -301,7 +315,7 @@ def config_from_dict(settings: dict[str, Any], base: TrainConfig) -> TrainConfig
     options = merge_task(before, task_settings(settings["task"]))
     task = options.pop("name", base.task)
     others = {name: value for name, value in settings.items() if name != "task"}
-    changes = _changes(base, others, prefix="")
+    changes = changed_fields(base, others)
     return dataclasses.replace(base, task=task, task_options=options, **changes)
 
 
@@ -348,17 +362,30 @@ def _naming_index(saved: checkpoint.Checkpoint) -> Iterator[None]:
 
 
 def _replace(record: Any, settings: dict[str, Any], prefix: str) -> Any:
-    return dataclasses.replace(record, **_changes(record, settings, prefix))
+    return dataclasses.replace(record, **changed_fields(record, settings, prefix))
 
 
-def _changes(record: Any, settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+def changed_fields(
+    record: Any,
+    settings: dict[str, Any],
+    prefix: str = "",
+    known_as: Mapping[str, str] = KNOWN_AS,
+) -> dict[str, Any]:
+    """Arguments with which ``dataclasses.replace`` puts ``settings`` of a file into ``record``.
+
+    prefix: starts the names of settings in messages.
+    known_as: names that others use -> ours, for hints.
+
+    Raises:
+        ValueError: a setting is unknown (the message has the nearest) or of a wrong type.
+    """
     hints = typing.get_type_hints(type(record))
     hints.pop("task_options", None)  # in files these are part of task
     changes = {}
     for name, value in settings.items():
         if name not in hints:
             valid = [prefix + n for n in hints]
-            raise unknown_name("setting", f"{prefix}{name}", valid, {} if prefix else KNOWN_AS)
+            raise unknown_name("setting", f"{prefix}{name}", valid, {} if prefix else known_as)
         current = getattr(record, name)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):

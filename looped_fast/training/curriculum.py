@@ -6,8 +6,9 @@ Each value is a pure function of the training step. It equals, step for step, th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,13 @@ class Curriculum:
     def at(self, step: int) -> Stage:
         """The stage of training step ``step`` (from 0)."""
         return Stage(self.dims.at(step), self.points.at(step), self.loops.at(step))
+
+
+def learning_rate(config: Any, step: int) -> float:
+    """Learning rate of step ``step`` (from 0): linear warm-up, then constant or cosine to 0.
+
+    config: settings lr, warmup_steps, lr_decay and steps.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return config.lr * warmup * (decay if config.lr_decay == "cosine" else 1.0)

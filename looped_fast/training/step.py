@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import platform
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from looped_fast.config import ModelConfig
 from looped_fast.model import LoopedTransformer
 from looped_fast.ops import backends, graphs
+from looped_fast.ops.call import Call
 from looped_fast.ops.reference import AUTOCAST_DTYPES
 from looped_fast.tasks import Batch, FixedPrompts, batch_seed, draw_batch
 from looped_fast.training import checkpoint, distributed
 from looped_fast.training.checkpoint_check import check_moments, check_weights
 from looped_fast.training.config import TrainConfig
+from looped_fast.training.curriculum import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -154,22 +157,12 @@ class Stepper:
         return self.config.model_config()
 
     def _available_precision(self) -> str:
-        """The configured precision, or fp32, which is logged, if bf16 is slower on this CPU."""
-        wanted = self.config.precision
-        if self.device.type != "cpu" or wanted != "bf16":
-            return wanted
-        size = (self.config.batch_size, self.config.n_points)
-        bf16 = backends.select(self.model.describe_call(*size, "bf16"))
-        fp32 = backends.select(self.model.describe_call(*size, "fp32"))
-        if bf16.chosen != "cpu" and fp32.chosen == "cpu":
-            reason = bf16.reasons["cpu"]
-        elif bf16.chosen == "reference" and self.config.backend == "auto" and _emulates_bf16():
-            reason = "without the engine, a CPU that has no AVX512_BF16 is slower in bf16"
-        else:
-            return wanted
-        if self.processes.is_main:
-            logger.warning("amp bf16 runs in fp32 here: %s", reason)
-        return "fp32"
+        config = self.config
+
+        def describe(precision: str) -> Call:
+            return self.model.describe_call(config.batch_size, config.n_points, precision)
+
+        return available_precision(config, self.device, describe, warns=self.processes.is_main)
 
     def _unused(self) -> tuple[str, ...]:
         """Parameters that may get no gradient: the prompt may enter outside of the window."""
@@ -265,11 +258,8 @@ class Stepper:
         return torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "fp16")
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of step ``step`` (from 0): linear warm-up, then constant or cosine to 0."""
-        config = self.config
-        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        return config.lr * warmup * (decay if config.lr_decay == "cosine" else 1.0)
+        """Learning rate of step ``step``, from 0."""
+        return learning_rate(self.config, step)
 
     def _loss(
         self, n_points: int, n_loops: int, objective: nn.Module | None = None
@@ -288,6 +278,32 @@ class Stepper:
         return draw_batch(
             self.task, self.config.batch_size, n_points, self._generator, self._n_dims
         )
+
+
+def available_precision(
+    config: Any, device: torch.device, describe: Callable[[str], Call], *, warns: bool = True
+) -> str:
+    """The configured precision, or fp32, which is logged, if bf16 is slower on this CPU.
+
+    Args:
+        config: settings precision and backend.
+        device: where the run trains.
+        describe: gives the call of a training step at a precision.
+        warns: False in processes that leave the log to another.
+    """
+    wanted: str = config.precision
+    if device.type != "cpu" or wanted != "bf16":
+        return wanted
+    bf16, fp32 = (backends.select(describe(precision)) for precision in ("bf16", "fp32"))
+    if bf16.chosen != "cpu" and fp32.chosen == "cpu":
+        reason = bf16.reasons["cpu"]
+    elif bf16.chosen == "reference" and config.backend == "auto" and _emulates_bf16():
+        reason = "without the engine, a CPU that has no AVX512_BF16 is slower in bf16"
+    else:
+        return wanted
+    if warns:
+        logger.warning("amp bf16 runs in fp32 here: %s", reason)
+    return "fp32"
 
 
 def _emulates_bf16() -> bool:

@@ -1,46 +1,29 @@
-"""The training loop: sample, step, log, evaluate, checkpoint, stop cleanly."""
+"""``Trainer``: the training loop over steps of ``Stepper``, its sums, evaluations, checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import reprlib
-import signal
-import sys
-import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from looped_fast.evaluation import model_errors
 from looped_fast.ops.flops import loop_flops
-from looped_fast.training import backend_autotune, checkpoint, distributed, lock
+from looped_fast.training import backend_autotune, checkpoint, distributed
 from looped_fast.training.checkpoint_read import damaged
 from looped_fast.training.config import TrainConfig
 from looped_fast.training.curriculum import Stage
-from looped_fast.training.log import MetricsLog
+from looped_fast.training.fit import Fitting, Interrupted, NonFiniteError
 from looped_fast.training.step import Start, Stepper
 
+__all__ = ["Interrupted", "NonFiniteError", "Trainer", "step_flops"]
+
 _LEAST_SCALE = 2.0**-10  # of the fp16 loss: below it after 27 overflows in a row from 2^16
-
-
-class NonFiniteError(RuntimeError):
-    """The loss, its gradient, or what an update made of the weights is NaN or Inf."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the run is checkpointed. ``signum`` is the signal."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 def _unlogged(saved: checkpoint.Checkpoint) -> tuple[int, torch.Tensor] | None:
@@ -62,7 +45,7 @@ def _unlogged(saved: checkpoint.Checkpoint) -> tuple[int, torch.Tensor] | None:
     return steps, sums
 
 
-class Trainer(Stepper):
+class Trainer(Stepper, Fitting):
     """Trains ``config`` in ``run_dir``, from the start or from a checkpoint.
 
     A resumed run ends bit-identical to an uninterrupted one on the same machine with as many
@@ -93,7 +76,6 @@ class Trainer(Stepper):
             self._steps_in_sums, sums = unlogged
             same = len(sums) == self.processes.world_size
             self._sums.copy_(sums[self.processes.rank] if same else sums.mean(0))
-        self._signal = 0  # number of the signal received
 
     def measure_backends(self) -> str | None:
         """Time the backends on this GPU unless their times are known; ``auto`` selects by them.
@@ -136,88 +118,9 @@ class Trainer(Stepper):
         works = {True: training_step, False: inference}
         return backend_autotune.measure(call, count * stride, self.model, works, milliseconds)
 
-    def fit(self) -> None:
-        """Train to ``config.steps``, with a progress bar. Only the main thread handles signals.
-
-        Raises:
-            NonFiniteError: the loss, the gradient or the weights are NaN or Inf; that state is not
-                checkpointed. (SystemExit with several processes, see
-                ``Processes.failing_together``.)
-            Interrupted: SIGINT or SIGTERM came; the step was finished and checkpointed. With
-                several processes all stop after the same step, whichever got the signal.
-            InUseError: another process writes to the run's folder.
-            RuntimeError: the run's log is damaged.
-        """
-        with contextlib.ExitStack() as held:
-            with self.processes.failing_together():
-                if self.processes.is_main:
-                    held.enter_context(lock.hold(self.run_dir))
-                    checkpoint.tidy(self.run_dir, self.config.keep)
-            self._fit_in_locked_folder()
-
-    def _fit_in_locked_folder(self) -> None:
-        config = self.config
-        if measured := self.measure_backends():
-            print(measured)
-        with self.processes.failing_together():
-            log = None
-            if self.processes.is_main:
-                log = MetricsLog(self.run_dir, self.step, config.wandb, config.to_dict())
-        handlers = self._install_handlers()
-        try:
-            # A terminal shows a live bar; a log file gets a line every half minute.
-            interval = 0.1 if sys.stderr.isatty() else 30
-            with tqdm(
-                total=config.steps, initial=self.step, unit="step", smoothing=0.05,
-                mininterval=interval, maxinterval=2 * interval, disable=not self.processes.is_main,
-            ) as bar:  # fmt: skip
-                self._fit(log, bar)
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
-            if log is not None:
-                log.close()
-
-    def _fit(self, log: Any, bar: tqdm) -> None:  # ``log`` is None outside of the main process
-        config = self.config
-        logged_at, logged_step = time.perf_counter(), self.step
-        while self.step < config.steps:
-            self.training_step()
-            bar.update()
-            # Reading the loss stalls a GPU's stream, but costs nothing on a CPU.
-            reads = self.device.type == "cpu" or self._is_due(config.log_every)
-            if reads:
-                values = self._read_sums()
-                if self._is_due(config.log_every):
-                    now = time.perf_counter()
-                    rate = (self.step - logged_step) / (now - logged_at)
-                    logged_at, logged_step = now, self.step
-                    values |= self._describe_step(rate)
-                    with self.processes.failing_together():
-                        if log is not None:
-                            log.write(self.step, values)
-                    self._reset_sums()
-                    relative = values.get("relative_error", math.nan)
-                    bar.set_postfix_str(
-                        f"loss {values['loss']:.4g}, error/zero {relative:.3f}, "
-                        f"{values['tokens_per_s']:.0f} tokens/s",
-                        refresh=False,
-                    )
-            if self._is_due(config.eval_every):
-                self._check_update()
-                self.processes.broadcast(
-                    lambda: log.write(self.step, {"errors": self.evaluate(config.eval_prompts)})
-                )
-            signum = 0
-            if reads or self.processes.world_size == 1:  # a gather waits for the slowest
-                signum = int(max(self.processes.gather(self._signal))[0])
-            if self._is_due(config.save_every) or signum:
-                with self.processes.failing_together():
-                    if log is not None:
-                        log.check_folder()
-                self.save()
-            if signum:
-                raise Interrupted(signum)
+    def evaluation(self) -> dict[str, Any]:
+        """Errors on ``eval_prompts``, as in ``evaluate``."""
+        return {"errors": self.evaluate(self.config.eval_prompts)}
 
     def evaluate(self, n_prompts: int) -> dict[str, list[float]]:
         """Relative error by position, {loop count: [n]}, at each of ``loop_counts``."""
@@ -281,9 +184,6 @@ class Trainer(Stepper):
         work = stride * sum(step_flops(config, self.curriculum.at(step)) for step in steps)
         return seconds * work / step_flops(config, self.curriculum.at(self.step))
 
-    def _is_due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.steps
-
     def _read_sums(self) -> dict[str, float]:
         """Means over processes and steps since the last log line. Raises NonFiniteError."""
         if not self._steps_in_sums:
@@ -305,23 +205,6 @@ class Trainer(Stepper):
         self._sums.zero_()
         self._steps_in_sums = 0
 
-    def _check_update(self) -> None:
-        """Raise NonFiniteError if the last update made a weight or a moment NaN or Inf."""
-        fault = checkpoint.non_finite_state(self.model, self.optimizer)
-        with self.processes.failing_together():
-            if fault is not None:
-                raise self._non_finite(f"{fault} after step {self.step}")
-
-    def _non_finite(self, what: str) -> NonFiniteError:
-        good = checkpoint.latest(self.run_dir)
-        remedies = ["a lower --lr", "--clip-grad-norm 1", "--warmup-steps 1000"]
-        if self.precision != "fp32":
-            remedies.append("--amp off")
-        return NonFiniteError(
-            f"{what}. No checkpoint was written of it; the last good one is {good or 'none'}. "
-            f"Likely remedies: {', '.join(remedies)}"
-        )
-
     def _describe_step(self, steps_per_s: float) -> dict[str, Any]:
         stage = self.curriculum.at(self.step - 1)
         tokens = self.processes.world_size * self.config.batch_size * 2 * stage.n_points
@@ -332,23 +215,12 @@ class Trainer(Stepper):
             "tokens_per_s": steps_per_s * tokens,
         }
 
-    def _install_handlers(self) -> dict[int, Any]:
-        """Handle SIGINT and SIGTERM, and return the handlers before. Only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            warnings.warn(
-                "training outside of the main thread, where Python handles no signals: SIGINT and "
-                "SIGTERM end it without a checkpoint of its last step",
-                stacklevel=3,
-            )
-            return {}
-        return {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self._signal = signum
-        # A second signal ends a single process at once. Each of several processes may get one from
-        # the terminal and another from torchrun, which kills them itself if they take too long.
-        if self.processes.world_size == 1:
-            signal.signal(signum, signal.SIG_DFL)
+    def _progress(self, values: dict[str, Any]) -> str:
+        relative = values.get("relative_error", math.nan)
+        return (
+            f"loss {values['loss']:.4g}, error/zero {relative:.3f}, "
+            f"{values['tokens_per_s']:.0f} tokens/s"
+        )
 
 
 def step_flops(config: TrainConfig, stage: Stage) -> float:

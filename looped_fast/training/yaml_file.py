@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +37,16 @@ def read_yaml(path: str | Path) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         # Dates such as 2020-99-99 and characters such as \UFFFFFFFF end in the latter two.
         raise ValueError(f"{path} is not YAML that can be read: {error}") from None
+
+
+def without_none(settings: Mapping[str, Any]) -> str:
+    """Write settings as YAML, leaving out those that are None or empty, for people to read."""
+
+    def cleaned(values: Mapping[str, Any]) -> dict[str, Any]:
+        nested = {k: cleaned(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+        return {k: v for k, v in nested.items() if v is not None and v != {}}
+
+    return yaml.safe_dump(cleaned(settings), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,5 +1,7 @@
 """Presets: settings in three sizes for every task and model, as YAML files in this folder.
 
+(Those of the model trm are in ``trm.yaml``, which ``training.trm.config`` reads.)
+
 ``paper`` is the official configuration (``configs/**``, ``exec/script_loop.sh``), ``small`` fits
 a laptop, ``tiny`` takes minutes on two cores. ``python -m looped_fast.presets`` prints them.
 """
@@ -12,14 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from looped_fast.errors import check_name, naming, unknown_name
 from looped_fast.tasks import TASKS, find_task, task_name
+from looped_fast.tasks.puzzles import PUZZLES
 from looped_fast.training.command_line import Parser, program
 from looped_fast.training.config import MODELS, TrainConfig, config_from_dict
 from looped_fast.training.task_settings import merge_task
-from looped_fast.training.yaml_file import read_yaml
+from looped_fast.training.trm.config import PRESETS as TRM_PRESETS
+from looped_fast.training.trm.config import trm_preset
+from looped_fast.training.yaml_file import read_yaml, without_none
 
 Settings = dict[str, Any]
 
@@ -105,22 +108,21 @@ def _merge(base: Settings, changes: Settings) -> Settings:
 
 def describe(config: TrainConfig) -> str:
     """Write ``config`` as YAML, without settings that are None."""
-
-    def without_none(settings: Settings) -> Settings:
-        cleaned = {k: without_none(v) if isinstance(v, dict) else v for k, v in settings.items()}
-        return {k: v for k, v in cleaned.items() if v is not None and v != {}}
-
-    return yaml.safe_dump(without_none(config.to_dict()), sort_keys=False)
+    return without_none(config.to_dict())
 
 
 def main(args: list[str] | None = None) -> int:
-    """Print presets: all, or those named, for every task of the looped model."""
+    """Print presets: all, or those named, for every task of the looped model and of trm."""
+    valid = (*NAMES, *sorted({*TRM_PRESETS} - {*NAMES}))
     parser = Parser(program("presets"), description=main.__doc__)
-    parser.add_argument("names", nargs="*", metavar="preset", help=", ".join(NAMES))
+    parser.add_argument("names", nargs="*", metavar="preset", help=", ".join(valid))
     names = parser.parse_args(args).names
-    if unknown := [name for name in names if name not in NAMES]:
-        parser.error(str(unknown_name("preset", unknown[0], NAMES)))
-    for preset in names or NAMES:
-        for task in TASKS:
+    if unknown := [name for name in names if name not in valid]:
+        parser.error(str(unknown_name("preset", unknown[0], valid)))
+    for preset in names or valid:
+        for task in TASKS if preset in NAMES else ():
             print(f"# --preset {preset} --task {task}\n{describe(preset_config(preset, task))}")
+        for task in PUZZLES if preset in TRM_PRESETS else ():
+            settings = without_none(trm_preset(preset, task).to_dict())
+            print(f"# --model trm --preset {preset} --task {task}\n{settings}")
     return 0

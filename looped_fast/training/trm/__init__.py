@@ -1,0 +1,1 @@
+"""Training of Tiny Recursive Models on puzzles: settings, presets, loss, trainer, command."""
