@@ -42,6 +42,17 @@ _SMALL_ROWS = [
     Config(16, 16, 16, 4, 1), Config(16, 16, 16, 8, 1),
 ]  # fmt: skip
 _SMALL_NARROW_ROWS = [Config(32, 32, 32, 4), Config(16, 32, 32, 4), Config(16, 16, 16, 4)]
+# Of TRM's block, which loads three weights of the MLP at a time where GPT-2's loads two. Columns
+# are pairs, and more of them than rows keep warps from repeating each other's products.
+_AFTER_NORM = [Config(32, 64, 64, 8), Config(16, 64, 64, 4), Config(16, 32, 64, 4)]
+_AFTER_NORM_NARROW = [Config(32, 64, 64, 4), Config(16, 64, 64, 4), Config(16, 32, 32, 4)]
+_AFTER_NORM_WIDE = [
+    Config(16, 32, 64, 8), Config(16, 32, 32, 8), Config(16, 16, 32, 8), Config(16, 16, 32, 8, 1),
+]  # fmt: skip
+_AFTER_NORM_SMALL = [
+    Config(16, 32, 32, 4), Config(16, 16, 32, 8), Config(16, 16, 32, 8, 1),
+    Config(16, 16, 16, 8, 1),
+]  # fmt: skip
 _ATTENTION = [
     Config(32, 0, 32, 4), Config(32, 0, 32, 2), Config(64, 0, 32, 4), Config(16, 0, 32, 2),
 ]  # fmt: skip
@@ -51,6 +62,12 @@ def space(case: Case, arch: str) -> tuple[Config, ...]:
     """Configurations to try; the launch's own if the host code fixes it."""
     if case.kernel.startswith("attention_"):
         return tuple(_ATTENTION)
+    if case.kernel.startswith("after_norm_"):
+        if case.precision in ("fp32", "tf32"):
+            return tuple(_AFTER_NORM_SMALL)
+        if case.width <= 128:
+            return tuple(_AFTER_NORM_NARROW)
+        return tuple(_AFTER_NORM_WIDE if case.width > PAPER_WIDTH else _AFTER_NORM)
     if case.kernel.startswith("row_"):
         narrow, wide = case.width <= 128, case.width > PAPER_WIDTH
         if case.precision in ("fp32", "tf32") or wide:
@@ -91,10 +108,12 @@ def is_covered(group: Group, version: str) -> bool:
     """True if the report is to cover a group in a version of Triton.
 
     Versions other than ``THOROUGH`` cover what the paper's model launches in 16 bits on NVIDIA GPUs
-    (fp16 only on the newest). AMD is covered in bf16, as the row kernels take a minute each there.
+    (fp16 only on the newest). AMD is covered in bf16, as the row kernels take a minute each there,
+    and not for TRM's block.
     """
     paper = group.kernel.startswith("attention_") or group.width == PAPER_WIDTH
     if group.arch.startswith("gfx"):
+        paper = paper and not group.kernel.startswith("after_norm_")
         return paper and group.precision == "bf16" and version == THOROUGH
     if version == THOROUGH:
         return True
@@ -104,20 +123,22 @@ def is_covered(group: Group, version: str) -> bool:
 def screening(version: str, known: dict[Group, list[Config]] | None = None) -> list[Job]:
     """Jobs that find good configurations, in the form of a kernel that does most.
 
-    Away from the paper's width and 16-bit operands the first good one is enough. ``known``
-    candidates come first: they are good in another version of Triton.
+    Away from the paper's width and 16-bit operands the first good one is enough, as it is for
+    attention to all tokens. ``known`` candidates come first: they are good in another version of
+    Triton.
     """
     jobs = []
     for precision in PRECISIONS:
-        largest: dict[tuple[str, int], int] = {}
+        largest: dict[tuple[str, int, bool], int] = {}
         for i, case in enumerate(cases(precision)):
-            best = largest.setdefault((case.kernel, case.width), i)
+            key = case.kernel, case.width, case.launch.constexprs.get("CAUSAL", True)
+            best = largest.setdefault(key, i)
             if len(case.launch.types) > len(cases(precision)[best].launch.types):
-                largest[case.kernel, case.width] = i
-        for (kernel, width), i in largest.items():
+                largest[key] = i
+        for (kernel, width, causal), i in largest.items():
             case = cases(precision)[i]
             tuned = kernel.startswith("attention_") or width == PAPER_WIDTH
-            tuned = tuned and precision in ("bf16", "fp16")
+            tuned = tuned and precision in ("bf16", "fp16") and causal
             for arch in ARCHITECTURES:
                 group = Group(kernel, arch, width, precision)
                 if not (is_launched(case, arch) and is_covered(group, version)):
@@ -140,9 +161,10 @@ def _worth(group: Group) -> tuple[bool, bool, bool]:
 def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = False) -> list[Job]:
     """Every form of every kernel in every candidate, first candidates first.
 
-    Covers bf16 at the paper's width, in the first candidate, or the first three on GPUs whose times
-    are predicted. Elsewhere only the form that does most is compiled, which the others are parts
-    of; the autotuner drops what does not run. ``full``: every candidate everywhere.
+    Covers bf16 at the paper's width, in the first candidate, or the first three of GPT-2's kernels
+    on GPUs whose times are predicted; those of TRM's by ``THOROUGH`` only. Elsewhere only the form
+    that does most is compiled, which the others are parts of; the autotuner drops what does not
+    run. ``full``: every candidate everywhere.
     """
     ranked = []
     for precision in PRECISIONS if full else PRECISIONS[:1]:
@@ -155,8 +177,11 @@ def all_forms(candidates: dict[Group, list[Config]], version: str, full: bool = 
                     continue
                 if arch.startswith("gfx") and not full:
                     continue
+                if case.kernel.startswith("after_norm_") and version != THOROUGH:
+                    continue
                 chosen = candidates.get(group, [])
-                n = len(chosen) if full else 3 if arch in GPUS else 1
+                predicted = arch in GPUS and not case.kernel.startswith("after_norm_")
+                n = len(chosen) if full else 3 if predicted else 1
                 for rank, config in enumerate(chosen[:n]):
                     job = Job(precision, i, arch, (config,), 1)
                     ranked.append(((arch not in GPUS, rank), job))

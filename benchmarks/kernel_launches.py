@@ -12,6 +12,7 @@ from looped_fast.kernels.read_in import read_in
 from torch import Tensor
 
 from looped_fast.ops import triton_backend
+from looped_fast.ops.block import GPT2, TRM, Block, block_names, final_names, shape_of
 from looped_fast.ops.call import LoopSettings
 
 WIDTHS = (64, 128, 256, 512)
@@ -32,6 +33,10 @@ class Loop(NamedTuple):
     recompute: bool = False  # launches the same as a window in several chunks
     n_outputs: int = 1  # of the read-out; 0 for states
     n_supervised: int = 2  # last steps in the op's loss, in training; 0 without it
+    block: Block = GPT2  # of TRM's, whose hidden width is 3 D
+
+
+_OF_TRM = {"n_outputs": 0, "block": TRM}  # without a read-out in the kernels
 
 
 LOOPS = (
@@ -48,14 +53,19 @@ LOOPS = (
     Loop("add", 2, 3, 1, training=False),
     Loop("mul", 2, 3, 1, training=False),
     Loop("every_block", 2, 3, 1, training=False),
+    Loop("mul", 1, 4, 2, **_OF_TRM),
+    Loop("add", 2, 4, 2, **_OF_TRM),
+    Loop("add", 2, 4, 2, recompute=True, **_OF_TRM),
+    Loop("add", 2, 3, 1, training=False, **_OF_TRM),
+    Loop("add", 1, 4, 2, n_outputs=0, block=TRM._replace(positions="none")),
 )
 
 
-def weights_of(n_layer: int, D: int) -> list[Tensor]:
+def weights_of(n_layer: int, D: int, block: Block = GPT2) -> list[Tensor]:
     """Zero weights for ``ops.loop``."""
-    block = [(D,), (D,), (3 * D, D), (3 * D,), (D, D), (D,)]
-    block += [(D,), (D,), (4 * D, D), (4 * D,), (D, 4 * D), (D,)]
-    return [torch.zeros(shape) for shape in [*block * n_layer, (D,), (D,)]]
+    sizes = D, block.hidden(D), block.fc_width(D)
+    names = [*block_names(block) * n_layer, *final_names(block)]
+    return [torch.zeros(shape_of(name, *sizes)) for name in names]
 
 
 def launches_of(
@@ -64,21 +74,29 @@ def launches_of(
     """Launches of the forward and of the backward of a loop on CPU tensors; no kernel runs."""
     if reason := triton_backend.load_error():
         raise RuntimeError(reason)
-    shape = (batch, seq_len, width)
-    embeddings, positions = torch.empty(shape), torch.empty(shape[1:])
-    weights = weights_of(loop.n_layer, width)
+    block = loop.block
+    if block.mlp == "swiglu":
+        block = block._replace(mlp_hidden=3 * width)
+    embeddings = torch.empty(batch, seq_len, width)
+    positions = {
+        "learned": torch.empty(seq_len, width), "rotary": torch.empty(2, seq_len, head_dim),
+        "none": None,
+    }[block.positions]  # fmt: skip
+    weights = weights_of(loop.n_layer, width, block)
     n = loop.n_outputs
     read_out = [torch.zeros(n, width), torch.zeros(n)] if n else []
     targets, n_supervised = None, None
     if n and loop.training and loop.n_supervised:
         n_supervised = min(loop.n_supervised, loop.window)
         targets = torch.empty(batch, (seq_len + 1) // 2, n)
-    for tensor in [embeddings, positions, *weights, *read_out]:
-        tensor.requires_grad_(loop.training)
-    state = None if loop.injection in ("add", "mul") else embeddings  # as a model starts
+    embeddings.requires_grad_(loop.training)  # alone: PyTorch computes those of weights
+    # As a model starts; TRM's has states of its own.
+    has_state = block.positions != "learned" or loop.injection not in ("add", "mul")
+    state = embeddings if has_state else None
     settings = LoopSettings(
         width // head_dim, loop.n_loops, loop.window, loop.injection,
         "fp32" if precision == "tf32" else precision, loop.recompute, attention="triton",
+        block=block,
     )  # fmt: skip
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -112,13 +130,15 @@ def cases(precision: str) -> tuple[Case, ...]:
 
     def add(launches: list[Launch], width: int) -> None:
         for launch in launches:
-            size = launch.constexprs.get("HEAD_DIM", width)
+            is_attention = launch.name.startswith("attention_")
+            size = launch.constexprs["HEAD_DIM"] if is_attention else width
             case = Case(launch.name, size, precision, form_of(launch), launch)
             found.setdefault(case[:4], case)
 
     widths = [width for width in WIDTHS if (precision, width) != ("tf32", 512)]  # refused
     runs = [(loop, 1, width, min(HEAD_DIMS)) for width in widths for loop in LOOPS]
-    runs += [(LOOPS[0], 1, max(widths), head_dim) for head_dim in HEAD_DIMS]
+    masks = LOOPS[0], next(loop for loop in LOOPS if loop.block.mask == "full")
+    runs += [(loop, 1, max(widths), head_dim) for head_dim in HEAD_DIMS for loop in masks]
     # Sizes without common divisors, so that no alignment is accidental.
     seq_len = 10
     many = MAX_ROWS // seq_len + 1  # sequences
@@ -138,7 +158,7 @@ def cases(precision: str) -> tuple[Case, ...]:
 
 def form_of(launch: Launch) -> str:
     """Name that tells apart launches of a kernel that differ at equal sizes and types."""
-    sizes = {*TILES, "D", "HEAD_DIM", "TF32"}
+    sizes = {*TILES, "D", "HIDDEN", "HEAD_DIM", "TF32"}
     parts = [f"{k}={v}" for k, v in launch.constexprs.items() if k not in sizes and v is not None]
     absent = [name for name, value in launch.constexprs.items() if value is None]
     unaligned = [

@@ -1,6 +1,6 @@
-"""Causal attention of short sequences, forward and backward, on packed queries, keys and values.
+"""Attention of short sequences, forward and backward, on packed queries, keys and values.
 
-For one head, with i a query, j <= i a key and scale = 1 / sqrt(head_dim):
+For one head, with i a query, j a key (if causal, j <= i) and scale = 1 / sqrt(head_dim):
 
     s_ij = scale q_i·k_j        lse_i = log sum_j exp(s_ij)       p_ij = exp(s_ij - lse_i)
     o_i = sum_j p_ij v_j
@@ -9,7 +9,7 @@ For one head, with i a query, j <= i a key and scale = 1 / sqrt(head_dim):
     dv_j = sum_i p_ij do_i      dk_j = scale sum_i ds_ij q_i      dq_i = scale sum_j ds_ij k_j
 
 A program takes a tile of rows of one head. In the backward it sums dk and dv of its tile over the
-queries after it, then dq of the same tile over the keys before it. Scores are thus computed twice
+queries that see it, then dq of the same tile over the keys it sees. Scores are thus computed twice
 (7 products where FlashAttention has 5), and in return there is one launch, every program has the
 same amount of work, and sums have a fixed order: no atomics, so results repeat bit for bit.
 
@@ -45,10 +45,22 @@ def _store_tile(ptr, rows, S, values, STRIDE: tl.constexpr, HEAD_DIM: tl.constex
     tl.store(ptr + offsets, values, mask=rows[:, None] < S)
 
 
+@triton.jit
+def _sees(queries, keys, S, CAUSAL: tl.constexpr):
+    """Which queries attend to which keys; both broadcast to the shape of the scores."""
+    return keys <= queries if CAUSAL else keys < S
+
+
+@triton.jit
+def _end_of_keys(tile, S, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
+    """End of the keys that a tile of queries attends to."""
+    return tl.minimum((tile + 1) * ROWS, S) if CAUSAL else S
+
+
 @triton.jit(do_not_specialize=["S"])
 def attention_forward_kernel(
     qkv_ptr, out_ptr, lse_ptr, S,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, tiles of ROWS queries). lse is natural; inside, powers are of two."""
@@ -67,12 +79,12 @@ def attention_forward_kernel(
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     # Every query has key 0 in the first tile, so that peak is finite from there on.
-    for j in range(0, tl.minimum((tile + 1) * ROWS, S), COLUMNS):
+    for j in range(0, _end_of_keys(tile, S, ROWS, CAUSAL), COLUMNS):
         keys = j + tl.arange(0, COLUMNS)
         k = _tile(q_ptr + D, keys, S, 3 * D, HEAD_DIM)
         v = _tile(q_ptr + 2 * D, keys, S, 3 * D, HEAD_DIM)
         scores = dot(q, tl.trans(k), tl.zeros([ROWS, COLUMNS], tl.float32), TF32) * SCALE
-        scores = tl.where(keys[None, :] <= queries[:, None], scores, float("-inf"))
+        scores = tl.where(_sees(queries[:, None], keys[None, :], S, CAUSAL), scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         p = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
@@ -99,24 +111,25 @@ def _load_queries(
 @triton.jit
 def _key_gradients(
     q_ptr, out_ptr, d_out_ptr, lse_ptr, d_q_ptr, tile, S,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys, from the queries at and after it; scores are transposed."""
+    """dk and dv of a tile of keys, from the queries that see it; scores are transposed."""
     SCALE: tl.constexpr = HEAD_DIM**-0.5
     keys = tile * ROWS + tl.arange(0, ROWS)
     k = _tile(q_ptr + D, keys, S, 3 * D, HEAD_DIM)
     v = _tile(q_ptr + 2 * D, keys, S, 3 * D, HEAD_DIM)
     d_k = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     d_v = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for i in range(tile * ROWS, S, COLUMNS):
+    for i in range(tile * ROWS if CAUSAL else 0, S, COLUMNS):
         queries = i + tl.arange(0, COLUMNS)
         q, d_out, lse, delta = _load_queries(
             q_ptr, out_ptr, d_out_ptr, lse_ptr, queries, S, D, HEAD_DIM
         )
         scores = dot(k, tl.trans(q), tl.zeros([ROWS, COLUMNS], tl.float32), TF32)
         scores = scores * (SCALE * LOG2_E) - lse[None, :]
-        p = tl.exp2(tl.where(keys[:, None] <= queries[None, :], scores, float("-inf")))
+        sees = _sees(queries[None, :], keys[:, None], S, CAUSAL)
+        p = tl.exp2(tl.where(sees, scores, float("-inf")))
         d_v = dot(cast(p, d_out.dtype), d_out, d_v, TF32)
         d_p = dot(v, tl.trans(d_out), tl.zeros([ROWS, COLUMNS], tl.float32), TF32)
         d_scores = p * (d_p - delta[None, :])
@@ -128,23 +141,24 @@ def _key_gradients(
 @triton.jit
 def _query_gradients(
     q_ptr, out_ptr, d_out_ptr, lse_ptr, d_q_ptr, tile, S,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries, from the keys up to it."""
+    """dq of a tile of queries, from the keys that it sees."""
     SCALE: tl.constexpr = HEAD_DIM**-0.5
     queries = tile * ROWS + tl.arange(0, ROWS)
     q, d_out, lse, delta = _load_queries(
         q_ptr, out_ptr, d_out_ptr, lse_ptr, queries, S, D, HEAD_DIM
     )
     d_q = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    for j in range(0, tl.minimum((tile + 1) * ROWS, S), COLUMNS):
+    for j in range(0, _end_of_keys(tile, S, ROWS, CAUSAL), COLUMNS):
         keys = j + tl.arange(0, COLUMNS)
         k = _tile(q_ptr + D, keys, S, 3 * D, HEAD_DIM)
         v = _tile(q_ptr + 2 * D, keys, S, 3 * D, HEAD_DIM)
         scores = dot(q, tl.trans(k), tl.zeros([ROWS, COLUMNS], tl.float32), TF32)
         scores = scores * (SCALE * LOG2_E) - lse[:, None]
-        p = tl.exp2(tl.where(keys[None, :] <= queries[:, None], scores, float("-inf")))
+        sees = _sees(queries[:, None], keys[None, :], S, CAUSAL)
+        p = tl.exp2(tl.where(sees, scores, float("-inf")))
         d_p = dot(d_out, tl.trans(v), tl.zeros([ROWS, COLUMNS], tl.float32), TF32)
         d_scores = p * (d_p - delta[:, None])
         d_q = dot(cast(d_scores, k.dtype), k, d_q, TF32)
@@ -154,7 +168,7 @@ def _query_gradients(
 @triton.jit(do_not_specialize=["S"])
 def attention_backward_kernel(
     qkv_ptr, out_ptr, lse_ptr, d_out_ptr, d_qkv_ptr, S,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, tiles of ROWS rows): dk and dv of the tile, then its dq."""
@@ -169,14 +183,16 @@ def attention_backward_kernel(
     d_out_ptr += first * D + column
     lse_ptr += head * S
     _key_gradients(
-        q_ptr, out_ptr, d_out_ptr, lse_ptr, d_q_ptr, tile, S, D, HEAD_DIM, ROWS, COLUMNS, TF32
-    )
+        q_ptr, out_ptr, d_out_ptr, lse_ptr, d_q_ptr, tile, S,
+        D, HEAD_DIM, CAUSAL, ROWS, COLUMNS, TF32,
+    )  # fmt: skip
     _query_gradients(
-        q_ptr, out_ptr, d_out_ptr, lse_ptr, d_q_ptr, tile, S, D, HEAD_DIM, ROWS, COLUMNS, TF32
-    )
+        q_ptr, out_ptr, d_out_ptr, lse_ptr, d_q_ptr, tile, S,
+        D, HEAD_DIM, CAUSAL, ROWS, COLUMNS, TF32,
+    )  # fmt: skip
 
 
-def forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
+def forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int, causal: bool) -> None:
     """Fill ``out`` and ``lse``; all tensors are contiguous.
 
     Args:
@@ -184,18 +200,20 @@ def forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
         out: [B, S, D], same dtype.
         lse: log-sum-exp of the scores, natural, [B, H, S] fp32.
         n_heads: H; D / H is 16, 32 or 64.
+        causal: a query sees keys up to its own; else all keys.
     """
-    _launch(attention_forward_kernel, qkv, out, lse, n_heads=n_heads)
+    _launch(attention_forward_kernel, qkv, out, lse, n_heads=n_heads, causal=causal)
 
 
 def backward(
-    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int
+    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int, causal: bool
 ) -> None:
     """Fill ``d_qkv`` [B, S, 3D], given ``d_out`` [B, S, D] and the tensors of ``forward``."""
-    _launch(attention_backward_kernel, qkv, out, lse, d_out, d_qkv, n_heads=n_heads)
+    tensors = qkv, out, lse, d_out, d_qkv
+    _launch(attention_backward_kernel, *tensors, n_heads=n_heads, causal=causal)
 
 
-def _launch(kernel, qkv, out, *tensors, n_heads) -> None:
+def _launch(kernel, qkv, out, *tensors, n_heads, causal) -> None:
     B, S, D = out.shape
     precision = operand_precision(qkv.dtype)
 
@@ -203,7 +221,7 @@ def _launch(kernel, qkv, out, *tensors, n_heads) -> None:
         grid = (B * n_heads, triton.cdiv(S, config.rows))
         launch(
             kernel, grid, qkv, out, *tensors, S,
-            config=config, D=D, HEAD_DIM=D // n_heads, TF32=precision == "tf32",
+            config=config, D=D, HEAD_DIM=D // n_heads, CAUSAL=causal, TF32=precision == "tf32",
         )  # fmt: skip
 
     config = tuning.choose(

@@ -1,4 +1,6 @@
-"""A block's weights as the kernels multiply them: rounded, with LN1 and LN2 folded in.
+"""A block's weights as the kernels multiply them: rounded, and side by side.
+
+GPT-2's have LN1 and LN2 folded in:
 
     norm(x) = xhat * scale + shift,  so  W norm(x) + b = (W * scale) xhat + (b + W shift)
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,3 +100,16 @@ def fold(weights: Sequence[Tensor], folded_weights: Tensor, folded_biases: Tenso
             config=Config(rows),
             D=D,
         )
+
+
+def pack(weights: Sequence[Tensor], packed: Tensor) -> None:
+    """Fill ``packed`` with weights that nothing is folded into, those of TRM's block.
+
+    Args:
+        weights: as in ``ops.loop``, fp32 and contiguous.
+        packed: [L, 4 D D + 3 D F] operand: Wqkv [3D, D], Wo [D, D], Wgate and Wup [2F, D], Wdown
+            [D, F].
+    """
+    sizes = [weight.numel() for weight in weights]
+    parts = packed.view(-1).split(sizes)
+    torch._foreach_copy_(parts, [weight.view(-1) for weight in weights])  # one launch for all

@@ -1,4 +1,4 @@
-"""Arithmetic of all kernels: products, rounding, GELU and LayerNorm, on tiles in registers.
+"""Arithmetic of all kernels: products, rounding, activations and norms, on tiles in registers.
 
 Kernels multiply through ``dot`` and round through ``cast``, never ``tl.dot`` or ``.to`` themselves:
 Triton's interpreter (3.9) multiplies the bit patterns of bf16 and truncates where the hardware
@@ -81,6 +81,13 @@ def gelu_and_slope(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def silu_and_slope(x):
+    """(silu(x), d silu / dx) with silu(x) = x sigmoid(x)."""
+    gate = tl.sigmoid(x)
+    return x * gate, gate * (1.0 + x * (1.0 - gate))
+
+
+@triton.jit
 def statistics(parts, D: tl.constexpr):
     """(mean, 1 / standard deviation) of the rows of D columns that come in ``parts``, a tuple."""
     total = tl.sum(parts[0], axis=1)
@@ -100,3 +107,19 @@ def normalise_backward(d_xhat, xhat, rstd, D: tl.constexpr):
     mean = tl.sum(d_xhat, axis=1) / D
     slope = tl.sum(d_xhat * xhat, axis=1) / D
     return (d_xhat - mean[:, None] - xhat * slope[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def inverse_rms(parts, D: tl.constexpr, eps):
+    """1 / sqrt(mean square + eps) of the rows of D columns that come in ``parts``, a tuple."""
+    squares = tl.sum(parts[0] * parts[0], axis=1)
+    for i in tl.static_range(1, len(parts)):
+        squares += tl.sum(parts[i] * parts[i], axis=1)
+    return 1.0 / tl.sqrt(squares / D + eps)
+
+
+@triton.jit
+def rms_norm_backward(d_xhat, xhat, rstd, D: tl.constexpr):
+    """Gradient of ``x``, given that of ``xhat`` = x rstd [rows, D] after an RMSNorm; all fp32."""
+    slope = tl.sum(d_xhat * xhat, axis=1) / D
+    return (d_xhat - xhat * slope[:, None]) * rstd[:, None]

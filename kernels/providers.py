@@ -32,8 +32,8 @@ class Provider:
     """One way to compute attention. ``forward`` and ``backward`` are as in ``attention.py``."""
 
     unsupported: Callable[[Call], str | None]  # why it can't run a call, or None
-    forward: Callable[[Tensor, Tensor, Tensor, int], None]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
+    forward: Callable[[Tensor, Tensor, Tensor, int, bool], None]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], None]
 
 
 def select(call: Call) -> Selection:
@@ -93,28 +93,28 @@ def _flash_attn_unsupported(call: Call) -> str | None:
     return _flash_unsupported(call) or _flash_attn_load_error()
 
 
-def _settings(qkv: Tensor, n_heads: int) -> dict:
+def _settings(qkv: Tensor, n_heads: int, causal: bool) -> dict:
     """Arguments that flash-attn's forward and backward share; a window of (-1, -1) is none."""
     head_dim = qkv.shape[-1] // (3 * n_heads)
     return {
-        "dropout_p": 0.0, "softmax_scale": 1 / math.sqrt(head_dim), "causal": True,
+        "dropout_p": 0.0, "softmax_scale": 1 / math.sqrt(head_dim), "causal": causal,
         "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None,
     }  # fmt: skip
 
 
-def _flash_attn_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
+def _flash_attn_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int, causal: bool) -> None:
     from flash_attn import flash_attn_interface as flash
 
     q, k, v = _heads(qkv, n_heads)
     result, log_sum_exp, *_ = flash._flash_attn_forward(
-        q, k, v, **_settings(qkv, n_heads), return_softmax=False
+        q, k, v, **_settings(qkv, n_heads, causal), return_softmax=False
     )
     out.view(result.shape).copy_(result)
     lse.copy_(log_sum_exp)
 
 
 def _flash_attn_backward(
-    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int
+    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int, causal: bool
 ) -> None:
     from flash_attn import flash_attn_interface as flash
 
@@ -122,7 +122,8 @@ def _flash_attn_backward(
     d_q, d_k, d_v = _heads(d_qkv, n_heads)  # views: filled in place
     flash._flash_attn_backward(
         d_out.view(q.shape), q, k, v, out.view(q.shape), lse, d_q, d_k, d_v,
-        **_settings(qkv, n_heads), deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_settings(qkv, n_heads, causal),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def _sdpa_unsupported(call: Call) -> str | None:
     return _flash_unsupported(call)
 
 
-def _sdpa_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
+def _sdpa_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int, causal: bool) -> None:
     q, k, v = _heads(qkv, n_heads).transpose(2, 3)
     on_cpu = qkv.device.type == "cpu"  # in Triton's interpreter
     aten = torch.ops.aten
@@ -146,14 +147,14 @@ def _sdpa_forward(qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> None:
         if on_cpu
         else aten._scaled_dot_product_flash_attention
     )
-    result, log_sum_exp, *_ = attend(q, k, v, is_causal=True)  # [B, H, S, head_dim], [B, H, S]
+    result, log_sum_exp, *_ = attend(q, k, v, is_causal=causal)  # [B, H, S, head_dim], [B, H, S]
     result = result.transpose(1, 2)
     out.view(result.shape).copy_(result)
     lse.copy_(log_sum_exp)
 
 
 def _sdpa_backward(
-    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int
+    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_qkv: Tensor, n_heads: int, causal: bool
 ) -> None:
     q, k, v = _heads(qkv, n_heads).transpose(2, 3)
     B, H, S, head_dim = q.shape
@@ -161,12 +162,12 @@ def _sdpa_backward(
     aten = torch.ops.aten
     if qkv.device.type == "cpu":
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, True
+            d_out, q, k, v, out, lse, 0.0, causal
         )
     else:
         no_seed = torch.empty(0, dtype=torch.int64, device=qkv.device)  # no dropout to repeat
         gradients = aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse, None, None, S, S, 0.0, True, no_seed, no_seed
+            d_out, q, k, v, out, lse, None, None, S, S, 0.0, causal, no_seed, no_seed
         )
     gradients = [gradient.transpose(1, 2) for gradient in gradients]
     torch.stack(gradients, dim=2, out=d_qkv.view(B, S, 3, H, head_dim))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from looped_fast.ops.block import GPT2, block_names
+from looped_fast.ops.block import Block, block_names
 from looped_fast.ops.reference import BlockWeights
 
 from .saved_activations import SavedActivations
@@ -29,39 +29,43 @@ class Outputs(NamedTuple):
 
     d_qkv: Tensor  # [L, C, N, 3D]
     dx1: Tensor  # [L, C, N, D]: of the residual after attention
-    d_hidden: Tensor  # [L, C, N, 4D]: of the hidden units before GELU
-    hidden: Tensor  # [L, C, N, 4D]: u, the hidden units after it
+    d_hidden: Tensor  # [L, C, N, 4D], of gates and what they scale 2F: before the activation
+    hidden: Tensor  # [L, C, N, F]: u, the hidden units after it
     dx2: Tensor  # [L, C, N, D]: of the residual after the MLP
 
 
-_WIDTHS = (3, 1, 4, 4, 1)  # of Outputs, in multiples of D
+def _widths(block: Block, D: int) -> tuple[int, ...]:
+    """Of ``Outputs``."""
+    return 3 * D, D, block.fc_width(D), block.hidden(D), D
 
 
-def empty_outputs(xhat1: Tensor, n_layer: int, steps: int) -> Outputs:
+def empty_outputs(xhat1: Tensor, n_layer: int, steps: int, block: Block) -> Outputs:
     """Allocate for ``steps`` loop steps; ``xhat1`` [..., N, D] gives N, D, dtype and device."""
     N, D = xhat1.shape[-2:]
-    return Outputs(*(xhat1.new_empty(n_layer, steps, N, width * D) for width in _WIDTHS))
+    return Outputs(*(xhat1.new_empty(n_layer, steps, N, width) for width in _widths(block, D)))
 
 
-def steps_per_chunk(xhat1: Tensor, window: int) -> int:
+def steps_per_chunk(xhat1: Tensor, window: int, block: Block) -> int:
     """How many steps' ``Outputs`` fit in ``CHUNK_BYTES``, 1 .. window; ``xhat1``: [L W, N, D]."""
-    step_bytes = sum(_WIDTHS) * xhat1.numel() // window * xhat1.element_size()
+    D = xhat1.shape[-1]
+    rows = xhat1.numel() // D // window
+    step_bytes = sum(_widths(block, D)) * rows * xhat1.element_size()
     return max(1, min(CHUNK_BYTES // max(1, step_bytes), window))
 
 
-def wanted_products(wanted: Sequence[bool], n_layer: int) -> list[bool]:
+def wanted_products(wanted: Sequence[bool], n_layer: int, settings: Block) -> list[bool]:
     """Which of ``folded_gradients`` serve a gradient that is wanted; four per block.
 
-    ``wanted``: which gradients of the loop's weights are, twelve per block and more. The scale of a
+    ``wanted``: which gradients of the loop's weights are, those of blocks first. The scale of a
     LayerNorm needs the product of the weights that it folds into.
     """
-    names, products = block_names(GPT2), []
+    names, products = block_names(settings), []
     for i in range(0, n_layer * len(names), len(names)):
         block = dict(zip(names, wanted[i : i + len(names)], strict=True))
         products += [
-            block["c_attn_weight"] or block["ln_1_weight"],
+            block["c_attn_weight"] or block.get("ln_1_weight", False),
             block["attn_c_proj_weight"],
-            block["c_fc_weight"] or block["ln_2_weight"],
+            block["c_fc_weight"] or block.get("ln_2_weight", False),
             block["mlp_c_proj_weight"],
         ]
     return products

@@ -20,35 +20,40 @@ def inputs(B: int, S: int, n_heads: int, head_dim: int, precision: str) -> tuple
     return torch.randn(B, S, 3 * D).to(dtype), torch.randn(B, S, D).to(dtype)
 
 
-def by_formula(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) from the definition of causal attention."""
+def by_formula(qkv: Tensor, n_heads: int, causal: bool = True) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) from the definition of attention."""
     B, S, _ = qkv.shape
     q, k, v = qkv.view(B, S, 3, n_heads, -1).permute(2, 0, 3, 1, 4)
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-    past = torch.ones(S, S, dtype=torch.bool, device=qkv.device).tril()
-    scores = scores.masked_fill(~past, -math.inf)
+    if causal:
+        past = torch.ones(S, S, dtype=torch.bool, device=qkv.device).tril()
+        scores = scores.masked_fill(~past, -math.inf)
     out = scores.softmax(-1) @ v
     return out.transpose(1, 2).reshape(B, S, -1), scores.logsumexp(-1)
 
 
-def by_pytorch(qkv: Tensor, n_heads: int) -> tuple[Tensor, None]:
+def by_pytorch(qkv: Tensor, n_heads: int, causal: bool = True) -> tuple[Tensor, None]:
     """Return (out, None) from PyTorch's op, which does not return the log-sum-exp."""
     B, S, _ = qkv.shape
     q, k, v = qkv.view(B, S, 3, n_heads, -1).permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).reshape(B, S, -1), None
 
 
-def differentiated(attend: Callable, qkv: Tensor, d_out: Tensor, n_heads: int) -> dict[str, Tensor]:
+def differentiated(
+    attend: Callable, qkv: Tensor, d_out: Tensor, n_heads: int, causal: bool = True
+) -> dict[str, Tensor]:
     """Return out, dq, dk and dv of a differentiable ``attend``."""
     qkv = qkv.detach().requires_grad_()
-    out, _ = attend(qkv, n_heads)
+    out, _ = attend(qkv, n_heads, causal)
     (d_qkv,) = torch.autograd.grad(out, qkv, d_out)
     dq, dk, dv = d_qkv.chunk(3, dim=-1)
     return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def provided(provider, qkv: Tensor, d_out: Tensor, n_heads: int) -> dict[str, Tensor]:
+def provided(
+    provider, qkv: Tensor, d_out: Tensor, n_heads: int, causal: bool = True
+) -> dict[str, Tensor]:
     """Return those and lse of a provider, which fills slots of tensors like SavedActivations'."""
     B, S, D = d_out.shape
     slots = {
@@ -59,19 +64,19 @@ def provided(provider, qkv: Tensor, d_out: Tensor, n_heads: int) -> dict[str, Te
     for slot in slots.values():
         slot[1].fill_(math.nan)
     out, lse, d_qkv = (slot[1] for slot in slots.values())
-    provider.forward(qkv, out, lse, n_heads)
-    provider.backward(qkv, out, lse, d_out, d_qkv, n_heads)
+    provider.forward(qkv, out, lse, n_heads, causal)
+    provider.backward(qkv, out, lse, d_out, d_qkv, n_heads, causal)
     for name, slot in slots.items():
         assert (slot[::2] == GUARD).all(), f"{name}: written beside its slot"
     dq, dk, dv = d_qkv.chunk(3, dim=-1)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def check(provider, qkv: Tensor, d_out: Tensor, n_heads: int) -> None:
+def check(provider, qkv: Tensor, d_out: Tensor, n_heads: int, causal: bool = True) -> None:
     """Errors are at most 2x (gradients 3x) plain PyTorch's, plus fp32 rounding."""
-    truth = differentiated(by_formula, qkv.double(), d_out.double(), n_heads)
-    plain = differentiated(by_pytorch, qkv, d_out, n_heads)
-    ours = provided(provider, qkv, d_out, n_heads)
+    truth = differentiated(by_formula, qkv.double(), d_out.double(), n_heads, causal)
+    plain = differentiated(by_pytorch, qkv, d_out, n_heads, causal)
+    ours = provided(provider, qkv, d_out, n_heads, causal)
     for name, exact in truth.items():
         # A single token attends only to itself: dq and dk are only rounding errors.
         vanishes = qkv.shape[1] == 1 and name in ("dq", "dk")

@@ -86,7 +86,7 @@ def use_read_in() -> None:
 
 def use_attention() -> None:
     qkv, out = torch.zeros(1, 10, 192).bfloat16(), torch.zeros(1, 10, 64).bfloat16()
-    attention.backward(qkv, out, torch.zeros(1, 4, 10), out, qkv, 4)
+    attention.backward(qkv, out, torch.zeros(1, 4, 10), out, qkv, 4, True)
 
 
 KERNELS = (

@@ -46,6 +46,8 @@ def test_every_architecture_in_the_table_has_configurations_for_all_sizes():
     for kernel, widths in {
         "row_forward_kernel": triton_backend.WIDTHS,
         "row_backward_kernel": triton_backend.WIDTHS,
+        "after_norm_forward_kernel": triton_backend.WIDTHS,
+        "after_norm_backward_kernel": triton_backend.WIDTHS,
         "attention_forward_kernel": triton_backend.HEAD_DIMS,
         "attention_backward_kernel": triton_backend.HEAD_DIMS,
     }.items():

@@ -36,15 +36,15 @@ def random_case(**config: Any) -> SimpleNamespace:
     settings = TRMConfig(**config)
     model = TinyRecursiveModel(settings).double()
     torch.nn.init.normal_(model.q_head.weight)
-    shape = 16, settings.n_tokens, settings.hidden_size
+    shape = 64, settings.n_tokens, settings.hidden_size
     case = SimpleNamespace(
         config=settings.to_dict(),
         params={name: p.detach() for name, p in model.named_parameters()},
-        inputs=torch.randint(settings.vocab_size, (16, settings.seq_len)),
+        inputs=torch.randint(settings.vocab_size, (64, settings.seq_len)),
         z_H=torch.randn(shape, dtype=torch.float64),
         z_L=torch.randn(shape, dtype=torch.float64),
-        weight_logits=torch.randn(16, settings.seq_len, settings.vocab_size, dtype=torch.float64),
-        weight_q=torch.randn(16, dtype=torch.float64),
+        weight_logits=torch.randn(64, settings.seq_len, settings.vocab_size, dtype=torch.float64),
+        weight_q=torch.randn(64, dtype=torch.float64),
     )
     case.results = plain_results(case, torch.float64)
     return case

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from benchmarks.correctness import WrongResult
-from benchmarks.gpu.accuracy import worst_error
+from benchmarks.gpu.accuracy import trm_block, worst_error
 from benchmarks.gpu.configurations import forced
 from benchmarks.gpu.visit import Visit, say
 
@@ -31,14 +31,22 @@ def run(visit: Visit) -> None:
         f"cache {os.environ.get('TRITON_CACHE_DIR', '~/.triton/cache')}")  # fmt: skip
     start = time.monotonic()
     with forced({}):
-        error = worst_error(case, visit.device)
+        errors = {
+            "GPT-2": worst_error(case, visit.device),
+            "TRM": worst_error(case, visit.device, "bf16", trm_block(case)),
+        }
     seconds = time.monotonic() - start
-    say(f"the loop, forward and backward, in bf16 against float64: worst error {error.share:.2f} "
-        f"of the limit ({error.tensor}); {seconds:.1f} s")  # fmt: skip
-    say(f"kernels compiled {compilations[False]}, from the cache {compilations[True]}")
+    for name, error in errors.items():
+        say(f"the loop, forward and backward, in bf16 against float64, {name}'s block: worst error "
+            f"{error.share:.2f} of the limit ({error.tensor})")  # fmt: skip
+    say(f"{seconds:.1f} s; kernels compiled {compilations[False]}, "
+        f"from the cache {compilations[True]}")  # fmt: skip
     visit.save(
-        "smoke", worst_error=error._asdict(), s=seconds, compiled=compilations[False],
-        from_cache=compilations[True],
+        "smoke", worst_error={name: error._asdict() for name, error in errors.items()}, s=seconds,
+        compiled=compilations[False], from_cache=compilations[True],
     )  # fmt: skip
-    if not error.share <= 1:
-        raise WrongResult(f"{error.tensor}: the error is {error.share:.2f} times the limit")
+    for name, error in errors.items():
+        if not error.share <= 1:
+            raise WrongResult(
+                f"{name}'s block: {error.tensor}: the error is {error.share:.2f} times the limit"
+            )

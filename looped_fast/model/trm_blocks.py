@@ -18,17 +18,21 @@ from looped_fast.model.blocks import Part
 from looped_fast.model.trm_config import TRMConfig
 from looped_fast.ops import reference
 
-# Standard deviation of a standard normal that is cut off at -2 and 2.
-_STD_OF_TRUNCATED = 0.87962566103423978
+# Of a standard normal: the part within two sigma, and the standard deviation of that part.
+_WITHIN = math.erf(math.sqrt(2))
+_STD_WITHIN = math.sqrt(1 - 4 * math.exp(-2) / (math.sqrt(2 * math.pi) * _WITHIN))
 
 
+@torch.no_grad()
 def truncated_normal_(tensor: Tensor, std: float) -> Tensor:
     """Fill with normal values of standard deviation ``std`` after they are cut off at two sigma.
 
-    Source: public ``models/common.py``, ``trunc_normal_init_``, whose draws these are.
+    Values are those that the public ``models/common.py``, ``trunc_normal_init_``, draws after the
+    same ``torch.manual_seed``: uniform ones through the inverse of the distribution.
     """
-    sigma = std / _STD_OF_TRUNCATED
-    return nn.init.trunc_normal_(tensor, std=sigma, a=-2 * sigma, b=2 * sigma)
+    sigma = std / _STD_WITHIN
+    tensor.uniform_(-_WITHIN, _WITHIN).erfinv_().mul_(math.sqrt(2) * sigma)
+    return tensor.clamp_(-2 * sigma, 2 * sigma)
 
 
 def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:

@@ -213,8 +213,7 @@ def _run_mse(
 ) -> Tensor:
     chosen, tensors, settings = _select(tensors, settings)
     backend, read_out = _BACKENDS[chosen], tensors.read_out
-    fuses = chosen in ("triton", "cpu") and backend.can_read_out(read_out)
-    if fuses and not loop_autograd.needs_grad([targets]):
+    if _reads_out(chosen, tensors, settings) and not loop_autograd.needs_grad([targets]):
         embeddings, positions, state, weights, *_ = tensors
         arguments = positions, state, weights, settings, read_out, targets, n_supervised
         if chosen == "triton":
@@ -236,11 +235,18 @@ _BACKENDS: dict[str, Any] = {
 }
 
 
+def _reads_out(chosen: str, tensors: LoopTensors, settings: LoopSettings) -> bool:
+    """True if the chosen backend itself computes the read-out, or there is none."""
+    if chosen == "triton":
+        return triton_backend.can_read_out(tensors.read_out, settings.block)
+    return chosen == "cpu" and cpu_engine.can_read_out(tensors.read_out)
+
+
 def _run_on(chosen: str, tensors: LoopTensors, settings: LoopSettings) -> Tensor:
     """Run the chosen backend; return states, or predictions at the even tokens."""
     backend, read_out, seen = _BACKENDS[chosen], tensors.read_out, tensors.seen
     shared = {} if seen is None else {"seen": seen}  # which only cpu and reference are given
-    if chosen in ("triton", "cpu") and backend.can_read_out(read_out):
+    if _reads_out(chosen, tensors, settings):
         outputs = backend.loop(*tensors[:4], settings, read_out, **shared)
     else:
         outputs = backend.loop(*tensors[:4], settings, **shared)

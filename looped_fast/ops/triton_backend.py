@@ -20,7 +20,7 @@ from looped_fast.errors import pip_install
 from looped_fast.kernels.candidates import operand_precision
 from looped_fast.kernels.saved_activations import SavedActivations, empty_saved
 from looped_fast.ops import loop_autograd, reference
-from looped_fast.ops.block import GPT2, unlike
+from looped_fast.ops.block import GPT2, TRM, Block, unlike
 from looped_fast.ops.call import N_FLAT, SCHEMA, UNSHARED, Call, LoopSettings
 
 MIN_TRITON = "3.6"
@@ -28,6 +28,12 @@ WIDTHS = (64, 128, 256, 512)
 HEAD_DIMS = (16, 32, 64)
 MIN_CAPABILITY = (8, 0)
 MAX_ELEMENTS = 2**31  # kernels index with 32 bits
+# Families of blocks that have kernels, and the settings that these take as they come.
+FAMILIES = (
+    (GPT2, ("mask",)),
+    (TRM, ("mask", "positions", "mlp_hidden", "norm_eps")),
+)
+HIDDEN_MULTIPLE = 64  # of the hidden width of TRM's MLP
 MAX_OUTPUTS = 8  # outputs of a read-out in the kernels; PyTorch computes wider ones
 
 
@@ -89,18 +95,25 @@ def unsupported_tensors(device: str, dtype: torch.dtype, width: int) -> str | No
 
 def unsupported(call: Call) -> str | None:
     """Return why the kernels can't run ``call``, or None."""
-    D, precision = call.n_embd, call.settings.precision
+    D, precision, block = call.n_embd, call.settings.precision, call.settings.block
     if call.n_queries:
         return UNSHARED
-    if differing := unlike(call.settings.block, [GPT2], free=()):
-        return f"it has no kernels for a block with {differing}"
+    differing = [unlike(block, [family], free) for family, free in FAMILIES]
+    if all(differing):
+        nearest = min((names for names in differing if names), key=lambda names: names.count(" = "))
+        return f"it has no kernels for a block with {nearest}"
     if call.head_dim not in HEAD_DIMS:
         return f"head_dim = {call.head_dim} is not one of {HEAD_DIMS}"
     if reason := unsupported_tensors(call.device.type, call.dtype, D):
         return reason
+    if (hidden := block.hidden(D)) % HIDDEN_MULTIPLE:
+        return f"mlp_hidden = {hidden} is not a multiple of {HIDDEN_MULTIPLE}"
     # Checked after the device: torch.export would apply this limit to a model on the CPU too.
-    if (elements := call.batch * call.seq_len * 4 * D) >= MAX_ELEMENTS:
-        return f"{elements} hidden activations (B S 4D) are not below 2^31; use smaller batches"
+    widest = max(block.fc_width(D), 3 * D)
+    if (elements := call.batch * call.seq_len * widest) >= MAX_ELEMENTS:
+        return (
+            f"{elements} hidden activations (B S {widest}) are not below 2^31; use smaller batches"
+        )
     if precision == "fp32" and D == 512 and operand_precision(torch.float32) == "tf32":
         return f"TF32 at D = {D} does not fit in registers; true float32, bf16 and fp16 do"
     if precision == "fp32" and D == 512 and _has_little_shared_memory(call.device.type):
@@ -155,9 +168,9 @@ def loop(
     return result
 
 
-def can_read_out(read_out: Sequence[Tensor]) -> bool:
-    """True if the kernels can compute this read-out, or there is none."""
-    return not read_out or 1 <= len(read_out[1]) <= MAX_OUTPUTS
+def can_read_out(read_out: Sequence[Tensor], block: Block = GPT2) -> bool:
+    """True if the kernels can compute this read-out of such blocks, or there is none."""
+    return not read_out or (block.final_norm and 1 <= len(read_out[1]) <= MAX_OUTPUTS)
 
 
 def _split(
@@ -212,7 +225,7 @@ def _forward_fake(embeddings, positions, state, weights, *others):
     settings = LoopSettings.from_flat(flat)
     read_out = _split(weights, settings)[1]
     saved = empty_saved(
-        embeddings, settings.block.n_layer(len(weights)), settings.n_heads, settings.window,
+        embeddings, settings.block.n_layer(len(weights)), settings,
         reference.AUTOCAST_DTYPES[settings.precision] or torch.float32,
         *_what_to_keep(read_out, settings, save_activations, save_states),
     )  # fmt: skip
@@ -251,8 +264,9 @@ def _backward_fake(grad, saved, embeddings, positions, state, weights, wanted, *
     of_embeddings = wanted[0] and settings.injection != "none"
     of_state = wanted[2] and settings.window == settings.n_loops and state is not None
     wanted = [of_embeddings, wanted[1], of_state, *wanted[3:]]
-    of_positions = embeddings if positions is None else positions  # not wanted without them
-    shapes = [t.shape for t in (embeddings, of_positions, embeddings, *weights)]
+    has_gradient = positions is not None and settings.block.positions == "learned"
+    of_positions = positions.shape if has_gradient else (0,)
+    shapes = [embeddings.shape, of_positions, embeddings.shape, *(w.shape for w in weights)]
     pairs = zip(shapes, wanted, strict=True)
     return [embeddings.new_empty(shape if flag else (0,)) for shape, flag in pairs]
 

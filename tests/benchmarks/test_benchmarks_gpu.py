@@ -197,7 +197,8 @@ def test_a_run_of_the_paper_is_packed(visit, monkeypatch):
 def test_smoke_runs_dry(visit, capsys):
     smoke.run(visit)
     found = visit.load()["smoke"]
-    assert 0 < found["worst_error"]["share"] <= 1
+    assert found["worst_error"].keys() == {"GPT-2", "TRM"}
+    assert all(0 < error["share"] <= 1 for error in found["worst_error"].values())
     assert any(line.startswith("the loop, forward and backward") for line in lines(capsys))
 
 
@@ -213,8 +214,8 @@ def test_smoke_fails_where_numbers_are_wrong(share, visit, monkeypatch):
 def test_a_wrong_kernel_is_over_the_limit(visit, monkeypatch):
     right = accuracy.results
 
-    def wrong(case, device, dtype, backend, precision):
-        found = right(case, device, dtype, "reference", precision)
+    def wrong(case, device, dtype, backend, precision, block):
+        found = right(case, device, dtype, "reference", precision, block)
         if backend == "triton":
             found["gradient 3 of loss"] *= 1.1
         return found
@@ -224,6 +225,25 @@ def test_a_wrong_kernel_is_over_the_limit(visit, monkeypatch):
     error = accuracy.worst_error(visit.case("lr"), visit.device)
     accuracy._limits.cache_clear()
     assert error.tensor == "gradient 3 of loss"
+    assert error.share > 1
+
+
+@needs_triton
+def test_a_wrong_kernel_of_trms_block_is_over_the_limit(visit, monkeypatch):
+    case, right = visit.case("lr"), accuracy.results
+    block = accuracy.trm_block(case)
+
+    def wrong(case, device, dtype, backend, precision, block):
+        found = right(case, device, dtype, "reference", precision, block)
+        if backend == "triton":
+            found["gradient 1 of states"] *= 1.1
+        return found
+
+    monkeypatch.setattr(accuracy, "results", wrong)
+    accuracy._limits.cache_clear()
+    error = accuracy.worst_error(case, visit.device, "bf16", block)
+    accuracy._limits.cache_clear()
+    assert error.tensor == "gradient 1 of states"
     assert error.share > 1
 
 

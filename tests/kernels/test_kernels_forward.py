@@ -133,7 +133,8 @@ def test_activations_that_are_not_kept_take_one_slot():
     inputs = loop_inputs(B=2, S=9, D=64, n_layer=2)
     _, saved = interpreted(inputs, "bf16", 1, 3, 2, "add")
     assert all(t.numel() == 0 for t in saved[2:])
-    scratch = forward.with_scratch(saved, inputs["embeddings"].float(), n_heads=1)
+    settings = LoopSettings(n_heads=1, n_loops=3, window=2)
+    scratch = forward.with_scratch(saved, inputs["embeddings"].float(), settings)
     assert scratch.qkv.shape == (1, 18, 192)
 
 

@@ -43,6 +43,29 @@ def gelu_kernel(x, y, also_y, slope, SIZE: tl.constexpr, APPROXIMATE: tl.constex
 
 
 @triton.jit
+def silu_kernel(x, y, slope, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    value, d = numerics.silu_and_slope(tl.load(x + i))
+    tl.store(y + i, value)
+    tl.store(slope + i, d)
+
+
+@triton.jit
+def rms_kernel(x, d_xhat, rstd, dx, eps, D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    parts = ()
+    for i in tl.static_range(D // PART):
+        columns = i * PART + tl.arange(0, PART)
+        parts += (tl.load(x + rows[:, None] * D + columns[None, :]),)
+    r = numerics.inverse_rms(parts, D, eps)
+    tl.store(rstd + rows, r)
+    offsets = rows[:, None] * D + tl.arange(0, D)[None, :]
+    xhat = tl.load(x + offsets) * r[:, None]
+    d = numerics.rms_norm_backward(tl.load(d_xhat + offsets), xhat, r, D)
+    tl.store(dx + offsets, d)
+
+
+@triton.jit
 def statistics_kernel(x, mean, rstd, D: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.arange(0, ROWS)
     parts = ()
@@ -114,6 +137,35 @@ def test_an_approximate_tanh_costs_no_more_than_rounding(scale, dtype, monkeypat
         rounding = relative_error(exact.to(dtype), exact)
         error = relative_error(result.to(dtype), exact)
         assert rounding < error <= factor * rounding
+
+
+@pytest.mark.parametrize("scale", [0.1, 1, 10, 1000])
+def test_silu_and_its_slope_are_as_accurate_as_plain_pytorch(scale):
+    def in_pytorch(x):
+        x = x.requires_grad_()
+        y = torch.nn.functional.silu(x)
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+    x = scale * torch.linspace(-1, 1, 1024)
+    y, slope = torch.empty(1024), torch.empty(1024)
+    silu_kernel[(1,)](x, y, slope, 1024)
+    exact, plain = in_pytorch(x.double()), in_pytorch(x.clone())
+    for factor, result, p, e in zip((2, 3), (y, slope), plain, exact, strict=True):
+        assert relative_error(result, e) <= factor * relative_error(p, e) + FP32_EPS
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.3])
+@pytest.mark.parametrize(("D", "part"), [(64, 64), (256, 64)])
+def test_an_rms_norm_and_its_backward_are_those_of_the_whole_row(D, part, eps):
+    x, d_xhat = torch.randn(16, D) * torch.logspace(-4, 4, 16)[:, None], torch.randn(16, D)
+    rstd, dx = torch.empty(16), torch.empty(16, D)
+    rms_kernel[(1,)](x, d_xhat, rstd, dx, eps, D, part, 16)
+    exact = x.double().requires_grad_()
+    exact_rstd = (exact.square().mean(1) + eps).rsqrt()
+    (exact_dx,) = torch.autograd.grad(exact * exact_rstd[:, None], exact, d_xhat.double())
+    assert relative_error(rstd, exact_rstd.detach()) <= 4 * FP32_EPS
+    for row in range(16):  # whose sizes differ
+        assert relative_error(dx[row], exact_dx[row]) <= 16 * FP32_EPS
 
 
 @pytest.mark.parametrize(("D", "part"), [(64, 64), (256, 64)])

@@ -49,39 +49,35 @@ class FlashAttn:
         self, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap, alibi_slopes, return_softmax,
     ):  # fmt: skip
-        self.check(
-            q, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
-        )
+        self.check(q, dropout_p, softmax_scale, window_size_left, window_size_right, softcap)
         assert alibi_slopes is None
         assert return_softmax is False
         B, S = q.shape[:2]
         qkv = torch.stack((q, k, v), dim=2).view(B, S, -1)
-        out, lse = attention_cases.by_formula(qkv.double(), q.shape[2])
+        out, lse = attention_cases.by_formula(qkv.double(), q.shape[2], causal)
         return out.view(q.shape).to(q.dtype), lse.float(), torch.empty(0), torch.empty(2)
 
     def _flash_attn_backward(
         self, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
-        self.check(
-            q, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
-        )
+        self.check(q, dropout_p, softmax_scale, window_size_left, window_size_right, softcap)
         assert deterministic == torch.are_deterministic_algorithms_enabled()
         B, S, H, _ = q.shape
         assert softmax_lse.shape == (B, H, S)
         qkv = torch.stack((q, k, v), dim=2).view(B, S, -1)
         exact = attention_cases.differentiated(
-            attention_cases.by_formula, qkv.double(), dout.reshape(B, S, -1).double(), H
+            attention_cases.by_formula, qkv.double(), dout.reshape(B, S, -1).double(), H, causal
         )
-        lse = attention_cases.by_formula(qkv.double(), H)[1].float()
+        lse = attention_cases.by_formula(qkv.double(), H, causal)[1].float()
         torch.testing.assert_close(softmax_lse, lse, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(out.double(), exact["out"].view(q.shape), rtol=1e-2, atol=1e-2)
         for filled, name in ((dq, "dq"), (dk, "dk"), (dv, "dv")):
             assert filled.stride(-1) == 1
             filled.copy_(exact[name].view(q.shape))
 
-    def check(self, q, dropout, scale, causal, left, right, softcap):
-        assert (dropout, causal, left, right, softcap) == (0.0, True, -1, -1, 0.0)
+    def check(self, q, dropout, scale, left, right, softcap):
+        assert (dropout, left, right, softcap) == (0.0, -1, -1, 0.0)
         assert scale == 1 / math.sqrt(q.shape[-1])
 
 
@@ -108,20 +104,23 @@ def no_flash_attn(monkeypatch):
     providers._flash_attn_load_error.cache_clear()
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_every_provider_is_as_good_as_plain_pytorch(name, precision, flash_attn):
-    attention_cases.check(PROVIDERS[name], *attention_cases.inputs(2, 13, 2, 16, precision), 2)
+def test_every_provider_is_as_good_as_plain_pytorch(name, precision, causal, flash_attn):
+    qkv, d_out = attention_cases.inputs(2, 13, 2, 16, precision)
+    attention_cases.check(PROVIDERS[name], qkv, d_out, 2, causal)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("S", [82, 203])
 @pytest.mark.parametrize("name", PROVIDERS)
-def test_every_provider_that_runs_here_is_as_good_as_plain_pytorch(name, S):
+def test_every_provider_that_runs_here_is_as_good_as_plain_pytorch(name, S, causal):
     if reason := PROVIDERS[name].unsupported(changed(ON_GPU, seq_len=S)):
         pytest.skip(reason)
     qkv, d_out = (x.cuda() for x in attention_cases.inputs(16, S, 8, 32, "bf16"))
-    attention_cases.check(PROVIDERS[name], qkv, d_out, 8)
+    attention_cases.check(PROVIDERS[name], qkv, d_out, 8, causal)
 
 
 @pytest.mark.gpu
@@ -138,8 +137,9 @@ def test_pytorchs_gpu_ops_take_what_they_are_given():
     qkv, d_qkv = torch.empty(2, 2, 13, 96, device="meta", dtype=torch.bfloat16)
     out, d_out = torch.empty(2, 2, 13, 32, device="meta", dtype=torch.bfloat16)
     lse = torch.empty(2, 2, 13, device="meta")
-    PROVIDERS["sdpa"].forward(qkv, out, lse, 2)
-    PROVIDERS["sdpa"].backward(qkv, out, lse, d_out, d_qkv, 2)
+    for causal in (True, False):
+        PROVIDERS["sdpa"].forward(qkv, out, lse, 2, causal)
+        PROVIDERS["sdpa"].backward(qkv, out, lse, d_out, d_qkv, 2, causal)
 
 
 def test_the_loop_runs_on_a_forced_provider():

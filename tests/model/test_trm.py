@@ -108,6 +108,26 @@ def test_initial_weights_are_truncated_lecun_normals():
         assert 2.2 < weight.abs().max() <= 2 / 0.8796  # cut at two sigma of what is cut
 
 
+def test_weights_are_drawn_in_the_public_order():
+    """Uniform numbers through the inverse of the normal distribution, module by module."""
+    torch.manual_seed(3)
+    model = TinyRecursiveModel(TRMConfig(**SMALL, pos_encodings="learned"))
+    torch.manual_seed(3)
+    normal, edge = torch.distributions.Normal(0, 1), math.erf(2**0.5)
+    layers = [f"L_level.layers.{i}.{name}.weight" for i in range(2) for name in (
+        "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"
+    )]  # fmt: skip
+    drawn = ("embed_tokens.embedding_weight", "lm_head.weight", "q_head.weight",
+             "embed_pos.embedding_weight", *layers, "H_init", "L_init")  # fmt: skip
+    state = model.state_dict()
+    for name in drawn:
+        uniform = torch.empty_like(state[name]).uniform_(-edge, edge)
+        if name != "q_head.weight":  # drawn, then set to 0
+            std = 1 if name.endswith("_init") else state[name].shape[-1] ** -0.5
+            expected = normal.icdf((uniform.double() + 1) / 2) * std / 0.8796256610342398
+            torch.testing.assert_close(state[name], expected.float(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "hidden"),
     [((512, 4.0), 1536), ((128, 4.0), 512), ((64, 4.0), 256), ((256, 1.0), 256), ((96, 5.0), 512)],
@@ -350,9 +370,11 @@ def test_autocast_lowers_products_but_not_states_or_results():
 def test_accelerate_sets_precision_and_backend_and_restore_puts_them_back():
     model = build()
     exact = model(PUZZLES).logits
-    accelerate(model, backend="reference", precision="bf16")
+    plain = copy.deepcopy(model)
+    plain.backend = "reference"
     with torch.autocast("cpu", torch.bfloat16):
-        expected = restore(copy.deepcopy(model))(PUZZLES).logits
+        expected = plain(PUZZLES).logits
+    accelerate(model, backend="reference", precision="bf16")
     assert torch.equal(model(PUZZLES).logits, expected)
     assert explain_backend(model, 4).chosen == "reference"
     assert torch.equal(restore(model)(PUZZLES).logits, exact)

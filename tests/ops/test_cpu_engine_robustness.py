@@ -222,6 +222,12 @@ ACCURACY = """
     check(loop_inputs(B=3, S=23, D=64), "fp32", n_heads=4, n_loops=3, window=2)
     check(loop_inputs(B=1, S=37, D=96), "fp32", n_heads=4, n_loops=2, window=2, injection="mul",
           recompute=True)
+    from looped_fast.ops import TRM
+    from test_cpu_blocks import check_block
+    for head_dim in (8, 16, 32):
+        block = TRM._replace(mlp_hidden=96)
+        shape = {"S": 23, "D": 96, "n_layer": 2, "n_heads": 96 // head_dim}
+        check_block(block, "fp32", **shape, n_loops=3, window=2)
     from looped_fast.ops import cpu_engine
     print(cpu_engine.unsupported_precision("bf16"))
 """

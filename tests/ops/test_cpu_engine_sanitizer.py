@@ -17,8 +17,10 @@ pytestmark = [
 
 STEPS = """
     import torch
-    from conftest import leaves, loop_inputs, require_grad
+    from block_cases import block_inputs, rotary_tables
+    from conftest import cast, leaves, loop_inputs, require_grad
     from looped_fast import ops
+    from looped_fast.ops import TRM
     from looped_fast.ops import cpu_engine, op
     from looped_fast.ops.call import LoopSettings, LoopTensors
 
@@ -48,6 +50,20 @@ STEPS = """
                 outputs.square().sum().backward()
                 for name, leaf in leaves(inputs).items():
                     assert leaf.grad is None or leaf.grad.isfinite().all(), (name, shape)
+            for B, S, D, n_heads, hidden, mask, injection in [
+                (1, 1, 32, 4, 32, "full", "add"), (33, 5, 32, 1, 96, "causal", "add"),
+                (3, 37, 96, 3, 160, "full", "every_block"), (1, 263, 64, 4, 64, "full", "mul"),
+            ]:  # fmt: skip
+                block = TRM._replace(mlp_hidden=hidden, mask=mask)
+                inputs = require_grad(cast(block_inputs(block, B, S, D, 2), torch.float32))
+                for recompute in (False, True):
+                    states = ops.loop(
+                        **inputs, positions=rotary_tables(S, D // n_heads, torch.float32),
+                        block=block, n_heads=n_heads, n_loops=2, window=2, injection=injection,
+                        recompute=recompute, precision=precision, backend="cpu",
+                    )
+                    states.square().sum().backward()
+                assert all(leaf.grad.isfinite().all() for leaf in leaves(inputs).values())
             for B, n_shared, m in [(1, 0, 3), (3, 37, 45), (1, 260, 33), (20, 5, 2)]:
                 inputs = loop_inputs(B=B, S=n_shared + m, D=96, dtype=torch.float32, n_outputs=2)
                 seen = torch.randint(0, n_shared + 1, (m,))
