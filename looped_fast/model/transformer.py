@@ -6,35 +6,27 @@ Parameters carry the official state-dict names (``_read_in.weight``,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from looped_fast.config import (
-    ATTENTION,
-    BACKENDS,
-    PRECISIONS,
-    ModelConfig,
-    check_whole,
-    check_window,
-)
-from looped_fast.errors import check_name
+from looped_fast.config import ModelConfig, check_whole, check_window
 from looped_fast.model import prediction
 from looped_fast.model.adaptive import Criterion, prediction_change
 from looped_fast.model.blocks import Backbone, Part, weights_and_biases
+from looped_fast.model.on_backend import OnBackend, ambient_precision
 from looped_fast.model.prediction import Options
 from looped_fast.model.prompts import check_prompt, check_tensors
 from looped_fast.model.sharing import Shareable
-from looped_fast.ops import backends, op, reference
+from looped_fast.ops import op, reference
 from looped_fast.ops.call import Call, LoopSettings, LoopTensors
-from looped_fast.ops.graphed_loop import GraphedLoop
-from looped_fast.ops.modules import Reasons, Watch, constant_in_graphs, global_hooks
+from looped_fast.ops.modules import Reasons
 from looped_fast.ops.prompt import read_in
-from looped_fast.ops.reference import AUTOCAST_DTYPES
 
 
-class LoopedTransformer(Shareable):
+class LoopedTransformer(Shareable, OnBackend):
     """One shared stack of blocks, run ``n_loops`` times, that predicts y from (x, y) prompts.
 
     Covers the looped, standard and weight-tied models of arXiv 2311.12424: see ``ModelConfig``.
@@ -72,19 +64,7 @@ class LoopedTransformer(Shareable):
         attention: str = "auto",
         cuda_graphs: str = "auto",
     ) -> None:
-        super().__init__()
-        for name, value, kind in (("config", config, ModelConfig), ("recompute", recompute, bool)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} = {value!r}: a {kind.__name__} is needed")
-        check_name("backend", backend, ("auto", *BACKENDS))
-        check_name("attention", attention, ("auto", *ATTENTION))
-        self.config = config
-        self.backend = backend
-        self.recompute = recompute
-        self.attention = attention
-        self.precision: str | None = None  # set by ``accelerate``; None follows autocast
-        self.graphed = GraphedLoop(cuda_graphs)
-        self.watch = Watch(_deviations, of_model=False)
+        super().__init__(config, ModelConfig, backend, recompute, attention, cuda_graphs)
         self._read_in = nn.Linear(config.n_dims, config.n_embd)
         self._backbone = Backbone(config)
         self._read_out = nn.Linear(config.n_embd, config.n_outputs)
@@ -386,20 +366,11 @@ class LoopedTransformer(Shareable):
             attention=self.attention,
         )
 
-    @constant_in_graphs
-    def deviations(self) -> Reasons:
-        """Say why the model runs module by module now; empty if ``ops.loop`` runs it.
-
-        Raises:
-            ValueError: it would, but ``backend`` forces another than ``reference``.
-        """
-        if reasons := self.watch(self):
-            backends.select_modules(self.backend, reasons)
-            self.watch.say_once("LoopedTransformer runs module by module in plain PyTorch", reasons)
-        return reasons
+    def unfit(self) -> Iterable[str]:
+        """Say of each module that the op stands in for why it would not compute the same."""
+        return filter(None, (part.unfit() for part in self._parts()))
 
     def _parts(self) -> list[Part]:
-        """Modules that the op stands in for."""
         D = self.config.n_embd
         parts = [
             Part("_read_in", self._read_in, nn.Linear, (D, self.config.n_dims)),
@@ -427,18 +398,3 @@ class LoopedTransformer(Shareable):
         sizes = batch_size, 2 * n_points, config.n_embd, config.n_layer
         replayed = replayed_training or self.graphed.replays_on(weight.device)
         return Call(settings, weight.device, weight.dtype, *sizes, replayed, replayed_training)
-
-
-def _deviations(model: LoopedTransformer) -> Reasons:
-    return (*global_hooks(), *filter(None, (part.unfit() for part in model._parts())))
-
-
-def ambient_precision(device_type: str) -> str:
-    """The precision of the ambient ``torch.autocast``: bf16 or fp16; fp32 without one."""
-    if not reference.is_autocast_enabled(device_type):
-        return "fp32"
-    dtype = torch.get_autocast_dtype(device_type)
-    for name in PRECISIONS:
-        if AUTOCAST_DTYPES[name] == dtype:
-            return name
-    raise ValueError(f"autocast to {dtype} is not supported; use torch.bfloat16 or torch.float16")

@@ -7,17 +7,16 @@ Parameters and buffers carry the names of the public code
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from looped_fast.config import ATTENTION, BACKENDS
 from looped_fast.errors import check_name
 from looped_fast.model import trm_checks
 from looped_fast.model.blocks import Part
-from looped_fast.model.transformer import ambient_precision
+from looped_fast.model.on_backend import OnBackend, ambient_precision
 from looped_fast.model.trm_blocks import (
     Embedding,
     Network,
@@ -28,10 +27,8 @@ from looped_fast.model.trm_blocks import (
 )
 from looped_fast.model.trm_config import TRMConfig
 from looped_fast.model.trm_recursion import Net, deep_recursion, looped_net
-from looped_fast.ops import backends, reference
+from looped_fast.ops import reference
 from looped_fast.ops.call import Call, LoopSettings
-from looped_fast.ops.graphed_loop import GraphedLoop
-from looped_fast.ops.modules import Reasons, Watch, constant_in_graphs, global_hooks
 
 # Children that are called as modules, on any backend; the op stands in for ``L_level``.
 CALLED = ("embed_tokens", "embed_pos", "puzzle_emb", "rotary_emb", "lm_head", "q_head")
@@ -70,7 +67,7 @@ HALT: dict[str, Halt] = {
 }
 
 
-class TinyRecursiveModel(nn.Module):
+class TinyRecursiveModel(OnBackend):
     """A puzzle solver that improves its answer step by step, with one small looped network.
 
         >>> config = TRMConfig(vocab_size=6, seq_len=16, hidden_size=64, num_heads=4)
@@ -112,19 +109,7 @@ class TinyRecursiveModel(nn.Module):
         attention: str = "auto",
         cuda_graphs: str = "auto",
     ) -> None:
-        super().__init__()
-        for name, value, kind in (("config", config, TRMConfig), ("recompute", recompute, bool)):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} = {value!r}: a {kind.__name__} is needed")
-        check_name("backend", backend, ("auto", *BACKENDS))
-        check_name("attention", attention, ("auto", *ATTENTION))
-        self.config = config
-        self.backend = backend
-        self.recompute = recompute
-        self.attention = attention
-        self.precision: str | None = None  # set by ``accelerate``; None follows autocast
-        self.graphed = GraphedLoop(cuda_graphs)
-        self.watch = Watch(_deviations, of_model=False, called=CALLED)
+        super().__init__(config, TRMConfig, backend, recompute, attention, cuda_graphs, CALLED)
         D = config.hidden_size
         self.embed_tokens = Embedding(config.vocab_size, D)
         self.lm_head = linear(D, config.vocab_size)
@@ -278,21 +263,12 @@ class TinyRecursiveModel(nn.Module):
             block=self.config.block,
         )
 
-    @constant_in_graphs
-    def deviations(self) -> Reasons:
-        """Say why the model runs module by module now; empty if ``ops.loop`` runs it.
+    def unfit(self) -> Iterable[str]:
+        """Say of each module that the op stands in for why it would not compute the same."""
+        unfit = tuple(filter(None, (part.unfit() for part in self._parts())))
+        return unfit or self.L_level.unlike(self.config)
 
-        Raises:
-            ValueError: it would, but ``backend`` forces another than ``reference``.
-        """
-        if reasons := self.watch(self):
-            backends.select_modules(self.backend, reasons)
-            message = "TinyRecursiveModel runs module by module in plain PyTorch"
-            self.watch.say_once(message, reasons)
-        return reasons
-
-    def parts(self) -> list[Part]:
-        """Modules that the op stands in for."""
+    def _parts(self) -> list[Part]:
         parts = [Part("L_level", self.L_level, Network)]
         if type(self.L_level) is Network:
             of_level = self.L_level.parts(self.config)
@@ -319,8 +295,3 @@ class TinyRecursiveModel(nn.Module):
         sizes = batch_size, config.n_tokens, config.hidden_size, config.L_layers
         replayed = replayed_training or self.graphed.replays_on(weight.device)
         return Call(settings, weight.device, weight.dtype, *sizes, replayed, replayed_training)
-
-
-def _deviations(model: TinyRecursiveModel) -> Reasons:
-    unfit = tuple(filter(None, (part.unfit() for part in model.parts())))
-    return (*global_hooks(), *(unfit or model.L_level.unlike(model.config)))
