@@ -121,11 +121,10 @@ def is_covered(group: Group, version: str) -> bool:
 
 
 def screening(version: str, known: dict[Group, list[Config]] | None = None) -> list[Job]:
-    """Jobs that find good configurations, in the form of a kernel that does most.
+    """Jobs that find good configurations, in the form of a kernel that does most, at either mask.
 
-    Away from the paper's width and 16-bit operands the first good one is enough, as it is for
-    attention to all tokens. ``known`` candidates come first: they are good in another version of
-    Triton.
+    Away from the paper's width and 16-bit operands the first good one is enough. ``known``
+    candidates come first: they are good in another version of Triton.
     """
     jobs = []
     for precision in PRECISIONS:
@@ -135,10 +134,10 @@ def screening(version: str, known: dict[Group, list[Config]] | None = None) -> l
             best = largest.setdefault(key, i)
             if len(case.launch.types) > len(cases(precision)[best].launch.types):
                 largest[key] = i
-        for (kernel, width, causal), i in largest.items():
+        for (kernel, width, _), i in largest.items():
             case = cases(precision)[i]
             tuned = kernel.startswith("attention_") or width == PAPER_WIDTH
-            tuned = tuned and precision in ("bf16", "fp16") and causal
+            tuned = tuned and precision in ("bf16", "fp16")
             for arch in ARCHITECTURES:
                 group = Group(kernel, arch, width, precision)
                 if not (is_launched(case, arch) and is_covered(group, version)):
