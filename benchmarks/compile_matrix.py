@@ -49,10 +49,9 @@ _AFTER_NORM_NARROW = [Config(32, 64, 64, 4), Config(16, 64, 64, 4), Config(16, 3
 _AFTER_NORM_WIDE = [
     Config(16, 32, 64, 8), Config(16, 32, 32, 8), Config(16, 16, 32, 8), Config(16, 16, 32, 8, 1),
 ]  # fmt: skip
-_AFTER_NORM_SMALL = [
-    Config(16, 32, 32, 4), Config(16, 16, 32, 8), Config(16, 16, 32, 8, 1),
-    Config(16, 16, 16, 8, 1),
-]  # fmt: skip
+_AFTER_NORM_SMALL = [Config(16, 32, 32, 4), Config(16, 16, 16, 8), Config(16, 16, 16, 8, 1)]
+# Without tensor cores, where the larger tiles spill.
+_AFTER_NORM_FP32 = [Config(16, 16, 16, 8), Config(16, 16, 32, 8), Config(16, 16, 16, 8, 1)]
 _ATTENTION = [
     Config(32, 0, 32, 4), Config(32, 0, 32, 2), Config(64, 0, 32, 4), Config(16, 0, 32, 2),
 ]  # fmt: skip
@@ -63,9 +62,12 @@ def space(case: Case, arch: str) -> tuple[Config, ...]:
     if case.kernel.startswith("attention_"):
         return tuple(_ATTENTION)
     if case.kernel.startswith("after_norm_"):
-        if case.precision in ("fp32", "tf32"):
+        narrow = case.width <= 128
+        if case.precision == "tf32" or (case.precision == "fp32" and narrow):
             return tuple(_AFTER_NORM_SMALL)
-        if case.width <= 128:
+        if case.precision == "fp32":
+            return tuple(_AFTER_NORM_FP32)
+        if narrow:
             return tuple(_AFTER_NORM_NARROW)
         return tuple(_AFTER_NORM_WIDE if case.width > PAPER_WIDTH else _AFTER_NORM)
     if case.kernel.startswith("row_"):
