@@ -49,10 +49,9 @@ _AFTER_NORM_NARROW = [Config(32, 64, 64, 4), Config(16, 64, 64, 4), Config(16, 3
 _AFTER_NORM_WIDE = [
     Config(16, 32, 64, 8), Config(16, 32, 32, 8), Config(16, 16, 32, 8), Config(16, 16, 32, 8, 1),
 ]  # fmt: skip
-_AFTER_NORM_SMALL = [
-    Config(16, 32, 32, 4), Config(16, 16, 32, 8), Config(16, 16, 32, 8, 1),
-    Config(16, 16, 16, 8, 1),
-]  # fmt: skip
+_AFTER_NORM_SMALL = [Config(16, 32, 32, 4), Config(16, 16, 16, 8), Config(16, 16, 16, 8, 1)]
+# Without tensor cores, where the larger tiles spill.
+_AFTER_NORM_FP32 = [Config(16, 16, 16, 8), Config(16, 16, 32, 8), Config(16, 16, 16, 8, 1)]
 _ATTENTION = [
     Config(32, 0, 32, 4), Config(32, 0, 32, 2), Config(64, 0, 32, 4), Config(16, 0, 32, 2),
 ]  # fmt: skip
@@ -63,9 +62,12 @@ def space(case: Case, arch: str) -> tuple[Config, ...]:
     if case.kernel.startswith("attention_"):
         return tuple(_ATTENTION)
     if case.kernel.startswith("after_norm_"):
-        if case.precision in ("fp32", "tf32"):
+        narrow = case.width <= 128
+        if case.precision == "tf32" or (case.precision == "fp32" and narrow):
             return tuple(_AFTER_NORM_SMALL)
-        if case.width <= 128:
+        if case.precision == "fp32":
+            return tuple(_AFTER_NORM_FP32)
+        if narrow:
             return tuple(_AFTER_NORM_NARROW)
         return tuple(_AFTER_NORM_WIDE if case.width > PAPER_WIDTH else _AFTER_NORM)
     if case.kernel.startswith("row_"):
@@ -121,11 +123,10 @@ def is_covered(group: Group, version: str) -> bool:
 
 
 def screening(version: str, known: dict[Group, list[Config]] | None = None) -> list[Job]:
-    """Jobs that find good configurations, in the form of a kernel that does most.
+    """Jobs that find good configurations, in the form of a kernel that does most, at either mask.
 
-    Away from the paper's width and 16-bit operands the first good one is enough, as it is for
-    attention to all tokens. ``known`` candidates come first: they are good in another version of
-    Triton.
+    Away from the paper's width and 16-bit operands the first good one is enough. ``known``
+    candidates come first: they are good in another version of Triton.
     """
     jobs = []
     for precision in PRECISIONS:
@@ -135,10 +136,10 @@ def screening(version: str, known: dict[Group, list[Config]] | None = None) -> l
             best = largest.setdefault(key, i)
             if len(case.launch.types) > len(cases(precision)[best].launch.types):
                 largest[key] = i
-        for (kernel, width, causal), i in largest.items():
+        for (kernel, width, _), i in largest.items():
             case = cases(precision)[i]
             tuned = kernel.startswith("attention_") or width == PAPER_WIDTH
-            tuned = tuned and precision in ("bf16", "fp16") and causal
+            tuned = tuned and precision in ("bf16", "fp16")
             for arch in ARCHITECTURES:
                 group = Group(kernel, arch, width, precision)
                 if not (is_launched(case, arch) and is_covered(group, version)):

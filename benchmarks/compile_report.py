@@ -107,6 +107,8 @@ SAMPLE = (
     ("row_forward_kernel", "sm_80", 64, "bf16"),
     ("row_backward_kernel", "sm_120", 64, "fp16"),
     ("row_forward_kernel", "sm_89", 64, "fp32"),
+    ("after_norm_forward_kernel", "sm_90", 64, "bf16"),
+    ("after_norm_backward_kernel", "sm_120", 64, "bf16"),
 )
 
 

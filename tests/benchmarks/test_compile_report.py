@@ -16,6 +16,7 @@ from looped_fast.kernels.candidates import Config
 from benchmarks import compile_report, compile_store, machine_code, phases
 from benchmarks.compile_matrix import THOROUGH, VERSIONS, all_forms, screening
 from benchmarks.compile_store import SPILL_LIMIT, Entry, Group, Key, candidates
+from benchmarks.kernel_launches import WIDTHS
 from benchmarks.machine_code import ARCHITECTURES
 from benchmarks.phases import Phase
 
@@ -248,6 +249,33 @@ def test_every_kernel_of_the_papers_model_has_candidates(arch: str) -> None:
     for kernel in ("attention_forward_kernel", "attention_backward_kernel"):
         for head_dim in (16, 32, 64):
             assert chosen[Group(kernel, arch, head_dim, "bf16")]
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch.startswith("sm_")])
+def test_every_kernel_of_trms_block_has_candidates(arch: str) -> None:
+    chosen = candidates(compile_store.load())
+    for kernel in ("after_norm_forward_kernel", "after_norm_backward_kernel"):
+        for width in WIDTHS:
+            assert chosen[Group(kernel, arch, width, "bf16")]
+
+
+def test_attention_is_compiled_at_either_mask() -> None:
+    stored = compile_store.load()
+    for group, chosen in candidates(stored).items():
+        if group.kernel.startswith("attention_") and chosen and group.precision == "bf16":
+            first = chosen[0].astuple()
+            forms = {key.form for key in stored if key.group == group and key.config == first}
+            assert forms == {"CAUSAL=True", "CAUSAL=False"}, group
+
+
+def test_the_forms_of_a_mask_are_tried_alike() -> None:
+    jobs = [job for job in screening(THOROUGH) if job.case.kernel.startswith("attention_")]
+    causal, full = (
+        {(job.group, job.configs, job.enough) for job in jobs if job.case.form == form}
+        for form in ("CAUSAL=True", "CAUSAL=False")
+    )
+    assert causal == full
+    assert len(jobs) == 2 * len(causal)
 
 
 def test_what_was_not_compiled_is_listed() -> None:
