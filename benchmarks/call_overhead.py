@@ -22,7 +22,7 @@ def main() -> None:
     xs, ys = torch.randn(1, 2, 20), torch.randn(1, 2)
     positions, weights = model._backbone.op_tensors()
     weights += model._read_out.parameters()
-    positions, settings = positions[:4], (4, 1, 1, "add", "fp32")
+    positions, settings = positions[:4], (4, 1, 1, "add", "fp32", "gpt2", 4 * 32, "causal", 1e-5)
 
     def by_hand() -> torch.Tensor:
         assert (xs.sum() + ys.sum()).isfinite()

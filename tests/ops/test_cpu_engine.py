@@ -222,7 +222,8 @@ def op_arguments(precision="fp32", grad=True, recompute=False, window=1, n_outpu
     if grad:
         require_grad(inputs)
     weights = inputs.pop("weights") + inputs.pop("read_out", [])
-    return (*inputs.values(), weights, 2, 2, window, "mul", precision, recompute)
+    block = ("gpt2", 4 * 32, "causal", 1e-5)
+    return (*inputs.values(), weights, 2, 2, window, "mul", precision, *block, None, recompute)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -236,7 +237,7 @@ def test_the_ops_pass_opcheck(precision, window, n_outputs, recompute, two_threa
     arguments = op_arguments(precision, grad=False, **kind)
     torch.library.opcheck(torch.ops.looped_fast.cpu_loop_infer.default, arguments[:-1])
     outputs, *saved = forward(*arguments)
-    tensors, settings = arguments[:4], arguments[4:-1]
+    tensors, settings = arguments[:4], arguments[4:-2]
     if recompute and not n_outputs:
         saved[2] = outputs  # the states
     for wanted in ([True] * (3 + len(tensors[3])), [i % 3 > 0 for i in range(3 + len(tensors[3]))]):

@@ -186,7 +186,8 @@ def test_the_engines_op_passes_opcheck(precision):
     weights = [*inputs["weights"], *inputs["read_out"]]
     tensors = (inputs["embeddings"], inputs["positions"], inputs["state"], weights)
     wanted = [True] * (3 + len(weights))
-    arguments = (*tensors, targets_of(inputs), 1, wanted, 2, 3, 2, "mul", precision)
+    settings = (2, 3, 2, "mul", precision, "gpt2", 4 * 32, "causal", 1e-5)
+    arguments = (*tensors, targets_of(inputs), 1, wanted, *settings)
     torch.library.opcheck(torch.ops.looped_fast.cpu_loop_mse.default, arguments)
 
 
