@@ -335,11 +335,6 @@ def _check(tensors: LoopTensors, settings: LoopSettings) -> LoopTensors:
             f"D = {D} is not divisible by n_heads = {n_heads}; choose n_heads as a divisor of {D}"
         )
     block = settings.block
-    n, n_last = block.n_block_weights, block.n_final_weights
-    if len(weights) < n + n_last or (len(weights) - n_last) % n:
-        raise ValueError(
-            f"{len(weights)} weights; {n} per block and {n_last} for the final norm are needed"
-        )
     if len(read_out) not in (0, 2):
         raise ValueError(f"read_out holds {len(read_out)} tensors; weight and bias are needed")
     expected = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
@@ -400,8 +395,16 @@ def _check_seen(seen: Tensor, tensors: LoopTensors) -> None:
 def _expected(
     block: Block, D: int, n_weights: int, n_outputs: int
 ) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs."""
-    n, F, fc = block.n_block_weights, block.hidden(D), block.fc_width(D)  # see ``_in_graph``
+    """Expected names and shapes of the loop's weights, and of the read-out's if it has outputs.
+
+    Raises ValueError: that is no number of weights for whole blocks.
+    """
+    n, n_last = block.n_block_weights, block.n_final_weights
+    if n_weights < n + n_last or (n_weights - n_last) % n:
+        raise ValueError(
+            f"{n_weights} weights; {n} per block and {n_last} for the final norm are needed"
+        )
+    F, fc = block.hidden(D), block.fc_width(D)  # see ``_in_graph``
     of_blocks, last = block_names(block) * block.n_layer(n_weights), final_names(block)
     names = [f"block {i // n} {name}" for i, name in enumerate(of_blocks)]
     names += [name.replace("ln_f_", "ln_f ") for name in last]
